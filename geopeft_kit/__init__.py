@@ -1,0 +1,85 @@
+"""Parameter-efficient fine-tuning of geospatial foundation models, to read and copy.
+
+`import geopeft_kit as gk` loads nothing heavy: each public name is imported from
+its room when it is first used (PEP 562), so that torch, peft or leafmap cost time
+only in the cell that needs them. `notebooks/00_quickstart.ipynb` shows the names.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from geopeft_kit import baselines, plots
+    from geopeft_kit.backbones import list_backbones, load_backbone
+    from geopeft_kit.comparison import Candidate, compare
+    from geopeft_kit.data import ChipData, simulated_data
+    from geopeft_kit.inference import predict_scene
+    from geopeft_kit.maps import save_map, show_map
+    from geopeft_kit.methods import attach, list_methods, load_adapter
+    from geopeft_kit.model import build_model
+    from geopeft_kit.overlays import MapLayer, Raster, chip_layers
+    from geopeft_kit.pretraining import pretrain
+    from geopeft_kit.training import evaluate, fit
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Candidate",
+    "ChipData",
+    "MapLayer",
+    "Raster",
+    "attach",
+    "baselines",
+    "build_model",
+    "chip_layers",
+    "compare",
+    "evaluate",
+    "fit",
+    "list_backbones",
+    "list_methods",
+    "load_adapter",
+    "load_backbone",
+    "plots",
+    "predict_scene",
+    "pretrain",
+    "save_map",
+    "show_map",
+    "simulated_data",
+]
+
+# Room -> the public names it holds. `_MODULES` are public as modules.
+_ROOMS = {
+    "backbones": ("list_backbones", "load_backbone"),
+    "comparison": ("Candidate", "compare"),
+    "data": ("ChipData", "simulated_data"),
+    "inference": ("predict_scene",),
+    "maps": ("save_map", "show_map"),
+    "methods": ("attach", "list_methods", "load_adapter"),
+    "model": ("build_model",),
+    "overlays": ("MapLayer", "Raster", "chip_layers"),
+    "pretraining": ("pretrain",),
+    "training": ("evaluate", "fit"),
+}
+_MODULES = ("baselines", "plots")
+_HOME = {name: room for room, names in _ROOMS.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for."""
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name not in _HOME:
+        near = difflib.get_close_matches(name, __all__, n=3, cutoff=0.5)
+        hint = f"Did you mean {', '.join(near)}?" if near else f"It has: {__all__}."
+        raise AttributeError(f"geopeft_kit has no public name {name!r}. {hint}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names, also those that are not imported yet."""
+    return sorted([*__all__, "__version__"])

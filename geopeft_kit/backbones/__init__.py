@@ -1,0 +1,100 @@
+"""Backbones: geospatial foundation models behind one loader.
+
+Taught in notebook 01 (load a geospatial foundation model).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from geopeft_kit.backbones import galileo, prithvi, timm_zoo
+from geopeft_kit.backbones.base import Backbone
+from geopeft_kit.backbones.card import BackboneCard, NewBands, plan_bands
+from geopeft_kit.backbones.weights import find_weights, read_checkpoint
+
+__all__ = ["Backbone", "BackboneCard", "find_card", "list_backbones", "load_backbone"]
+
+_BUILDERS: dict[str, Callable[..., Backbone]] = {
+    "galileo": galileo.build,
+    "prithvi": prithvi.build,
+    "timm": timm_zoo.build,
+}
+_CARDS = {card.name: card for card in prithvi.CARDS + galileo.CARDS}
+
+
+def list_backbones() -> list[BackboneCard]:
+    """Cards of all named backbones; any ``timm:<name>`` can be loaded besides."""
+    return list(_CARDS.values())
+
+
+def find_card(name: str) -> BackboneCard:
+    """The card of a backbone; for ``timm:<name>`` it is made from timm's own data.
+
+    Raises:
+        ValueError: if there is no such backbone; close names are proposed.
+    """
+    if name.startswith(timm_zoo.PREFIX):
+        return timm_zoo.make_card(name)
+    if name in _CARDS:
+        return _CARDS[name]
+    close = difflib.get_close_matches(name, _CARDS, n=3)
+    hint = f"did you mean {' or '.join(close)}? " if close else ""
+    raise ValueError(
+        f"no backbone {name!r}: {hint}There are {', '.join(_CARDS)}, and "
+        "timm:<name> for timm's ViT, Swin, ConvNeXt and ResNet"
+    )
+
+
+def load_backbone(
+    name: str,
+    bands: str | Sequence[str] | None = None,
+    weights: str | Path | None = "default",
+    image_size: int | None = None,
+    new_bands: NewBands = "error",
+    normalise: bool = True,
+    **options: Any,
+) -> Backbone:
+    """Load a geospatial foundation model as a source of four feature maps.
+
+    Args:
+        name: a name of `list_backbones`, or ``timm:<name>``.
+        bands: the bands of your images, in their order: a sensor's name or C band
+            names; None means the card's own. Any subset, in any order.
+        weights: ``"default"``, a tag of the card, None (random), or a local path,
+            which is loaded strictly.
+        image_size: height and width in pixels that you will use most; None means the
+            card's own. ViTs take other sizes all the same.
+        new_bands: what to do with a band that the backbone does not know:
+            ``"error"``, ``"random"``, ``"copy_nearest"`` or ``"ignore"``.
+        normalise: apply the card's normalisation to images of reflectance 0-1; False
+            hands values through as they are.
+        **options: the family's own, as ``patch`` of Galileo.
+
+    Returns:
+        The backbone in eval mode, parameters trainable until a method freezes them.
+
+    Raises:
+        ValueError: for an unknown name, band, tag, option or size, or a checkpoint
+            that does not fit.
+        FileNotFoundError: if the file is neither here nor at its source.
+        RuntimeError: if a download fails.
+    """
+    card = find_card(name)
+    plan = plan_bands(card, bands, new_bands)
+    path = find_weights(card, weights)
+    state = None if path is None else read_checkpoint(path)
+    try:
+        build = _BUILDERS[card.family]
+        backbone = build(card, plan, state, image_size, normalise, **options)
+    except TypeError as error:
+        if "unexpected keyword" not in str(error):
+            raise
+        raise ValueError(f"{name} has no such option: {error}") from error
+    step = max(backbone.strides)
+    backbone.image_size = card.image_size if image_size is None else image_size
+    if image_size is not None and (image_size <= 0 or image_size % step):
+        raise ValueError(f"image_size={image_size}: {name} needs a multiple of {step}")
+    return backbone.eval()

@@ -1,0 +1,244 @@
+"""The backbone contract: pixels in, four feature maps out.
+
+Every geospatial foundation model of the kit is a `Backbone`: a thin shell around a
+plain network (`model`), which keeps the names of its upstream, so that checkpoints
+load by key and PEFT methods find the layers they know. The shell checks the image,
+normalises it, and hands on the feature maps.
+
+Taught in notebook 01 (load a geospatial foundation model).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from geopeft_kit.backbones.card import BackboneCard, BandPlan
+
+Meta = Mapping[str, Tensor]
+_BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
+
+
+class SelectBands(nn.Module):
+    """Hand on the channels that the patch embedding reads.
+
+    Only used with ``new_bands="ignore"``; a method that reads the other bands
+    replaces this module and the embedding behind it.
+
+    Args:
+        positions: channels to keep, in order.
+    """
+
+    def __init__(self, positions: Sequence[int]) -> None:
+        super().__init__()
+        self.positions = tuple(positions)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, len(positions), H, W)."""
+        return image[:, list(self.positions)]
+
+    def extra_repr(self) -> str:
+        """The channels, as `print` shows them."""
+        return f"positions={self.positions}"
+
+
+class Backbone(nn.Module):
+    """A geospatial foundation model as a source of four feature maps.
+
+    Args:
+        card: what the model is.
+        model: the plain network; ``state_dict`` keys are the upstream's.
+        plan: which kernel each band meets, see `plan_bands`.
+        normalise: apply the card's normalisation; False hands values through.
+
+    Attributes:
+        channels: channels C_i of the four maps.
+        strides: pixels per cell of the four maps.
+        layout: ``"vit"``, ``"convnext"``, ``"resnet"``, ``"swin"``.
+        width: token width of a ViT, else None.
+        num_prefix_tokens: tokens before the patch tokens (class, registers).
+        image_size: height and width in pixels that it was loaded for.
+        adapter: the active PEFT adapter, or None.
+    """
+
+    channels: list[int]
+    strides: list[int]
+    layout: str
+    width: int | None = None
+    num_prefix_tokens: int = 0
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        card: BackboneCard,
+        model: nn.Module,
+        plan: BandPlan,
+        normalise: bool = True,
+    ) -> None:
+        super().__init__()
+        self.card = card
+        self.bands = plan.bands
+        self.normalise = normalise
+        self.image_size = card.image_size
+        self.model = model
+        everything = plan.read == tuple(range(len(plan.bands)))
+        self.select = nn.Identity() if everything else SelectBands(plan.read)
+        # Not persistent: the card holds the numbers, the state dict the weights.
+        mean = torch.tensor(plan.mean).view(-1, 1, 1)  # (C, 1, 1)
+        std = torch.tensor(plan.std).view(-1, 1, 1)  # (C, 1, 1)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+        object.__setattr__(self, "adapter", None)
+
+    def forward(self, image: Tensor, meta: Meta | None = None) -> list[Tensor]:
+        """Compute the four feature maps.
+
+        Args:
+            image: (B, C, H, W) or, for one date, (B, C, 1, H, W); reflectance 0-1,
+                channels in the order of `bands`, H and W multiples of the largest
+                stride.
+            meta: ``date`` (B, T, 2: year, day of year from 0) and ``lonlat``
+                (B, 2, degrees), both optional; a backbone that has no use for
+                metadata does not look at it.
+
+        Returns:
+            Four maps (B, C_i, H / stride_i, W / stride_i), shallow to deep.
+
+        Raises:
+            TypeError: if the image is not floating point.
+            ValueError: if its shape does not fit.
+        """
+        image = self.normalised(self._check(image))
+        return self.forward_maps(self.select(image), meta)
+
+    def normalised(self, image: Tensor) -> Tensor:
+        """Reflectance 0-1 as the network wants it, (B, C, H, W) both."""
+        if not self.normalise:
+            return image
+        return (image * self.card.normalisation.scale - self.mean) / self.std
+
+    def forward_maps(self, image: Tensor, meta: Meta | None) -> list[Tensor]:
+        """Feature maps of a normalised image; each family writes its own."""
+        raise NotImplementedError
+
+    def _check(self, image: Tensor) -> Tensor:
+        if not image.is_floating_point():
+            raise TypeError(
+                f"image is {image.dtype}: reflectance 0-1 in floating point is needed; "
+                "divide integer values by the data set's scale first"
+            )
+        if image.ndim == 5 and image.shape[2] == 1:
+            image = image.squeeze(2)  # (B, C, 1, H, W) -> (B, C, H, W)
+        if image.ndim != 4:
+            raise ValueError(
+                f"image has shape {tuple(image.shape)}: {self.card.name} takes one "
+                "date, (B, C, H, W) or (B, C, 1, H, W)"
+            )
+        if image.shape[1] != len(self.bands):
+            raise ValueError(
+                f"image has {image.shape[1]} channels, {self.card.name} was loaded for "
+                f"{len(self.bands)}: {', '.join(self.bands)}. Load it with "
+                "bands=[...] in the order of your channels"
+            )
+        height, width = image.shape[-2:]
+        step = max(self.strides)
+        if height % step or width % step or not height or not width:
+            raise ValueError(
+                f"image is {height} x {width} px: {self.card.name} needs multiples of "
+                f"{step}. Pad it, or use build_model, which pads and crops back"
+            )
+        return image
+
+    @property
+    def block_paths(self) -> list[str]:
+        """Dotted paths of the blocks inside `model`, in order."""
+        raise NotImplementedError
+
+    @property
+    def blocks(self) -> list[tuple[str, nn.Module]]:
+        """(path, module) of every block, in order, as they stand now."""
+        return [(path, self.module(path)) for path in self.block_paths]
+
+    def module(self, path: str) -> nn.Module:
+        """The module at a dotted path inside `model`.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        try:
+            return self.model.get_submodule(path)
+        except AttributeError as error:
+            raise ValueError(
+                f"{self.card.name} has no module {path!r}: {error}. Paths are those of "
+                "backbone.model.named_modules()"
+            ) from error
+
+    def weights_hash(self) -> str:
+        """SHA-256 over names, shapes, types and bytes of `model`'s state dict.
+
+        An adapter remembers it, so that it cannot be loaded onto other weights.
+        """
+        digest = hashlib.sha256()
+        for name, tensor in self.model.state_dict().items():
+            digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Switch mode; frozen batch norms stay in eval mode.
+
+        A batch norm none of whose parameters are trained must not move its running
+        statistics either: otherwise a "frozen" backbone changes with every batch.
+        """
+        super().train(mode)
+        for layer in self.modules():
+            if isinstance(layer, _BATCH_NORMS) and not any(
+                parameter.requires_grad for parameter in layer.parameters()
+            ):
+                layer.eval()
+        return self
+
+    def extra_repr(self) -> str:
+        """Name and bands, as `print(backbone)` shows them."""
+        return f"name={self.card.name!r}, bands={list(self.bands)}"
+
+
+def tap_points(depth: int) -> tuple[int, ...]:
+    """Blocks after which the four maps of a plain ViT are taken.
+
+    12 blocks give 2, 5, 8, 11; 24 give 5, 11, 17, 23; 32 give 7, 15, 23, 31.
+    """
+    return tuple(math.ceil(depth * quarter / 4) - 1 for quarter in (1, 2, 3, 4))
+
+
+def adapt_kernels(layer: nn.Module, kernels: Sequence[int | None]) -> None:
+    """Rearrange a convolution's input kernels in place.
+
+    Args:
+        layer: the first convolution, weight (D, C, kh, kw).
+        kernels: one entry per new input channel: the index of the old kernel, or
+            None for a random one, drawn with the spread of the old ones.
+
+    Raises:
+        TypeError: if the layer is not an ungrouped `nn.Conv2d`.
+    """
+    if not isinstance(layer, nn.Conv2d) or layer.groups != 1:
+        raise TypeError(f"bands can be changed on a plain Conv2d, not on {layer!r}")
+    if list(kernels) == list(range(layer.in_channels)):
+        return
+    old: Tensor = layer.weight.detach()
+    new: list[Any] = []
+    for index in kernels:
+        if index is None:
+            new.append(torch.randn_like(old[:, 0]) * old.std())
+        else:
+            new.append(old[:, index])
+    layer.weight = nn.Parameter(torch.stack(new, dim=1))  # (D, len(kernels), kh, kw)
+    layer.in_channels = len(kernels)

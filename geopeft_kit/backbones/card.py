@@ -1,0 +1,248 @@
+"""Backbone cards: what a model expects, what it is, and where it comes from.
+
+A card is plain data. It says which bands a backbone was trained on, how their
+values were normalised, who may use the weights, and where the file lies. The
+module also answers the one question that depends on the card alone: which kernel
+of the patch embedding does each band of *your* image meet?
+
+Taught in notebook 01 (load a geospatial foundation model).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from html import escape
+from typing import Any, Literal
+
+from geopeft_kit.bands import BANDS, resolve_bands
+
+NewBands = Literal["error", "random", "copy_nearest", "ignore"]
+NEW_BANDS: tuple[str, ...] = ("error", "random", "copy_nearest", "ignore")
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """``(image * scale - mean) / std`` per band, image as reflectance 0-1.
+
+    Args:
+        scale: factor from reflectance to the unit of ``mean`` and ``std``.
+        mean: one value per band of the card.
+        std: one value per band of the card.
+    """
+
+    scale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """Where one file of weights lies.
+
+    Args:
+        file: file name, also the name in the local cache.
+        repo: ``owner/name`` on the Hugging Face hub, or None.
+        revision: branch, tag or commit of ``repo``.
+        url: full address where the file is not on the hub.
+        sha256: checksum, only where it was computed from the real file.
+
+    With neither ``repo`` nor ``url`` the file is packaged with the kit.
+    """
+
+    file: str
+    repo: str | None = None
+    revision: str = "main"
+    url: str | None = None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class BackboneCard:
+    """Everything that is known about a backbone before it is built.
+
+    Args:
+        name: the name that `load_backbone` takes.
+        family: which builder makes it (``"prithvi"``, ``"timm"``, ...).
+        bands: canonical band names, in the order of the published kernels.
+        patch: patch size in pixels; of a hierarchical network, the stride of its
+            first map.
+        width: token width of a ViT, or the width of the last stage.
+        depth: number of blocks.
+        parameters: numbers in the network that `load_backbone` builds with the
+            card's own bands; classifier, decoder, fixed position tables and the
+            metadata scalars that ``notes`` names are not counted.
+        image_size: height and width in pixels of the pretraining images.
+        normalisation: applied inside the backbone's forward and nowhere else.
+        licence_weights: licence of the published weights (SPDX where there is one).
+        licence_code: licence of the code that runs them here.
+        source: web page of the model.
+        weights: files by tag; ``"default"`` is what `load_backbone` takes.
+        architecture: sizes that the builder needs (depth, heads, ...).
+        paper: title or arXiv id.
+        notes: what it is, in a sentence or two.
+        cannot: what it does not do.
+    """
+
+    name: str
+    family: str
+    bands: tuple[str, ...]
+    patch: int
+    width: int
+    depth: int
+    parameters: int
+    image_size: int
+    normalisation: Normalisation
+    licence_weights: str
+    licence_code: str
+    source: str
+    weights: Mapping[str, WeightFile] = field(default_factory=dict, hash=False)
+    architecture: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    paper: str = ""
+    notes: str = ""
+    cannot: str = ""
+
+    @property
+    def wavelengths(self) -> tuple[float | None, ...]:
+        """Central wavelength of each band in micrometres; None for radar."""
+        return tuple(BANDS[band].wavelength_um for band in self.bands)
+
+    @property
+    def licence(self) -> str:
+        """Licence of the weights: the one that decides what you may do."""
+        return self.licence_weights
+
+    @property
+    def revision(self) -> str | None:
+        """Revision of the default weight file; None where there is none."""
+        file = self.weights.get("default")
+        return file.revision if file else None
+
+    @property
+    def sha256(self) -> str | None:
+        """Checksum of the default weight file where it was computed, else None."""
+        file = self.weights.get("default")
+        return file.sha256 if file else None
+
+    def _repr_html_(self) -> str:
+        """A small table for notebooks; every value is escaped."""
+        rows = []
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name == "weights":
+                value = ", ".join(f"{tag}: {w.file}" for tag, w in value.items())
+            elif item.name == "parameters":
+                value = f"{value:,}"
+            elif item.name == "bands":
+                value = ", ".join(value)
+            rows.append(
+                f"<tr><th style='text-align:left'>{escape(item.name)}</th>"
+                f"<td style='text-align:left'>{escape(str(value))}</td></tr>"
+            )
+        return f"<table>{''.join(rows)}</table>"
+
+
+@dataclass(frozen=True)
+class BandPlan:
+    """Which kernel each band of an image meets.
+
+    Args:
+        bands: the C channels of the image, canonical names in the user's order.
+        read: positions among those C that the embedding reads (all of them, except
+            under ``new_bands="ignore"``).
+        kernels: for each position in ``read``, the index of the card's kernel, or
+            None for a random one.
+        mean: C values in the card's unit.
+        std: C values in the card's unit.
+        new_bands: the policy that led to this plan.
+    """
+
+    bands: tuple[str, ...]
+    read: tuple[int, ...]
+    kernels: tuple[int | None, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    new_bands: NewBands
+
+    @property
+    def read_bands(self) -> tuple[str, ...]:
+        """Names of the bands that the embedding reads."""
+        return tuple(self.bands[position] for position in self.read)
+
+
+def plan_bands(
+    card: BackboneCard,
+    bands: str | Sequence[str] | None = None,
+    new_bands: NewBands = "error",
+) -> BandPlan:
+    """Match the bands of an image with the kernels of a backbone, by name.
+
+    A band the card does not know gets the statistics of the known band nearest in
+    wavelength; a band without a wavelength (radar) is passed on as it is.
+
+    Args:
+        card: the backbone's card.
+        bands: sensor name, or C band names in the order of the image's channels;
+            None means the card's own.
+        new_bands: what to do with a band the card does not know. ``"error"``;
+            ``"random"``: a random kernel of the known kernels' spread;
+            ``"copy_nearest"``: the kernel of the nearest wavelength; ``"ignore"``:
+            the image carries the band and the embedding does not read it.
+
+    Returns:
+        The plan, one entry per band of the image.
+
+    Raises:
+        ValueError: for an unknown policy, a band that needs one, a band with no
+            wavelength under ``"copy_nearest"``, or no known band at all.
+    """
+    if new_bands not in NEW_BANDS:
+        raise ValueError(f"new_bands={new_bands!r}: allowed are {', '.join(NEW_BANDS)}")
+    names = card.bands if bands is None else resolve_bands(bands)
+    unknown = [name for name in names if name not in card.bands]
+    if unknown and new_bands == "error":
+        raise ValueError(
+            f"{card.name} does not know {', '.join(unknown)}; it knows "
+            f"{', '.join(card.bands)}. Leave them out, or choose new_bands='random', "
+            "'copy_nearest' or 'ignore'"
+        )
+    if len(unknown) == len(names) and new_bands != "random":
+        raise ValueError(
+            f"{card.name} knows none of {', '.join(names)}; it knows "
+            f"{', '.join(card.bands)}. Choose another backbone, or new_bands='random'"
+        )
+    read, kernels, mean, std = [], [], [], []
+    for position, name in enumerate(names):
+        nearest = _nearest(card, name)
+        kernel = nearest if new_bands == "copy_nearest" else None
+        if name in card.bands:
+            kernel = card.bands.index(name)
+        elif new_bands == "copy_nearest" and nearest is None:
+            raise ValueError(
+                f"{name} has no wavelength, so no band of {card.name} is nearest to "
+                "it; choose new_bands='random' or 'ignore'"
+            )
+        mean.append(0.0 if nearest is None else card.normalisation.mean[nearest])
+        std.append(1.0 if nearest is None else card.normalisation.std[nearest])
+        if name in card.bands or new_bands != "ignore":
+            read.append(position)
+            kernels.append(kernel)
+    return BandPlan(
+        bands=tuple(names),
+        read=tuple(read),
+        kernels=tuple(kernels),
+        mean=tuple(mean),
+        std=tuple(std),
+        new_bands=new_bands,
+    )
+
+
+def _nearest(card: BackboneCard, name: str) -> int | None:
+    """Index of the card's band nearest in wavelength to ``name``; itself if known."""
+    if name in card.bands:
+        return card.bands.index(name)
+    target = BANDS[name].wavelength_um
+    known = [(i, w) for i, w in enumerate(card.wavelengths) if w is not None]
+    if target is None or not known:
+        return None
+    return min(known, key=lambda pair: abs(pair[1] - target))[0]

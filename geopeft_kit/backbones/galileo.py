@@ -1,0 +1,461 @@
+"""Galileo: a small ViT over groups of bands, with real public weights.
+
+Galileo makes one token per patch *and channel group*: BLUE, GREEN, RED are one group,
+the SWIR bands another. Groups that an image lacks are simply not in the sequence. The
+patch size is free from 1 to 8: the 8 x 8 kernels are resized so that a patch and its
+resized copy give the same token.
+
+Ours is a short module for single dates of Sentinel-2, written from the formulas;
+tokens equal those of the published code. Two points of that code decide about it:
+kernels are resized with an antialiased bicubic filter, and the frequencies of all
+fixed codes fall four times more slowly than in the usual sine-cosine table.
+
+Sources: Tseng et al., Galileo, arXiv 2502.09356 and github.com/nasaharvest/galileo;
+patch resizing from Beyer et al., FlexiViT, arXiv 2212.08013, section 3.4.
+Taught in notebook 01 (load a geospatial foundation model).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+from geopeft_kit.backbones.base import Backbone, Meta, tap_points
+from geopeft_kit.backbones.card import (
+    BackboneCard,
+    BandPlan,
+    Normalisation,
+    WeightFile,
+)
+from geopeft_kit.backbones.weights import State, load_strictly
+
+# In the order of the rows of the channel embedding.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "S1": ("VV", "VH"),
+    "S2_RGB": ("BLUE", "GREEN", "RED"),
+    "S2_Red_Edge": ("RED_EDGE_1", "RED_EDGE_2", "RED_EDGE_3"),
+    "S2_NIR_10m": ("NIR_BROAD",),
+    "S2_NIR_20m": ("NIR_NARROW",),
+    "S2_SWIR": ("SWIR_1", "SWIR_2"),
+    "NDVI": ("NDVI",),
+}
+MAX_PATCH = 8
+_DATES = 24
+# First day of each month, counted from 0, in a year of 365 days.
+_MONTH_STARTS = (0, 31, 59, 90, 120, 151, 181, 212, 243, 273, 304, 334)
+# Groups of other sensors, in the file and not used here.
+_OTHER = (
+    "space_embed.",
+    "time_embed.",
+    "static_embed.",
+    "sp_channel_embed",
+    "t_channel_embed",
+    "st_channel_embed",
+)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with separate query, key and value layers.
+
+    Args:
+        width: token width D.
+        heads: number of heads; D must be divisible by it.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.num_heads = heads
+        self.q = nn.Linear(width, width)
+        self.k = nn.Linear(width, width)
+        self.v = nn.Linear(width, width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        query, key, value = (
+            layer(tokens).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+            for layer in (self.q, self.k, self.v)
+        )  # each (B, heads, N, D / heads)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return self.proj(mixed.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block, with timm's attribute names."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = Mlp(width, 4 * width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        tokens = tokens + self.attn(self.norm1(tokens))
+        return tokens + self.mlp(self.norm2(tokens))
+
+
+class PatchEmbedding(nn.Module):
+    """Patches of one channel group to tokens, at any patch size up to 8.
+
+    Args:
+        channels: bands of the group.
+        width: token width D.
+        patch: patch size in pixels.
+    """
+
+    def __init__(self, channels: int, width: int, patch: int) -> None:
+        super().__init__()
+        self.patch = patch
+        self.proj = nn.Conv2d(channels, width, MAX_PATCH, MAX_PATCH)
+
+    def forward(self, image: Tensor, resize: Tensor | None) -> Tensor:
+        """(B, c, H, W) -> (B, h, w, D); ``resize`` as `kernel_resize` gives it."""
+        if resize is None:
+            return self.proj(image).permute(0, 2, 3, 1)
+        kernel = self.proj.weight.flatten(2) @ resize  # (D, c, patch*patch)
+        kernel = kernel.unflatten(2, (self.patch, self.patch))
+        tokens = F.conv2d(image, kernel, self.proj.bias, stride=self.patch)
+        return tokens.permute(0, 2, 3, 1)
+
+
+class _Table(nn.Module):
+    """A fixed table under the name ``weight``, as the file calls it."""
+
+    weight: Tensor
+
+    def __init__(self, table: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", table)
+
+
+class Galileo(nn.Module):
+    """The part of Galileo's encoder that single Sentinel-2 dates go through.
+
+    Args:
+        width: token width D.
+        depth: number of blocks.
+        heads: attention heads.
+        groups: channel groups to build.
+        patch: patch size in pixels.
+    """
+
+    pos_embed: Tensor
+
+    def __init__(
+        self, width: int, depth: int, heads: int, groups: Sequence[str], patch: int
+    ) -> None:
+        super().__init__()
+        quarter = width // 4
+        self.space_time_embed = nn.ModuleDict(
+            {name: PatchEmbedding(len(GROUPS[name]), width, patch) for name in groups}
+        )
+        self.s_t_channel_embed = nn.Parameter(torch.randn(len(GROUPS), quarter) * 0.02)
+        self.register_buffer("pos_embed", fixed_code(quarter, torch.arange(_DATES)))
+        self.month_embed = _Table(_month_table(quarter))
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
+
+    def encodings(
+        self, height: int, breadth: int, month: Tensor, step: float
+    ) -> Tensor:
+        """What is added to the tokens: four quarters of the width.
+
+        Args:
+            height: patches along y.
+            breadth: patches along x.
+            month: (B,) month of each image, from 0.
+            step: distance of two patches, in units of 10 m.
+
+        Returns:
+            (B, h, w, N, D) for N channel groups.
+        """
+        rows = [list(GROUPS).index(name) for name in self.space_time_embed]
+        group = self.s_t_channel_embed[rows]  # (N, D/4)
+        shape = (len(month), height, breadth, len(rows), -1)
+        quarter = group.shape[1]
+        places = torch.arange(max(height, breadth), device=month.device) * step
+        code = fixed_code(quarter // 2, places)  # (max(h, w), D/8)
+        return torch.cat(
+            [
+                group.expand(shape),
+                self.pos_embed[0].expand(shape),
+                self.month_embed.weight[month][:, None, None, None].expand(shape),
+                code[:breadth, None].expand(shape),
+                code[:height, None, None].expand(shape),
+            ],
+            dim=-1,
+        )
+
+
+class GalileoBackbone(Backbone):
+    """Galileo as four maps: the mean over the channel groups of each patch.
+
+    Args:
+        card: what the model is.
+        model: the encoder, with the groups at hand only.
+        plan: the bands of the user's images.
+        normalise: see `load_backbone`.
+        patch: patch size in pixels.
+        month: month from 0, for images without a date.
+        resolution: ground size of a pixel in metres.
+    """
+
+    layout = "vit"
+    model: Galileo
+    resize: Tensor | None
+
+    def __init__(
+        self,
+        card: BackboneCard,
+        model: Galileo,
+        plan: BandPlan,
+        normalise: bool,
+        patch: int,
+        month: int,
+        resolution: float,
+    ) -> None:
+        super().__init__(card, model, plan, normalise)
+        self.width = card.width
+        self.channels = [card.width] * 4
+        self.strides = [patch] * 4
+        self.taps = tap_points(len(model.blocks))
+        self.patch, self.month, self.resolution = patch, month, resolution
+        names = [plan.bands[position] for position in plan.read]
+        self.positions = {
+            group: [names.index(band) for band in GROUPS[group]]
+            for group in model.space_time_embed
+        }
+        matrix = None if patch == MAX_PATCH else kernel_resize(MAX_PATCH, patch)
+        self.register_buffer("resize", matrix, persistent=False)
+
+    @property
+    def block_paths(self) -> list[str]:
+        """``blocks.0`` ... in order."""
+        return [f"blocks.{i}" for i in range(len(self.model.blocks))]
+
+    def forward_maps(self, image: Tensor, meta: Meta | None) -> list[Tensor]:
+        """Normalised image (B, C, H, W) -> four maps (B, D, h, w)."""
+        patches = torch.stack(
+            [
+                embed(image[:, self.positions[group]], self.resize)
+                for group, embed in self.model.space_time_embed.items()
+            ],
+            dim=3,
+        )  # (B, h, w, N, D)
+        grid = patches.shape[1:4]
+        month = self._months(meta, image)
+        step = self.patch * self.resolution / 10
+        added = self.model.encodings(grid[0], grid[1], month, step)
+        tokens = (patches + added.to(patches.dtype)).flatten(1, 3)  # (B, h*w*N, D)
+        maps = []
+        for index, block in enumerate(self.model.blocks):
+            tokens = block(tokens)
+            if index not in self.taps:
+                continue
+            last = index == self.taps[-1]
+            tapped = self.model.norm(tokens) if last else tokens
+            own = tapped[:, -math.prod(grid) :].unflatten(1, grid)  # (B, h, w, N, D)
+            maps.append(own.mean(dim=3).permute(0, 3, 1, 2))  # (B, D, h, w)
+        return maps
+
+    def _months(self, meta: Meta | None, image: Tensor) -> Tensor:
+        """(B,) months from 0: of ``meta["date"]`` where it is given, else `month`."""
+        if not meta or meta.get("date") is None:
+            return torch.full((len(image),), self.month, device=image.device)
+        date = meta["date"].to(image.device)[:, 0]  # (B, 2)
+        return month_of(date[:, 0], date[:, 1])
+
+
+def fixed_code(size: int, places: Tensor) -> Tensor:
+    """Sines, then cosines, with Galileo's frequencies 10000^(-i / (2 size)).
+
+    Args:
+        size: length of the code.
+        places: (n,) positions.
+
+    Returns:
+        (n, size) float32.
+    """
+    steps = torch.arange(size // 2, device=places.device, dtype=torch.float32)
+    angles = torch.outer(places.float(), 10000 ** (-steps / (2 * size)))
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def _month_table(size: int) -> Tensor:
+    """Sine and cosine of the month as an angle, (12, size)."""
+    angles = (2 * math.pi / 12 * torch.arange(12))[:, None].expand(12, size // 2)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def month_of(year: Tensor, day: Tensor) -> Tensor:
+    """Month from 0.
+
+    Args:
+        year: (B,) as 2020.
+        day: (B,) day of the year, counted from 0.
+
+    Returns:
+        (B,) long, 0 to 11.
+    """
+    leap = (year % 4 == 0) & ((year % 100 != 0) | (year % 400 == 0))
+    day = torch.where(leap & (day >= 59), day - 1, day)  # 29 February is day 59
+    starts = torch.tensor(_MONTH_STARTS[1:], device=day.device, dtype=day.dtype)
+    return torch.bucketize(day.contiguous(), starts, right=True)
+
+
+def kernel_resize(old: int, new: int) -> Tensor:
+    """Matrix that resizes patch kernels: flat kernels times it.
+
+    If B resizes a patch, tokens stay what they were when the kernel is multiplied by
+    the pseudo-inverse of B transposed.
+
+    Args:
+        old: side of the kernels as trained.
+        new: side of the kernels wanted.
+
+    Returns:
+        (old * old, new * new).
+
+    Source: FlexiViT, arXiv 2212.08013, section 3.4.
+    """
+    basis = torch.eye(old * old).unflatten(1, (1, old, old))  # (old*old, 1, old, old)
+    resized = F.interpolate(
+        basis, size=(new, new), mode="bicubic", antialias=True
+    )  # (old*old, 1, new, new)
+    return torch.linalg.pinv(resized.flatten(1)).T
+
+
+def build(
+    card: BackboneCard,
+    plan: BandPlan,
+    state: Mapping[str, Tensor] | None,
+    image_size: int | None = None,
+    normalise: bool = True,
+    patch: int = MAX_PATCH,
+    month: int = 6,
+    resolution: float = 10.0,
+) -> GalileoBackbone:
+    """Build Galileo for the channel groups that the image covers.
+
+    Args:
+        card: sizes and bands.
+        plan: the bands of the user's images.
+        state: checkpoint in the upstream's key layout, or None for random weights.
+        image_size: not needed: positions are computed for each image.
+        normalise: see `load_backbone`.
+        patch: patch size in pixels, 1 to 8; 4 makes four times the tokens of 8.
+        month: month from 0, for images that come without a date (6 is July).
+        resolution: ground size of a pixel in metres.
+
+    Raises:
+        ValueError: for an option out of range or a band set that covers a channel
+            group only partly.
+    """
+    if patch not in range(1, MAX_PATCH + 1):
+        raise ValueError(f"patch={patch!r}: {card.name} takes 1 to {MAX_PATCH}")
+    if month not in range(12):
+        raise ValueError(f"month={month!r}: 0 (January) to 11 (December) are allowed")
+    if not resolution > 0:
+        raise ValueError(f"resolution={resolution!r}: metres per pixel, above 0")
+    groups, plan = _cover(card, plan)
+    heads = int(str(card.architecture["heads"]))
+    model = Galileo(card.width, card.depth, heads, groups, patch)
+    if state is not None:
+        load_strictly(model, _known(state, groups), card.name)
+    return GalileoBackbone(card, model, plan, normalise, patch, month, resolution)
+
+
+def _cover(card: BackboneCard, plan: BandPlan) -> tuple[list[str], BandPlan]:
+    """Groups that the bands cover whole, and the plan without the other bands."""
+    if any(band not in card.bands for band in plan.read_bands):
+        raise ValueError(
+            f"{card.name} reads its bands in groups, so a new one has no kernel to "
+            "copy or draw: use new_bands='ignore', or leave it out"
+        )
+    groups, partly = [], []
+    for group, members in GROUPS.items():
+        missing = [band for band in members if band not in plan.read_bands]
+        if not missing:
+            groups.append(group)
+        elif len(missing) < len(members):
+            partly.append(f"{group} lacks {', '.join(missing)}")
+    if partly and plan.new_bands != "ignore":
+        raise ValueError(
+            f"{card.name} reads bands in whole groups: {'; '.join(partly)}. Give all "
+            "bands of a group or none, or new_bands='ignore' to leave it unread"
+        )
+    if not groups:
+        raise ValueError(
+            f"no channel group of {card.name} is whole: {'; '.join(partly)}. Add bands"
+        )
+    whole = {band for group in groups for band in GROUPS[group]}
+    kept = [position for position in plan.read if plan.bands[position] in whole]
+    kernels = tuple(card.bands.index(plan.bands[position]) for position in kept)
+    return groups, replace(plan, read=tuple(kept), kernels=kernels)
+
+
+def _known(state: Mapping[str, Tensor], groups: Sequence[str]) -> State:
+    """The checkpoint without the channel groups and sensors that are not at hand."""
+    unused = tuple(f"space_time_embed.{g}." for g in GROUPS if g not in groups)
+    return {k: v for k, v in state.items() if not k.startswith(_OTHER + unused)}
+
+
+# Order of the authors' normalisation file; surface reflectance x 10000.
+_STATISTICS = (  # band, mean, standard deviation
+    ("BLUE", 1395.3409, 917.7041),
+    ("GREEN", 1338.4027, 913.2988),
+    ("RED", 1343.0988, 1092.6787),
+    ("RED_EDGE_1", 1543.8608, 1047.2206),
+    ("RED_EDGE_2", 2186.2022, 1048.0102),
+    ("RED_EDGE_3", 2525.0933, 1143.6903),
+    ("NIR_BROAD", 2410.3377, 1098.9792),
+    ("NIR_NARROW", 2750.2855, 1204.4728),
+    ("SWIR_1", 2234.9111, 1145.9774),
+    ("SWIR_2", 1474.5311, 980.2430),
+)
+_COMMIT = "0f0b5b95ac81acef4b74cf4686dc877202f4541b"
+
+GALILEO_NANO = BackboneCard(
+    name="galileo_nano",
+    family="galileo",
+    bands=tuple(band for band, _, _ in _STATISTICS),
+    patch=MAX_PATCH,
+    width=128,
+    depth=4,
+    parameters=876_128,
+    image_size=64,
+    # The authors map mean - 2 std to 0 and mean + 2 std to 1.
+    normalisation=Normalisation(
+        1e4,
+        tuple(mean - 2 * std for _, mean, std in _STATISTICS),
+        tuple(4 * std for _, _, std in _STATISTICS),
+    ),
+    licence_weights="MIT",
+    licence_code="Apache-2.0",
+    source="https://github.com/nasaharvest/galileo",
+    weights={
+        "default": WeightFile(
+            "encoder.pt",
+            revision=_COMMIT,
+            url=f"https://raw.githubusercontent.com/nasaharvest/galileo/{_COMMIT}"
+            "/data/models/nano/encoder.pt",
+            sha256="eab6acacf527886a508a555bc24efe4b4a2cf91b162e84cd1c4a1807e942180c",
+        )
+    },
+    architecture={"heads": 8},
+    paper="arXiv 2502.09356",
+    notes="Self-supervised on Sentinel-1, Sentinel-2, weather, elevation and more. One "
+    "token per patch and channel group; the month of meta['date'] is used, else July.",
+    cannot="Reads one date of Sentinel-2; radar, NDVI, weather and the other inputs "
+    "are in the file (1,037,856 numbers) and are not used.",
+)
+
+CARDS = (GALILEO_NANO,)

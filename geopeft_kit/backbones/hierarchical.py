@@ -1,0 +1,74 @@
+"""Hierarchical networks: ConvNeXt, ResNet and Swin as they are in timm.
+
+Their four stages give four maps of growing stride. The network stays timm's own, with
+timm's names, less its classifier.
+
+Source: timm.
+Taught in notebook 01 (load a geospatial foundation model).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import Tensor, nn
+
+from geopeft_kit.backbones.base import Backbone, Meta
+from geopeft_kit.backbones.card import BackboneCard, BandPlan
+
+# What a block is called, per layout.
+_BLOCKS = {
+    "vit": re.compile(r"blocks\.\d+"),
+    "convnext": re.compile(r"stages\.\d+\.blocks\.\d+"),
+    "resnet": re.compile(r"layer\d+\.\d+"),
+    "swin": re.compile(r"layers\.\d+\.blocks\.\d+"),
+}
+
+
+def block_names(model: nn.Module, layout: str) -> list[str]:
+    """Dotted paths of a network's blocks, in order."""
+    names = (name for name, _ in model.named_modules())
+    return [name for name in names if _BLOCKS[layout].fullmatch(name)]
+
+
+class HierarchicalBackbone(Backbone):
+    """Four maps, one per stage, usually at strides 4, 8, 16 and 32.
+
+    Swin's final norm is applied to its last map, as timm does; the norm in the
+    classifier of a ConvNeXt belongs to the classifier and is left out.
+
+    Args:
+        card: what the model is.
+        model: timm's network with `forward_intermediates`.
+        plan: which kernel each band meets.
+        normalise: see `load_backbone`.
+        layout: ``"convnext"``, ``"resnet"`` or ``"swin"``.
+    """
+
+    model: Any
+
+    def __init__(
+        self,
+        card: BackboneCard,
+        model: Any,
+        plan: BandPlan,
+        normalise: bool,
+        layout: str,
+    ) -> None:
+        super().__init__(card, model, plan, normalise)
+        self.layout = layout
+        stages = model.feature_info[-4:]
+        self.channels = [stage["num_chs"] for stage in stages]
+        self.strides = [stage["reduction"] for stage in stages]
+
+    @property
+    def block_paths(self) -> list[str]:
+        """As ``stages.0.blocks.0``, ``layer1.0`` or ``layers.0.blocks.0``."""
+        return block_names(self.model, self.layout)
+
+    def forward_maps(self, image: Tensor, meta: Meta | None) -> list[Tensor]:
+        """Normalised image (B, C, H, W) -> four maps (B, C_i, H_i, W_i)."""
+        return self.model.forward_intermediates(
+            image, indices=4, norm=True, intermediates_only=True
+        )

@@ -1,0 +1,305 @@
+"""Prithvi-EO 1.0 and 2.0, and the kit's own tiny model of the same build.
+
+Prithvi differs from timm's defaults in two points that raise no error when missed:
+layer norms with eps 1e-5, and a position table that is computed, not learned. One
+date is read for now: the patch embedding, published as a 3-D convolution over time,
+has a time step of one and becomes a plain 2-D one.
+
+Sources: Prithvi-EO 1.0, arXiv 2310.18660; Prithvi-EO 2.0, arXiv 2412.02732.
+Taught in notebook 01 (load a geospatial foundation model).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from geopeft_kit.backbones.base import adapt_kernels
+from geopeft_kit.backbones.card import (
+    BackboneCard,
+    BandPlan,
+    Normalisation,
+    WeightFile,
+)
+from geopeft_kit.backbones.vit import ViTBackbone
+from geopeft_kit.backbones.weights import State, load_strictly, strip_prefixes
+
+HLS_BANDS = ("BLUE", "GREEN", "RED", "NIR_NARROW", "SWIR_1", "SWIR_2")
+# Learned by the TL ("time and location") models: weight of date and of place.
+METADATA_SCALES = ("temporal_embed_enc.scale", "location_embed_enc.scale")
+_PREFIXES = ("module.", "model.", "encoder.", "_timm_module.")
+_NOT_ENCODER = ("decoder.", "decoder_", "mask_token", "neck.", "head.", "aux_heads.")
+
+
+class PrithviBackbone(ViTBackbone):
+    """A ViT with Prithvi's fixed position table, for one date.
+
+    Attributes:
+        metadata_scales: the two scalars that a TL checkpoint learned for date and
+            place. They are loaded and kept; no metadata is added yet.
+    """
+
+    model: Any  # a VisionTransformer that does have a class token and a table
+    metadata_scales: State
+
+    def add_positions(self, patches: Tensor) -> Tensor:
+        """(B, h, w, D) -> (B, 1 + h*w, D); the table is resized if h, w differ."""
+        size = (patches.shape[1], patches.shape[2])
+        grid = tuple(self.model.patch_embed.grid_size)
+        table = self.model.pos_embed[:, 1:]  # (1, N, D); the class token's row is zero
+        if size != grid:
+            table = resize_table(table, grid, size)  # (1, h*w, D)
+        tokens = patches.flatten(1, 2) + table.to(patches.dtype)  # (B, h*w, D)
+        first = self.model.cls_token.expand(len(tokens), -1, -1)  # (B, 1, D)
+        return torch.cat([first.to(tokens.dtype), tokens], dim=1)
+
+
+def sine_cosine_table(width: int, height: int, breadth: int, dates: int = 1) -> Tensor:
+    """Prithvi's fixed position table.
+
+    Each axis has a one-dimensional code: all sines, then all cosines, base 10000. The
+    codes stand side by side: x (6/16 of the width), y (6/16), time (4/16).
+
+    Args:
+        width: token width D, a multiple of 16.
+        height: patches along y.
+        breadth: patches along x.
+        dates: dates T.
+
+    Returns:
+        (T * height * breadth, D): dates, then rows, then columns.
+
+    Raises:
+        ValueError: if the width is not a multiple of 16.
+
+    Source: Prithvi-EO 2.0, arXiv 2412.02732.
+    """
+    if width % 16:
+        raise ValueError(f"width={width}: Prithvi's table needs a multiple of 16")
+    shape = (dates, height, breadth, -1)
+    x = _code(width * 6 // 16, breadth)[None, None].expand(shape)
+    y = _code(width * 6 // 16, height)[None, :, None].expand(shape)
+    t = _code(width * 4 // 16, dates)[:, None, None].expand(shape)
+    return torch.cat([x, y, t], dim=-1).flatten(0, 2)  # (T * height * breadth, D)
+
+
+def _code(size: int, count: int) -> Tensor:
+    """Positions 0 .. count-1 as sines and cosines, (count, size)."""
+    half = size // 2
+    rates = 10000 ** -(torch.arange(half, dtype=torch.float64) / half)
+    angles = torch.outer(torch.arange(count, dtype=torch.float64), rates)
+    return torch.cat([angles.sin(), angles.cos()], dim=1).float()
+
+
+def resize_table(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Resize a position table as Prithvi does: bicubic, corners aligned.
+
+    Args:
+        table: (1, h*w, D) on the grid ``old``.
+        old: (h, w) in patches.
+        new: (h', w') in patches.
+
+    Returns:
+        (1, h'*w', D).
+    """
+    grid = table.transpose(1, 2).unflatten(2, old)  # (1, D, h, w)
+    grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=True)
+    return grid.flatten(2).transpose(1, 2)  # (1, h'*w', D)
+
+
+def build(
+    card: BackboneCard,
+    plan: BandPlan,
+    state: Mapping[str, Tensor] | None,
+    image_size: int | None = None,
+    normalise: bool = True,
+) -> PrithviBackbone:
+    """Build a Prithvi-like ViT.
+
+    Args:
+        card: sizes and bands.
+        plan: the bands of the user's images.
+        state: checkpoint in the upstream's key layout, or None for random weights.
+        image_size: not needed: the table is resized to each image.
+        normalise: see `load_backbone`.
+    """
+    wanted = METADATA_SCALES if card.architecture["metadata"] else ()
+    if state is None:
+        model = _network(card)
+        _initialise(model)
+        scales = {key: torch.full((1,), 0.1) for key in wanted}
+    else:
+        with torch.device("meta"):  # no memory and no time for random numbers
+            model = _network(card)
+        weights, scales = encoder_state(state, wanted)
+        load_strictly(model, weights, card.name)
+    side = card.image_size // card.patch
+    table = sine_cosine_table(card.width, side, side)  # (side*side, D)
+    table = torch.cat([torch.zeros(1, card.width), table])[None]  # (1, 1 + N, D)
+    # A buffer under timm's name: the plain model runs alone, and nothing trains it.
+    del model.pos_embed
+    model.register_buffer("pos_embed", table, persistent=False)
+    adapt_kernels(model.patch_embed.proj, plan.kernels)
+    backbone = PrithviBackbone(card, model, plan, normalise)
+    backbone.metadata_scales = scales
+    return backbone
+
+
+def _network(card: BackboneCard) -> Any:
+    return VisionTransformer(
+        img_size=card.image_size,
+        patch_size=card.patch,
+        in_chans=len(card.bands),
+        num_classes=0,
+        embed_dim=card.width,
+        depth=card.depth,
+        num_heads=card.architecture["heads"],
+        norm_layer=partial(nn.LayerNorm, eps=1e-5),
+        pos_embed="none",
+        dynamic_img_size=True,
+    )
+
+
+def _initialise(model: Any) -> None:
+    """Prithvi's random start: Xavier for matrices, normal 0.02 for the class token."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(module.weight.detach().flatten(1))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    nn.init.normal_(model.cls_token, std=0.02)
+
+
+def encoder_state(
+    state: Mapping[str, Tensor], metadata: Sequence[str] = ()
+) -> tuple[State, State]:
+    """Turn a Prithvi checkpoint into timm's keys, and keep the scalars apart.
+
+    Files of 2.0 prefix ``encoder.`` and ``decoder.``, the file of 1.0 is flat, old
+    fine-tuned ones carry ``_timm_module.``. Decoder and position table are dropped.
+
+    Args:
+        state: the checkpoint.
+        metadata: keys of the scalars that this model must have.
+
+    Returns:
+        (weights for timm's VisionTransformer, metadata scalars).
+
+    Raises:
+        ValueError: if a scalar is missing or the patch embedding spans several dates.
+    """
+    kept = {
+        key: tensor
+        for key, tensor in strip_prefixes(state, _PREFIXES).items()
+        if not key.startswith(_NOT_ENCODER) and key != "pos_embed"
+    }
+    missing = [key for key in metadata if key not in kept]
+    if missing:
+        raise ValueError(
+            f"the checkpoint lacks {', '.join(missing)}: it is not one of a TL model; "
+            "take the name without _tl"
+        )
+    scales = {key: kept.pop(key).detach().float().clone() for key in metadata}
+    kernel = kept.get("patch_embed.proj.weight")
+    if kernel is not None and kernel.ndim == 5:  # (D, C, t, kh, kw)
+        if kernel.shape[2] != 1:
+            raise ValueError(
+                f"patch_embed.proj.weight {tuple(kernel.shape)} spans "
+                f"{kernel.shape[2]} dates; only kernels of one date are known"
+            )
+        kept["patch_embed.proj.weight"] = kernel.squeeze(2)  # (D, C, kh, kw)
+    return kept, scales
+
+
+_V1 = Normalisation(
+    1e4,
+    (775.229, 1080.993, 1228.586, 2497.202, 2204.214, 1610.832),
+    (1281.526, 1270.030, 1399.480, 1368.345, 1291.676, 1154.506),
+)
+_V2 = Normalisation(
+    1e4,
+    (1087.0, 1342.0, 1433.0, 2734.0, 1958.0, 1363.0),
+    (2248.0, 2179.0, 2178.0, 1850.0, 1242.0, 1049.0),
+)
+# name, hub repository, file, width, depth, heads, patch, parameters, date and place
+_PUBLISHED = (
+    ("v1_100", "1.0-100M", "V1_100M", 768, 12, 12, 16, 86_237_184, False),
+    ("v2_tiny_tl", "2.0-tiny-TL", "V2_tiny_TL", 192, 12, 3, 16, 5_634_048, True),
+    ("v2_100_tl", "2.0-100M-TL", "V2_100M_TL", 768, 12, 12, 16, 86_237_184, True),
+    ("v2_300", "2.0-300M", "V2_300M", 1024, 24, 16, 16, 303_886_336, False),
+    ("v2_300_tl", "2.0-300M-TL", "V2_300M_TL", 1024, 24, 16, 16, 303_886_336, True),
+    ("v2_600", "2.0-600M", "V2_600M", 1280, 32, 16, 14, 631_188_480, False),
+    ("v2_600_tl", "2.0-600M-TL", "V2_600M_TL", 1280, 32, 16, 14, 631_188_480, True),
+)
+
+
+def _prithvi_card(
+    name: str,
+    repo: str,
+    file: str,
+    width: int,
+    depth: int,
+    heads: int,
+    patch: int,
+    parameters: int,
+    metadata: bool,
+) -> BackboneCard:
+    repo = f"ibm-nasa-geospatial/Prithvi-EO-{repo}"
+    first = name.startswith("v1")
+    scalars = (
+        " The checkpoint holds two more scalars, for date and place: loaded and kept, "
+        "not counted."
+    )
+    return BackboneCard(
+        name=f"prithvi_eo_{name}",
+        family="prithvi",
+        bands=HLS_BANDS,
+        patch=patch,
+        width=width,
+        depth=depth,
+        parameters=parameters,
+        image_size=224,
+        normalisation=_V1 if first else _V2,
+        licence_weights="Apache-2.0",
+        licence_code="Apache-2.0",
+        source=f"https://huggingface.co/{repo}",
+        weights={"default": WeightFile(f"Prithvi_EO_{file}.pt", repo=repo)},
+        architecture={"heads": heads, "metadata": metadata},
+        paper="arXiv 2310.18660" if first else "arXiv 2412.02732",
+        notes="Masked autoencoder on Harmonized Landsat Sentinel-2 time series, 30 m."
+        + (scalars if metadata else ""),
+        cannot="Reads one date; adds no date or place to the tokens yet.",
+    )
+
+
+GEOPEFT_TINY = BackboneCard(
+    name="geopeft_tiny",
+    family="prithvi",
+    bands=HLS_BANDS,
+    patch=8,
+    width=192,
+    depth=6,
+    parameters=2_743_680,
+    image_size=64,
+    normalisation=Normalisation(
+        1.0,
+        (0.080, 0.100, 0.110, 0.240, 0.210, 0.150),
+        (0.060, 0.065, 0.085, 0.110, 0.110, 0.095),
+    ),
+    licence_weights="Apache-2.0",
+    licence_code="Apache-2.0",
+    source="packaged with geopeft_kit",
+    weights={"default": WeightFile("geopeft_tiny.safetensors")},
+    architecture={"heads": 3, "metadata": False},
+    notes="Small ViT in Prithvi's block layout for teaching, pretrained with the kit's "
+    "own code on simulated scenes and a few unlabelled real chips.",
+    cannot="It is not a real geospatial foundation model: do not use it for science.",
+)
+
+CARDS = (GEOPEFT_TINY, *(_prithvi_card(*row) for row in _PUBLISHED))

@@ -1,0 +1,186 @@
+"""Any ViT, ConvNeXt, ResNet or Swin of timm, by the name ``timm:<name>``.
+
+The card is made on the fly from what timm knows: statistics, licence, address. The
+networks were trained on RGB photographs; other bands meet them by the `new_bands`
+policy.
+
+Source: timm.
+Taught in notebook 01 (load a geospatial foundation model).
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
+
+import timm
+import torch
+from timm.models.convnext import ConvNeXt
+from timm.models.resnet import ResNet
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from geopeft_kit.backbones.base import Backbone, adapt_kernels
+from geopeft_kit.backbones.card import (
+    BackboneCard,
+    BandPlan,
+    Normalisation,
+    WeightFile,
+)
+from geopeft_kit.backbones.hierarchical import HierarchicalBackbone, block_names
+from geopeft_kit.backbones.vit import ViTBackbone
+from geopeft_kit.backbones.weights import State, load_strictly, strip_prefixes
+
+PREFIX = "timm:"
+_LAYOUTS: dict[type[nn.Module], str] = {
+    VisionTransformer: "vit",
+    ConvNeXt: "convnext",
+    ResNet: "resnet",
+    SwinTransformer: "swin",
+    SwinTransformerV2: "swin",
+}
+# Modules whose models take images of any size on request.
+_PLAIN_VITS = ("timm.models.vision_transformer", "timm.models.deit")
+# Parts that only serve the classifier.
+_CLASSIFIER = ("head", "fc", "fc_norm", "attn_pool", "head_dist")
+
+
+@lru_cache(maxsize=32)
+def make_card(name: str) -> BackboneCard:
+    """Make a card from timm's own data.
+
+    Args:
+        name: ``timm:`` and a timm name, with or without a weight tag.
+
+    Raises:
+        ValueError: for an unknown name or a kind of network that is not supported.
+    """
+    config = _config(name.removeprefix(PREFIX))
+    with torch.device("meta"):
+        model = _network(name, config.input_size[1])
+    layout = _layout(name, model)
+    licence = config.license or "not stated by timm: see the source"
+    weights = {}
+    if config.hf_hub_id:
+        file = config.hf_hub_filename or "model.safetensors"
+        weights["default"] = WeightFile(file, repo=config.hf_hub_id)
+    elif config.url:
+        file = config.url.rsplit("/", 1)[-1]
+        weights["default"] = WeightFile(file, url=config.url)
+    page = f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else ""
+    return BackboneCard(
+        name=name,
+        family="timm",
+        bands=("RED", "GREEN", "BLUE"),
+        patch=model.feature_info[-4]["reduction"],
+        width=model.num_features,
+        depth=len(block_names(model, layout)),
+        parameters=sum(p.numel() for p in model.parameters()),
+        image_size=config.input_size[1],
+        normalisation=Normalisation(1.0, tuple(config.mean), tuple(config.std)),
+        licence_weights=licence,
+        licence_code="Apache-2.0",
+        source=page or config.origin_url or config.url or "random weights only",
+        weights=weights,
+        architecture={"layout": layout},
+        paper=str(config.paper_ids or ""),
+        notes="Trained on photographs, not on satellite images; timm's statistics are "
+        "those of photographs in display brightness.",
+        cannot="Knows red, green and blue only.",
+    )
+
+
+def build(
+    card: BackboneCard,
+    plan: BandPlan,
+    state: Mapping[str, Tensor] | None,
+    image_size: int | None = None,
+    normalise: bool = True,
+) -> Backbone:
+    """Build a timm network without its classifier.
+
+    Args:
+        card: made by `make_card`.
+        plan: the bands of the user's images.
+        state: checkpoint in timm's or the authors' key layout, or None for random
+            weights.
+        image_size: sets the windows of a Swin; a ViT takes any size.
+        normalise: see `load_backbone`.
+    """
+    layout = str(card.architecture["layout"])
+    # A ViT's position table keeps its published size and is resized per image.
+    size = image_size if image_size and layout == "swin" else card.image_size
+    if state is not None and layout == "vit":
+        with torch.device("meta"):  # no memory and no time for random numbers
+            model = _network(card.name, size)
+    else:
+        model = _network(card.name, size)
+    if state is not None:
+        load_strictly(model, _timm_state(model, state), card.name)
+    first = str(_config(card.name.removeprefix(PREFIX)).first_conv)
+    adapt_kernels(model.get_submodule(first), plan.kernels)
+    if layout == "vit":
+        return ViTBackbone(card, model, plan, normalise)
+    return HierarchicalBackbone(card, model, plan, normalise, layout)
+
+
+def _config(name: str) -> Any:
+    """What timm knows about a model and its weight tag."""
+    plain, _, tag = name.partition(".")
+    if not timm.is_model(plain):
+        close = ", ".join(difflib.get_close_matches(plain, timm.list_models(), n=5))
+        raise ValueError(
+            f"timm {timm.__version__} has no model {plain!r}. Close names: "
+            f"{close or 'none'}; timm.list_models('vit*') lists more"
+        )
+    tagged = timm.list_models(f"{plain}.*", pretrained=True)
+    if tag and name not in tagged:
+        raise ValueError(
+            f"timm has no weights {tag!r} for {plain}. There are: "
+            f"{', '.join(tagged) or 'none'}"
+        )
+    return timm.get_pretrained_cfg(name)
+
+
+def _network(name: str, size: int) -> Any:
+    """The network of timm with random weights and without what only classifies."""
+    plain = name.removeprefix(PREFIX)
+    options: dict[str, Any] = {}
+    if _config(plain).fixed_input_size:
+        options["img_size"] = size
+    entry = timm.model_entrypoint(plain.split(".")[0])
+    if entry.__module__ in _PLAIN_VITS:
+        options["dynamic_img_size"] = True
+    elif "swin" in entry.__module__:
+        options["strict_img_size"] = False
+    model = timm.create_model(plain, pretrained=False, num_classes=0, **options)
+    for part in _CLASSIFIER:
+        module = getattr(model, part, None)
+        if isinstance(module, nn.Module) and any(True for _ in module.parameters()):
+            setattr(model, part, nn.Identity())
+    return model
+
+
+def _layout(name: str, model: nn.Module) -> str:
+    for kind, layout in _LAYOUTS.items():
+        if isinstance(model, kind):
+            return layout
+    raise ValueError(
+        f"{name} is a {type(model).__name__}: timm's VisionTransformer, "
+        "SwinTransformer (v1, v2), ConvNeXt and ResNet are supported"
+    )
+
+
+def _timm_state(model: nn.Module, state: Mapping[str, Tensor]) -> State:
+    """Authors' keys to timm's, with timm's own converter; classifier dropped."""
+    module = sys.modules[type(model).__module__]
+    convert: Callable[..., State] | None = getattr(module, "checkpoint_filter_fn", None)
+    clean: Mapping[str, Tensor] = strip_prefixes(state, ("module.",))
+    if convert is not None:
+        clean = convert(dict(clean), model)
+    return {k: v for k, v in clean.items() if k.split(".")[0] not in _CLASSIFIER}

@@ -1,0 +1,80 @@
+"""Plain vision transformers on timm's `VisionTransformer`.
+
+What all of them share: patches, positions, blocks one by one, four maps. A family
+with its own positions (Prithvi) overrides one method.
+
+Source: Dosovitskiy et al., arXiv 2010.11929; timm.
+Taught in notebook 01 (load a geospatial foundation model).
+"""
+
+from __future__ import annotations
+
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from geopeft_kit.backbones.base import Backbone, Meta, tap_points
+from geopeft_kit.backbones.card import BackboneCard, BandPlan
+
+
+class ViTBackbone(Backbone):
+    """A plain ViT: four maps at patch stride, from four depths.
+
+    The blocks are called one by one, so a method may replace any of them. The patch
+    tokens are the last h*w tokens of a block's output: whatever a method adds
+    (prompts) stands before them.
+    """
+
+    layout = "vit"
+    model: VisionTransformer
+
+    def __init__(
+        self,
+        card: BackboneCard,
+        model: VisionTransformer,
+        plan: BandPlan,
+        normalise: bool = True,
+    ) -> None:
+        super().__init__(card, model, plan, normalise)
+        self.width = model.embed_dim
+        self.num_prefix_tokens = model.num_prefix_tokens
+        self.channels = [model.embed_dim] * 4
+        self.strides = [model.patch_embed.patch_size[0]] * 4
+        self.taps = tap_points(len(model.blocks))
+
+    @property
+    def block_paths(self) -> list[str]:
+        """``blocks.0`` ... in order."""
+        return [f"blocks.{i}" for i in range(len(self.model.blocks))]
+
+    def forward_maps(self, image: Tensor, meta: Meta | None) -> list[Tensor]:
+        """Normalised image (B, C, H, W) -> four maps (B, D, h, w)."""
+        patches = self.model.patch_embed(image)  # (B, h, w, D)
+        height, width = patches.shape[1:3]
+        tokens = self.add_positions(patches)  # (B, prefix + h*w, D)
+        tokens = self.model.norm_pre(tokens)
+        maps = []
+        for index, block in enumerate(self.model.blocks):
+            tokens = block(tokens)
+            if index not in self.taps:
+                continue
+            last = index == self.taps[-1]
+            tapped = self.model.norm(tokens) if last else tokens
+            maps.append(self.to_map(tapped, height, width))
+        return maps
+
+    def add_positions(self, patches: Tensor) -> Tensor:
+        """Add position embeddings, resized to the grid, and prepend prefix tokens.
+
+        Args:
+            patches: (B, h, w, D).
+
+        Returns:
+            Tokens (B, prefix + h*w, D).
+        """
+        return self.model._pos_embed(patches)
+
+    @staticmethod
+    def to_map(tokens: Tensor, height: int, width: int) -> Tensor:
+        """The last h*w of (B, N, D) tokens as a map (B, D, h, w)."""
+        patches = tokens[:, -height * width :]  # (B, h*w, D)
+        return patches.transpose(1, 2).unflatten(2, (height, width))  # (B, D, h, w)

@@ -1,0 +1,261 @@
+"""Weights: find the file, read it without trusting it, load it strictly.
+
+A checkpoint from the internet is untrusted input. Nothing here runs code from a
+file: safetensors hold no code, and PyTorch files are read with ``weights_only``.
+Loading is strict, since a model with half of its weights still gives numbers.
+
+Taught in notebook 01 (load a geospatial foundation model).
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from geopeft_kit.backbones.card import BackboneCard, WeightFile
+from geopeft_kit.download import cache_folder, fetch, hub_url
+
+State = dict[str, Tensor]
+_SHOWN = 5
+_PACKAGED = Path(__file__).resolve().parents[1] / "weights"
+# Where training scripts put the network inside a checkpoint.
+_NESTS = ("state_dict", "model", "model_state_dict", "teacher", "encoder")
+
+
+class _Namespace:
+    """Empty stand-in for `argparse.Namespace`."""
+
+
+class _ConfigNode:
+    """Stand-in for `yacs.config.CfgNode`: becomes a plain ordered dictionary."""
+
+    def __new__(cls, *_: object) -> OrderedDict[str, Any]:  # type: ignore[misc]
+        """PyTorch's reader fills no other mapping type."""
+        return OrderedDict()
+
+
+_INERT: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    (_Namespace, "argparse.Namespace"),
+    (_ConfigNode, "yacs.config.CfgNode"),
+]
+
+
+def find_weights(card: BackboneCard, weights: str | Path | None) -> Path | None:
+    """The local file of a card's weights, downloaded when it is not there yet.
+
+    Args:
+        card: the backbone's card.
+        weights: a tag of ``card.weights``, a checkpoint file, a folder in the
+            upstream's layout, or None for random weights.
+
+    Returns:
+        Path of the file, or None for random weights.
+
+    Raises:
+        ValueError: for an unknown tag or a folder without the expected file.
+        FileNotFoundError: if the packaged weights are not in this installation.
+        RuntimeError: if the download fails.
+    """
+    if weights is None:
+        return None
+    if isinstance(weights, str) and weights in card.weights:
+        return _find_tagged(card, weights)
+    path = Path(weights).expanduser()
+    if path.is_dir():
+        names = [file.file for file in card.weights.values()]
+        found = [path / name for name in names if (path / name).is_file()]
+        if not found:
+            raise ValueError(
+                f"folder {path} holds none of the files of {card.name}: "
+                f"{', '.join(names) or 'none is published'}. Give the checkpoint file"
+            )
+        return found[0]
+    if not path.is_file():
+        tags = ", ".join(repr(tag) for tag in card.weights) or "none"
+        raise ValueError(
+            f"weights={str(weights)!r} is neither an existing file or folder nor a tag "
+            f"of {card.name} (tags: {tags}). Use a tag, a local path, or None for "
+            "random weights"
+        )
+    return path
+
+
+def _find_tagged(card: BackboneCard, tag: str) -> Path:
+    file = card.weights[tag]
+    if file.repo is None and file.url is None:
+        path = _PACKAGED / file.file
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"the weights of {card.name} are missing from this installation "
+                f"({path}). Reinstall the kit, give weights=<local path>, or take "
+                "weights=None for random weights"
+            )
+        return path
+    folder = re.sub(r"[^\w.-]+", "_", card.name)
+    path = cache_folder() / "weights" / folder / tag / file.file
+    return fetch(weight_url(file), path, sha256=file.sha256)
+
+
+def weight_url(file: WeightFile) -> str:
+    """Address of a published weight file; HF_ENDPOINT names a mirror of the hub."""
+    if file.url is not None:
+        return file.url
+    if file.repo is None:
+        raise ValueError(f"{file.file} is packaged with the kit and has no address")
+    return hub_url(file.repo, file.file, file.revision)
+
+
+def read_checkpoint(path: str | Path) -> State:
+    """Read the tensors of a checkpoint; nothing in it is executed.
+
+    Tensors are mapped from the file rather than copied, where its format allows it.
+
+    Args:
+        path: a ``.safetensors`` file, or a file that `torch.save` wrote.
+
+    Returns:
+        Flat dictionary of tensors; nests as ``model`` or ``state_dict`` are opened.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is truncated, holds no tensors, or holds a class that is
+            not known to be inert; the class is named.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    return _flatten(_read_torch(path), path)
+
+
+def _read_safetensors(path: Path) -> State:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(_unreadable(path, error)) from error
+
+
+def _read_torch(path: Path) -> object:
+    try:
+        with torch.serialization.safe_globals(_INERT):
+            return torch.load(
+                path,
+                map_location="cpu",
+                weights_only=True,
+                mmap=zipfile.is_zipfile(path),
+            )
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if refused is None:
+            raise ValueError(_unreadable(path, error)) from error
+        raise ValueError(
+            f"{path} is refused: it holds {refused[1]}, and building that could run "
+            "code. Take a file with weights only (safetensors, or the state dict saved "
+            "alone) from its authors"
+        ) from None
+    except (RuntimeError, EOFError, OSError, KeyError) as error:
+        raise ValueError(_unreadable(path, error)) from error
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (
+        f"{path} ({path.stat().st_size:,} bytes) is truncated or no checkpoint: "
+        f"{reason}. Delete it and download it again"
+    )
+
+
+def _flatten(content: object, path: Path) -> State:
+    """Open the nest that holds the network and keep its tensors."""
+    while isinstance(content, Mapping):
+        nest = next((n for n in _NESTS if isinstance(content.get(n), Mapping)), None)
+        if nest is None:
+            break
+        content = content[nest]
+    if isinstance(content, Mapping):
+        state = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
+        if state:
+            return state
+    raise ValueError(f"{path} holds no tensors by name: not a checkpoint of a network")
+
+
+def strip_prefixes(state: Mapping[str, Tensor], prefixes: Sequence[str]) -> State:
+    """Remove wrappers' prefixes from keys, as often as they occur.
+
+    Args:
+        state: tensors by key.
+        prefixes: with their dot, as ``"module."``.
+
+    Raises:
+        ValueError: if two keys would become one.
+    """
+    clean: State = {}
+    for key, tensor in state.items():
+        name = key
+        while prefix := next((p for p in prefixes if name.startswith(p)), None):
+            name = name.removeprefix(prefix)
+        if name in clean:
+            raise ValueError(
+                f"the checkpoint holds {name!r} twice, once as {key!r}: it has two "
+                "networks inside; save the wanted one alone"
+            )
+        clean[name] = tensor
+    return clean
+
+
+def load_strictly(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
+    """Load every tensor of a model, and nothing else.
+
+    The tensors become the model's own (none is copied), so a model built on the meta
+    device costs its size once. Half precision is widened to the model's own type.
+
+    Args:
+        model: the network, on the meta device or not.
+        state: tensors by the model's own names.
+        name: the backbone's name, for messages.
+
+    Raises:
+        ValueError: naming missing and unexpected keys and wrong shapes.
+    """
+    own = model.state_dict()
+    problems = [
+        _listed("missing", [key for key in own if key not in state]),
+        _listed("unexpected", [key for key in state if key not in own]),
+        _listed(
+            "of another shape",
+            [
+                f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+                for key in own
+                if key in state and state[key].shape != own[key].shape
+            ],
+        ),
+    ]
+    problems = [problem for problem in problems if problem]
+    if problems:
+        raise ValueError(
+            f"the checkpoint does not fit {name}: {'; '.join(problems)}. "
+            "Take the file that the card names, or the backbone it was saved from"
+        )
+    cast = {key: state[key].to(own[key].dtype) for key in own}
+    model.load_state_dict(cast, strict=True, assign=True)
+
+
+def _listed(what: str, keys: Iterable[str]) -> str:
+    """``3 missing (a, b, c)``; long lists are cut and counted."""
+    keys = list(keys)
+    if not keys:
+        return ""
+    shown = ", ".join(keys[:_SHOWN])
+    more = f", and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
+    return f"{len(keys)} {what} ({shown}{more})"

@@ -1,0 +1,37 @@
+"""The data room: a chip folder on disk becomes batches; splits are by region.
+
+Taught in `notebooks/09_unseen_regions.ipynb` and `notebooks/14_your_own_data.ipynb`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from geopeft_kit.data.chips import ChipData
+    from geopeft_kit.data.folder import Chip, read_chip_folder, write_chip_folder
+    from geopeft_kit.data.simulated import simulated_data
+
+__all__ = [
+    "Chip",
+    "ChipData",
+    "read_chip_folder",
+    "simulated_data",
+    "write_chip_folder",
+]
+
+# Resolved when first used: writing a chip folder needs no torch, reading one does.
+_ROOMS = {
+    "Chip": "folder",
+    "ChipData": "chips",
+    "read_chip_folder": "folder",
+    "simulated_data": "simulated",
+    "write_chip_folder": "folder",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_ROOMS[name]}"), name)

@@ -1,0 +1,275 @@
+"""`ChipData`: a chip folder as a Lightning data module, split by region.
+
+    data = gk.ChipData("data/floods", bands="hls", test_regions=["savanna"])
+
+Batches are torchgeo-style dicts; `image` is reflectance from 0 to 1 and is normalised
+nowhere but inside the backbone. Taught in `notebooks/00_quickstart.ipynb` and
+`notebooks/14_your_own_data.ipynb`.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from geopeft_kit.bands import band_indices, resolve_bands
+from geopeft_kit.data.folder import read_chip_folder
+from geopeft_kit.data.loading import ChipDataset, ChipTable, EpochSampler
+from geopeft_kit.data.reading import ChipReader
+from geopeft_kit.data.splits import nested_order, resolve_split
+
+CACHE_LIMIT = 512 * 1024**2  # bytes of stored pixels that are kept in memory unasked
+_FIRST = ("train", "val", "test")
+
+
+class ChipData(L.LightningDataModule):
+    """A chip folder, split and ready to batch.
+
+    Args:
+        folder: As `write_chip_folder` made it.
+        bands: Bands to read, in this order: a sensor ("hls"), names or numbers; None
+            reads all of the folder.
+        split: "region" (hold `test_regions` out, or the folder's own lists where none
+            are given), "index" (the folder's own lists as they are) or "random".
+        test_regions: Regions to hold out.
+        batch_size: Chips in a batch. A last training batch of a single chip is left
+            out, since batch norm cannot compute on it; shuffling changes which.
+        val_fraction: Share of the training chips that validates, drawn scene by scene.
+        num_workers: Processes that read; 0 reads in this one.
+        seed: Of splits and of the order in training.
+        augment: Flip and turn training chips, image and mask alike.
+        cache: Keep chips in memory once read. None does so up to 512 MB of stored
+            pixels when `num_workers` is 0 (a worker's memory is its own).
+        buffer_m: Distance in metres within which a test chip counts as touching a
+            training chip; touching is warned of, shared ground is refused.
+
+    Attributes:
+        name, task, classes, colours, ignore_index, simulated, info: The folder's facts.
+        bands: Names of the channels of `image`, in order.
+        num_classes: Channels that a model has to put out.
+        regions: All region names, sorted.
+        splits: The splits that have chips.
+        index: GeoDataFrame; its column `split` says what was resolved.
+
+    Raises:
+        FileNotFoundError: No chip folder, or files of it are missing.
+        ValueError: Unknown bands, split or regions, or an index that was altered.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        bands: str | Sequence[str] | None = None,
+        split: str = "region",
+        test_regions: Sequence[str] | None = None,
+        batch_size: int = 8,
+        val_fraction: float = 0.2,
+        num_workers: int = 0,
+        seed: int = 0,
+        augment: bool = False,
+        cache: bool | None = None,
+        buffer_m: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be 1 or more.")
+        self.folder = Path(folder)
+        self.info, self.index = read_chip_folder(self.folder)
+        available = self.info.bands
+        self.bands = available if bands is None else resolve_bands(bands)
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.seed, self.augment = seed, augment
+        self._read_facts()
+        reader = ChipReader(self.folder, self.info, band_indices(self.bands, available))
+        if cache is None:
+            cache = num_workers == 0 and self._stored_bytes() <= CACHE_LIMIT
+        self._table = ChipTable(self.index, reader, cache)
+        self._resolve(split, test_regions, val_fraction, seed, buffer_m)
+
+    def _read_facts(self) -> None:
+        info = self.info
+        self.name, self.task, self.simulated = info.name, info.task, info.simulated
+        self.classes = list(info.classes) or None
+        self.colours = list(info.colours) or None
+        self.num_classes, self.ignore_index = info.num_classes, info.ignore_index
+        self.regions = sorted(self.index["region"].astype(str).unique())
+
+    def _resolve(
+        self,
+        split: str,
+        test_regions: Sequence[str] | None,
+        val_fraction: float,
+        seed: int,
+        buffer_m: float,
+    ) -> None:
+        """Fill the column `split`; chips without a target take no part in it."""
+        labelled = self.index[self.info.target].notna()
+        resolved = self.index["split"].astype(object).where(labelled, "unlabelled")
+        if labelled.any():
+            resolved[labelled] = resolve_split(
+                self.index[labelled], split, test_regions, val_fraction, seed, buffer_m
+            )
+        self.index["split"] = resolved
+
+    def _stored_bytes(self) -> int:
+        """An upper guess of what all chips take: 4 bytes a value, 8 a mask pixel."""
+        pixels = int((self.index["width"] * self.index["height"]).sum())
+        dates = 2 if self.task == "change" else 1
+        mask = 8 if self.info.target == "mask" else 0
+        return pixels * (4 * len(self.bands) * dates + mask)
+
+    @property
+    def splits(self) -> list[str]:
+        """Names of the splits that have chips: train, val, test, then others."""
+        found = set(self.index["split"]) - {"unused"}
+        return [s for s in _FIRST if s in found] + sorted(found - set(_FIRST))
+
+    def dataset(self, split: str) -> ChipDataset:
+        """The samples of one split.
+
+        Args:
+            split: "train", "val", "test" or another of `splits`.
+
+        Returns:
+            A data set of dicts without a batch axis.
+
+        Raises:
+            ValueError: The split has no chips.
+        """
+        rows = np.flatnonzero((self.index["split"] == split).to_numpy())
+        if not len(rows):
+            counts = self.index["split"].value_counts()
+            there = ", ".join(f"{name} ({counts[name]})" for name in self.splits)
+            raise ValueError(
+                f"split {split!r} of {self.name} has no chips; it has {there}. Choose "
+                "one of these, or other test_regions or val_fraction."
+            )
+        return ChipDataset(self._table, rows)
+
+    def dataloader(
+        self,
+        split: str,
+        shuffle: bool = False,
+        seed: int | None = None,
+        augment: bool | None = None,
+    ) -> DataLoader:
+        """Batches of one split.
+
+        Args:
+            split: "train", "val", "test" or another of `splits`.
+            shuffle: In an order that depends on the seed and the epoch alone.
+            seed: None takes the data's own.
+            augment: Flip and turn; None does so for shuffled training chips where the
+                data says `augment=True`.
+
+        Returns:
+            A loader of dicts: image (B,C,H,W), mask (B,H,W) or label (B,) ...
+
+        Raises:
+            ValueError: The split has no chips, chips of different size cannot share a
+                batch, or augmentation is asked for without shuffling.
+        """
+        dataset = self.dataset(split)
+        self._check_sizes(split)
+        if augment is None:
+            augment = self.augment and shuffle and split == "train"
+        if augment and not shuffle:
+            raise ValueError(
+                "augment=True draws from the epoch, which only a shuffled loader "
+                "knows; pass shuffle=True as well."
+            )
+        sampler = None
+        if shuffle:
+            sampler = EpochSampler(
+                len(dataset),
+                self.seed if seed is None else seed,
+                augment,
+                self.batch_size,
+            )
+        return DataLoader(
+            dataset,
+            self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            # A generator of its own: making an iterator draws a number, and it would
+            # draw it from the state that dropout uses.
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
+    def _check_sizes(self, split: str) -> None:
+        rows = self.index[self.index["split"] == split]
+        sizes = rows[["height", "width"]].drop_duplicates()
+        if len(sizes) > 1 and self.batch_size > 1:
+            some = [f"{h} x {w}" for h, w in sizes.to_numpy()[:3]]
+            raise ValueError(
+                f"chips of {split!r} have {len(sizes)} sizes ({', '.join(some)}), "
+                "which cannot share a batch. Cut them to one size, or use batch_size=1."
+            )
+
+    def train_dataloader(self) -> DataLoader:
+        """Training batches in an order that depends on the seed and the epoch."""
+        return self.dataloader("train", shuffle=True)
+
+    def val_dataloader(self) -> DataLoader | list[Any]:
+        """Validation batches; an empty list where there is no such split."""
+        return self.dataloader("val") if "val" in self.splits else []
+
+    def test_dataloader(self) -> DataLoader:
+        """Test batches: the unseen regions."""
+        return self.dataloader("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        """Test batches, for Lightning's `predict`."""
+        return self.dataloader("test")
+
+    def subset(self, n: int, seed: int = 0, split: str = "train") -> ChipData:
+        """The same data with only `n` chips in one split.
+
+        Subsets are nested: with one seed, the 10 chips of `subset(10)` are among the
+        32 of `subset(32)`. Classes (for labels) or regions (for masks) take part in
+        proportion.
+
+        Args:
+            n: Chips to keep.
+            seed: Of the choice.
+            split: Which split is cut down; the others stay.
+
+        Returns:
+            A new `ChipData` that shares what was already read.
+
+        Raises:
+            ValueError: `n` is below 1 or above what the split has.
+        """
+        rows = self.dataset(split).rows
+        if not 1 <= n <= len(rows):
+            raise ValueError(
+                f"subset of {n} chips asked for, but split {split!r} has {len(rows)}; "
+                f"choose n from 1 to {len(rows)}."
+            )
+        order = nested_order(self.index.iloc[rows], seed)
+        smaller = copy.copy(self)
+        smaller.index = self.index.copy()
+        column = smaller.index.columns.get_loc("split")
+        smaller.index.iloc[np.array(rows)[order[n:]], column] = "unused"
+        return smaller
+
+    def __repr__(self) -> str:
+        counts = self.index["split"].value_counts()
+        parts = ", ".join(f"{counts[name]} {name}" for name in self.splits)
+        return (
+            f"ChipData({self.name!r}: {self.task}, {len(self.bands)} bands, {parts}; "
+            f"{len(self.regions)} regions)"
+        )
+
+    # Lightning's own text would build every loader to count its batches.
+    __str__ = __repr__

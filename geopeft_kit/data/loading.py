@@ -1,0 +1,263 @@
+"""Samples and their order: a `Dataset` of chips, seeded shuffling, flips and turns.
+
+Order and augmentation of epoch e depend on (seed, e) alone and not on what ran before,
+so a run that was killed and resumed sees the same images. Lightning tells the epoch to
+any sampler that has `set_epoch`. Taught in `notebooks/02_probe_and_full.ipynb`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from geopeft_kit.data.reading import ChipReader, StoredChip
+
+if TYPE_CHECKING:
+    import geopandas as gpd
+
+
+class AugmentedKey(NamedTuple):
+    """Which sample, and what its flips and turns are drawn from."""
+
+    position: int
+    seed: int
+    epoch: int
+
+
+class EpochSampler(Sampler):
+    """Positions in a random order that depends on the seed and the epoch alone.
+
+    Args:
+        size: Number of samples.
+        seed: Of the order.
+        augment: Yield keys that ask a `ChipDataset` for flips and turns as well;
+            False yields plain positions, which any data set takes.
+        drop_last_of: With this batch size, leave out a last batch of a single sample,
+            on which batch norm cannot compute; 0 keeps all.
+    """
+
+    def __init__(
+        self, size: int, seed: int = 0, augment: bool = False, drop_last_of: int = 0
+    ) -> None:
+        self.size, self.seed, self.augment = size, seed, augment
+        self.epoch = 0
+        lone = drop_last_of > 1 and size > 1 and size % drop_last_of == 1
+        self.length = size - 1 if lone else size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch whose order comes next; Lightning calls this."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int | AugmentedKey]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
+        for index in order[: self.length].tolist():
+            yield AugmentedKey(index, self.seed, self.epoch) if self.augment else index
+
+
+def flip_and_turn(tensors: Sequence[Tensor], key: AugmentedKey) -> list[Tensor]:
+    """One of the eight symmetries of a square, the same for all tensors.
+
+    Args:
+        tensors: Each (..., H, W).
+        key: What the draw depends on.
+
+    Returns:
+        The turned tensors. Images that are not square are turned by 180 degrees at
+        most, so that their shape stays.
+    """
+    turns, flip = np.random.default_rng(list(key)).integers((4, 2))
+    if tensors[0].shape[-2] != tensors[0].shape[-1]:
+        turns = 2 * (turns % 2)
+    turned = [torch.rot90(tensor, int(turns), (-2, -1)) for tensor in tensors]
+    if flip:
+        turned = [tensor.flip(-1) for tensor in turned]
+    return [tensor.contiguous() for tensor in turned]
+
+
+@dataclass
+class ChipTable:
+    """The index as plain lists: pandas takes longer to look up a row than to read it.
+
+    Attributes:
+        index: The rows.
+        reader: Reads their files.
+        cache: True keeps each chip in memory once it was read.
+        stored: The chips kept, by row; shared by all data sets on this table.
+    """
+
+    index: gpd.GeoDataFrame
+    reader: ChipReader
+    cache: bool
+    stored: dict[int, StoredChip] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        info, index = self.reader.info, self.index
+        self.chips = index["chip"].astype(str).tolist()
+        self.regions = index["region"].astype(str).tolist()
+        self.files = {
+            name: [f if isinstance(f, str) else None for f in index[name]]
+            if name in index
+            else [None] * len(index)
+            for name in ("image", "image_after", "mask")
+        }
+        if info.task != "change":
+            self.files["image_after"] = [None] * len(index)
+        if info.target != "mask":
+            self.files["mask"] = [None] * len(index)
+        self.labels = labels_of(index, info.task, info.num_classes)
+        self.date = dates_of(index, info.task == "change")
+        self.lonlat = lonlat_of(index)
+
+    def read(self, row: int) -> StoredChip:
+        """The chip of a row, from memory where it is kept."""
+        if row in self.stored:
+            return self.stored[row]
+        chip = self.reader.read(
+            self.chips[row],
+            str(self.files["image"][row]),
+            self.files["image_after"][row],
+            self.files["mask"][row],
+        )
+        if self.cache:
+            self.stored[row] = chip
+        return chip
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A worker process that is spawned starts with an empty memory.
+        return {**self.__dict__, "stored": {}}
+
+
+class ChipDataset(Dataset):
+    """Samples of one split, as torchgeo-style dicts.
+
+    Args:
+        table: The index and its reader.
+        rows: Rows of the table that belong to the split.
+    """
+
+    def __init__(self, table: ChipTable, rows: np.ndarray) -> None:
+        self.table = table
+        self.rows = rows.tolist()
+        # A key is in every sample or in none, so that batches can be stacked.
+        self.has_date = not np.isnan(table.date[rows]).any()
+        self.has_lonlat = not np.isnan(table.lonlat[rows]).any()
+        self.has_mask = all(table.files["mask"][row] for row in self.rows)
+        self.has_label = all(table.labels[row] is not None for row in self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: int | AugmentedKey) -> dict[str, Any]:
+        """One sample; an `AugmentedKey` flips and turns it.
+
+        Args:
+            key: Position in the split, alone or with what the turn depends on.
+
+        Returns:
+            image (C,H,W) float32 reflectance, or (C,2,H,W) for change; mask (H,W)
+            int64 or float32, or label () int64 or (K,) float32; chip, region, crs;
+            bounds (4,) in that CRS; date (T,2) and lonlat (2,) where known.
+        """
+        index = key.position if isinstance(key, AugmentedKey) else key
+        row, table = self.rows[index], self.table
+        stored = table.read(row)
+        image = table.reader.reflectance(stored)
+        mask = torch.from_numpy(stored.mask) if self.has_mask else None
+        if isinstance(key, AugmentedKey):
+            both = [image] if mask is None else [image, mask]
+            image, *rest = flip_and_turn(both, key)
+            mask = rest[0] if rest else None
+        sample: dict[str, Any] = {"image": image}
+        if mask is not None:
+            sample["mask"] = mask
+        if self.has_label:
+            sample["label"] = table.labels[row]
+        sample |= {
+            "chip": table.chips[row],
+            "region": table.regions[row],
+            "crs": stored.grid.crs,
+            "bounds": torch.tensor(stored.grid.bounds, dtype=torch.float64),
+        }
+        if self.has_date:
+            sample["date"] = torch.from_numpy(table.date[row])
+        if self.has_lonlat:
+            sample["lonlat"] = torch.from_numpy(table.lonlat[row])
+        return sample
+
+
+def labels_of(
+    index: gpd.GeoDataFrame, task: str, num_classes: int
+) -> list[Tensor | None]:
+    """Labels as tensors.
+
+    Args:
+        index: Rows of a chip folder.
+        task: Of the data set.
+        num_classes: K.
+
+    Returns:
+        One a row, () int64 for classification and (K,) float32 zeros and ones for
+        multilabel; None where a row has none, as with masks.
+    """
+    if task == "classification":
+        return [
+            None if label != label or label is None else torch.tensor(int(label))
+            for label in index["label"].astype(float)
+        ]
+    if task == "multilabel":
+        rows: list[Tensor | None] = []
+        for label in index["label"]:
+            if label is None:
+                rows.append(None)
+                continue
+            hot = torch.zeros(num_classes)  # (K,)
+            hot[[int(number) for number in label]] = 1.0
+            rows.append(hot)
+        return rows
+    return [None] * len(index)
+
+
+def dates_of(index: gpd.GeoDataFrame, pair: bool) -> np.ndarray:
+    """Dates as backbones take them.
+
+    Args:
+        index: Rows of a chip folder.
+        pair: True for a change pair, which has two.
+
+    Returns:
+        (N, T, 2) float32: year, and day of the year counted from 0; NaN where unknown.
+    """
+    import pandas as pd
+
+    names = ["date", "date_after"] if pair else ["date"]
+    found = np.full((len(index), len(names), 2), np.nan, np.float32)
+    for step, name in enumerate(names):
+        if name in index:
+            days = pd.to_datetime(index[name])
+            found[:, step, 0] = days.dt.year
+            found[:, step, 1] = days.dt.dayofyear - 1
+    return found
+
+
+def lonlat_of(index: gpd.GeoDataFrame) -> np.ndarray:
+    """Centres of the footprints.
+
+    Args:
+        index: Rows of a chip folder.
+
+    Returns:
+        (N, 2) float32 longitude and latitude in degrees; NaN without a footprint.
+    """
+    import shapely
+
+    centres = shapely.centroid(index.geometry.to_numpy())
+    return np.stack([shapely.get_x(centres), shapely.get_y(centres)], 1).astype("f4")

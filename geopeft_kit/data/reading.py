@@ -1,0 +1,253 @@
+"""One row of the index -> one sample: the pixels, checked the first time they are read.
+
+Everything that can be wrong with a file is said here, with the chip's name: a file cut
+short, a band too few, an image and a mask on different grids, NaN that nobody declared,
+a mask value that is no class. Taught in `notebooks/14_your_own_data.ipynb`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import rasterio
+import torch
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from torch import Tensor
+
+from geopeft_kit.data.folder import ALONE, mask_value_message
+from geopeft_kit.data.info import DatasetInfo
+
+NOWHERE = (float("nan"),) * 4
+
+
+class Grid(NamedTuple):
+    """Where the pixels of a raster lie."""
+
+    height: int
+    width: int
+    crs: str
+    transform: tuple[float, ...]
+    bounds: tuple[float, float, float, float]
+
+
+@dataclass
+class StoredChip:
+    """A chip as it is kept in memory: stored values, so 8 bit stay 8 bit.
+
+    Attributes:
+        image: (C, H, W) stored values, or (C, 2, H, W) for a change pair.
+        mask: (H, W), int64 class numbers or float32 values; None where there is none.
+        invalid: (H, W) bool, True where there is no data; None where all is data.
+        grid: Of the image.
+    """
+
+    image: np.ndarray
+    mask: np.ndarray | None
+    invalid: np.ndarray | None
+    grid: Grid
+
+
+class ChipReader:
+    """Reads chips of one folder: the bands asked for, as stored.
+
+    Args:
+        folder: The chip folder.
+        info: Its facts.
+        bands: Positions of the bands to read in `info.bands`, in the order wanted.
+    """
+
+    def __init__(self, folder: Path, info: DatasetInfo, bands: Sequence[int]) -> None:
+        self.folder, self.info = folder, info
+        self.indexes = [position + 1 for position in bands]  # rasterio counts from 1
+        self.scale = self._per_band(info.scale)
+        self.offset = self._per_band(info.offset)
+
+    def _per_band(self, value: float | tuple[float, ...]) -> np.ndarray:
+        full = np.broadcast_to(np.asarray(value, "f4"), len(self.info.bands))
+        return full[[i - 1 for i in self.indexes]]  # (C,)
+
+    def read(
+        self, chip: str, image: str, after: str | None = None, mask: str | None = None
+    ) -> StoredChip:
+        """Read and check the files of one chip.
+
+        Args:
+            chip: Its name, for messages.
+            image: Path of the image inside the folder.
+            after: Path of the second date of a change pair.
+            mask: Path of the mask.
+
+        Returns:
+            The stored values.
+
+        Raises:
+            RuntimeError: A file is missing or cannot be decoded.
+            ValueError: Files that do not fit the data set or each other.
+        """
+        with rasterio.Env(**ALONE):
+            return self._read(chip, image, after, mask)
+
+    def _read(
+        self, chip: str, image: str, after: str | None, mask: str | None
+    ) -> StoredChip:
+        pixels, invalid, grid = self._read_image(chip, image)
+        if after is not None:
+            second, invalid_2, grid_2 = self._read_image(chip, after)
+            _same_grid(chip, "image_after", grid_2, grid)
+            pixels = np.stack([pixels, second], axis=1)  # (C, 2, H, W)
+            if invalid is not None or invalid_2 is not None:
+                none = np.zeros(pixels.shape[-2:], bool)
+                invalid = (none if invalid is None else invalid) | (
+                    none if invalid_2 is None else invalid_2
+                )
+        target = self._read_mask(chip, mask, grid) if mask is not None else None
+        if target is not None and invalid is not None:
+            empty = np.nan if target.dtype.kind == "f" else self.info.ignore_index
+            target[invalid] = empty
+        return StoredChip(pixels, target, invalid, grid)
+
+    def _read_image(
+        self, chip: str, name: str
+    ) -> tuple[np.ndarray, np.ndarray | None, Grid]:
+        count = len(self.info.bands)
+        with _open(self.folder / name, chip) as raster:
+            if raster.count != count:
+                raise ValueError(
+                    f"chip {chip!r}: {name} has {raster.count} bands, but the data set "
+                    f"names {count}: {', '.join(self.info.bands)}. Correct the file, "
+                    "or the bands of the data set."
+                )
+            pixels = _decode(raster, self.indexes, chip)
+            grid = _grid(raster)
+            nodata = self.info.nodata
+            if nodata is None:
+                nodata = raster.nodata
+        invalid = None
+        if nodata is not None:
+            none = np.isnan(pixels) if np.isnan(nodata) else pixels == nodata
+            invalid = none.any(axis=0)  # (H, W): a pixel is whole or it is nothing
+            if not invalid.any():
+                invalid = None
+        if pixels.dtype.kind == "f":
+            bad = ~np.isfinite(pixels)
+            if invalid is not None:
+                bad &= ~invalid
+            if bad.any():
+                raise ValueError(
+                    f"chip {chip!r}: {int(bad.sum())} of {bad.size} values of {name} "
+                    "are NaN or infinite, and nodata is not declared so. Fill them, or "
+                    "write the folder with nodata=float('nan') in its facts."
+                )
+        return pixels, invalid, grid
+
+    def _read_mask(self, chip: str, name: str, image: Grid) -> np.ndarray:
+        info = self.info
+        with _open(self.folder / name, chip) as raster:
+            if raster.count != 1:
+                raise ValueError(
+                    f"chip {chip!r}: mask {name} has {raster.count} bands; expected 1."
+                )
+            values = _decode(raster, [1], chip)[0]
+            _same_grid(chip, f"mask {name}", _grid(raster), image)
+            nodata = raster.nodata
+        if info.task == "regression":
+            values = values.astype(np.float32)
+            if nodata is not None:
+                values[values == np.float32(nodata)] = np.nan
+            values[~np.isfinite(values)] = np.nan
+            return values
+        whole = values.astype(np.int64)
+        if nodata is not None:
+            whole[values == nodata] = info.ignore_index
+        bad = ((whole < 0) | (whole >= len(info.classes))) & (
+            whole != info.ignore_index
+        )
+        bad |= whole != values if nodata is None else False
+        if bad.any():
+            wrong = np.unique(values[bad]).tolist()
+            raise ValueError(mask_value_message(chip, wrong, info))
+        return whole
+
+    def reflectance(self, stored: StoredChip) -> Tensor:
+        """Stored values as reflectance, 0 where there is no data.
+
+        Args:
+            stored: A chip as read.
+
+        Returns:
+            (C, H, W) float32, or (C, 2, H, W) for a change pair.
+        """
+        shape = (-1, *(1,) * (stored.image.ndim - 1))
+        image = stored.image * self.scale.reshape(shape)
+        image = (image + self.offset.reshape(shape)).astype(np.float32, copy=False)
+        if stored.invalid is not None:
+            image[..., stored.invalid] = 0.0
+        return torch.from_numpy(image)
+
+
+def _open(path: Path, chip: str) -> rasterio.DatasetReader:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)
+            return rasterio.open(path)
+    except RasterioError as error:
+        raise RuntimeError(_broken(chip, path, error)) from error
+
+
+def _decode(
+    raster: rasterio.DatasetReader, indexes: Sequence[int], chip: str
+) -> np.ndarray:
+    try:
+        return raster.read(list(indexes))
+    except RasterioError as error:
+        raise RuntimeError(_broken(chip, Path(raster.name), error)) from error
+
+
+def _broken(chip: str, path: Path, error: Exception) -> str:
+    if not path.exists():
+        return (
+            f"chip {chip!r}: {path} is missing. Copy it back, or write the chip folder "
+            "again."
+        )
+    return (
+        f"chip {chip!r}: {path} cannot be read: {error}. It may be cut short or "
+        "damaged; copy or download it again."
+    )
+
+
+def _grid(raster: rasterio.DatasetReader) -> Grid:
+    size = raster.height, raster.width
+    if raster.crs is None:
+        return Grid(*size, "", (), NOWHERE)
+    return Grid(
+        *size, raster.crs.to_string(), tuple(raster.transform)[:6], tuple(raster.bounds)
+    )
+
+
+def _same_grid(chip: str, what: str, found: Grid, image: Grid) -> None:
+    """Refuse two rasters of different size, CRS or place (by more than a pixel/10)."""
+    if (found.height, found.width) != (image.height, image.width):
+        raise ValueError(
+            f"chip {chip!r}: {what} is {found.height} x {found.width} pixels, its "
+            f"image {image.height} x {image.width}. Cut or warp both to the same grid."
+        )
+    if not found.crs or not image.crs:
+        return  # a PNG mask beside a GeoTIFF: the size is all there is to compare
+    if found.crs != image.crs:
+        raise ValueError(
+            f"chip {chip!r}: {what} is in {found.crs}, its image in {image.crs}. Warp "
+            "the mask to the image's grid (nearest neighbour)."
+        )
+    pixel = abs(image.transform[0]) + abs(image.transform[1])
+    shift = max(abs(a - b) for a, b in zip(found.bounds, image.bounds, strict=True))
+    if shift > 0.1 * pixel:
+        raise ValueError(
+            f"chip {chip!r}: {what} lies {shift / pixel:.1f} pixels away from its "
+            f"image (bounds {found.bounds} and {image.bounds}). Warp it to the image's "
+            "grid."
+        )

@@ -1,0 +1,351 @@
+"""Which chips train, which choose, which judge: splits that do not leak.
+
+Neighbouring chips look alike, so a random split scores memory as much as skill. Here
+a test region is held out whole, and validation chips are drawn scene by scene from
+what is left. Sources: Ploton et al. 2020 (doi 10.1038/s41467-020-18321-y) on spatial
+blocks, Roberts et al. 2017 (doi 10.1111/ecog.02881). Taught in
+`notebooks/09_unseen_regions.ipynb`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+if TYPE_CHECKING:
+    import geopandas as gpd
+
+SPLITS = ("region", "index", "random")
+METRES_PER_DEGREE = 111_320.0
+
+
+def resolve_split(
+    index: gpd.GeoDataFrame,
+    split: str = "region",
+    test_regions: Sequence[str] | None = None,
+    val_fraction: float = 0.2,
+    seed: int = 0,
+    buffer_m: float = 0.0,
+) -> pd.Series:
+    """The split of every chip.
+
+    Args:
+        index: Rows of a chip folder.
+        split: "region": chips of `test_regions` test, or the folder's own lists where
+            no regions are given; validation chips come from the rest, scene by scene.
+            "index": the folder's own lists as they are. "random": chips at random,
+            neighbours and all; optimistic, so it has to be asked for.
+        test_regions: Regions to hold out.
+        val_fraction: Share of the training chips that validates; with "random" the
+            same share of all chips tests.
+        seed: Of the draw.
+        buffer_m: Chips nearer than this to a test chip count as touching it.
+
+    Returns:
+        One word a row: "train", "val", "test", or a name that the folder's own lists
+        use.
+
+    Raises:
+        ValueError: An unknown split or region, no region left to train on, no split
+            lists, or test chips that show the same ground as training chips.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}; allowed are {', '.join(SPLITS)}.")
+    if not 0 <= val_fraction < 1:
+        raise ValueError(
+            f"val_fraction is {val_fraction}; it must be at least 0 and below 1."
+        )
+    if split != "region" and test_regions is not None:
+        raise ValueError(
+            f"test_regions go with split='region', not with split={split!r}. Leave one "
+            "of the two out."
+        )
+    if split == "random":
+        return random_split(index, val_fraction, seed)
+    if split == "index" or test_regions is None:
+        result = own_split(index)
+        if split == "region" and not (result == "val").any() and val_fraction:
+            result = draw_validation(index, result, val_fraction, seed)
+    else:
+        result = hold_out(index, test_regions)
+        if val_fraction:
+            result = draw_validation(index, result, val_fraction, seed)
+    if split == "region":
+        check_leakage(index, result, buffer_m, strict=test_regions is not None)
+    return result
+
+
+def own_split(index: gpd.GeoDataFrame) -> pd.Series:
+    """The folder's own lists.
+
+    Args:
+        index: Rows of a chip folder.
+
+    Returns:
+        Its split column; rows that it leaves open are "unused".
+
+    Raises:
+        ValueError: The folder has none.
+    """
+    if index["split"].isna().all():
+        names = ", ".join(sorted(index["region"].unique()))
+        raise ValueError(
+            "the chip folder has no split lists of its own. Name the regions to hold "
+            f"out, test_regions=[...], from {names}; or ask for split='random'."
+        )
+    return index["split"].fillna("unused").astype(object)
+
+
+def hold_out(index: gpd.GeoDataFrame, test_regions: Sequence[str]) -> pd.Series:
+    """Hold whole regions out.
+
+    Args:
+        index: Rows of a chip folder.
+        test_regions: Their names.
+
+    Returns:
+        "test" in these regions, "train" elsewhere.
+
+    Raises:
+        ValueError: A region is unknown, none is named, or none is left.
+    """
+    known = sorted(index["region"].unique())
+    if isinstance(test_regions, str):
+        test_regions = [test_regions]
+    unknown = [name for name in test_regions if name not in known]
+    if unknown or not list(test_regions):
+        what = f"unknown test region {unknown[0]!r}" if unknown else "no test region"
+        raise ValueError(f"{what}; the data has the regions {', '.join(known)}.")
+    if set(test_regions) == set(known):
+        raise ValueError(
+            f"test_regions holds every region of the data ({', '.join(known)}), so "
+            "nothing is left to train on. Hold fewer out."
+        )
+    inside = index["region"].isin(list(test_regions))
+    return pd.Series(np.where(inside, "test", "train"), index.index, dtype=object)
+
+
+def random_split(index: gpd.GeoDataFrame, fraction: float, seed: int) -> pd.Series:
+    """Chips at random, by class where they have one.
+
+    Args:
+        index: Rows of a chip folder.
+        fraction: Share that tests, and share that validates.
+        seed: Of the draw.
+
+    Returns:
+        The split of every row.
+    """
+    order = nested_order(index, seed)
+    count = round(fraction * len(index))
+    result = pd.Series("train", index.index, dtype=object)
+    result.iloc[order[:count]] = "test"
+    result.iloc[order[count : 2 * count]] = "val"
+    return result
+
+
+def draw_validation(
+    index: gpd.GeoDataFrame, split: pd.Series, fraction: float, seed: int
+) -> pd.Series:
+    """Turn a share of the training chips into validation chips, scene by scene.
+
+    Chips with the same `scene`, or whose footprints touch, stay together. The share is
+    taken from each region, so that validation sees all of them.
+
+    Args:
+        index: Rows of a chip folder.
+        split: Split of every row; only "train" rows are drawn from.
+        fraction: Share of them to take.
+        seed: Of the draw.
+
+    Returns:
+        The split with "val" in it.
+
+    Raises:
+        ValueError: All training chips hang together, so that none can be set apart.
+    """
+    rows = np.flatnonzero((split == "train").to_numpy())
+    train = index.iloc[rows]
+    blocks = spatial_blocks(train)
+    strata = train["region"].astype(str).to_numpy()
+    single = len(np.unique(blocks)) == len(blocks)
+    if single and "label" in train and _is_scalar(train["label"]):
+        strata = np.char.add(strata.astype(str), "/" + train["label"].astype(str))
+    rng = np.random.default_rng([seed, 1])
+    chosen = [
+        _choose_blocks(blocks, np.flatnonzero(strata == s), fraction, rng)
+        for s in np.unique(strata)
+    ]
+    val = np.concatenate(chosen) if chosen else np.empty(0, int)
+    if not len(val):  # every region is one block: take whole blocks of all of them
+        val = _choose_blocks(blocks, np.arange(len(blocks)), fraction, rng)
+    if not len(val):
+        raise ValueError(
+            f"no validation chips can be drawn: the {len(rows)} training chips touch "
+            "each other or are one scene. Give the folder its own split lists and use "
+            "split='index', pass val_fraction=0, or ask for split='random'."
+        )
+    result = split.copy()
+    result.iloc[rows[val]] = "val"
+    return result
+
+
+def _choose_blocks(
+    blocks: np.ndarray, members: np.ndarray, fraction: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Members of whole blocks that make up about `fraction`; never all of them."""
+    names, sizes = np.unique(blocks[members], return_counts=True)
+    if len(names) < 2:
+        return np.empty(0, int)
+    order = rng.permutation(len(names))
+    wanted, taken, chosen = fraction * len(members), 0, []
+    for block in order[:-1]:
+        if taken + sizes[block] <= wanted + sizes[block] / 2:
+            chosen.append(names[block])
+            taken += sizes[block]
+    if not chosen:
+        chosen = [names[np.argmin(sizes)]]
+    return members[np.isin(blocks[members], chosen)]
+
+
+def spatial_blocks(index: gpd.GeoDataFrame) -> np.ndarray:
+    """Number of the block that each chip belongs to.
+
+    Args:
+        index: Rows of a chip folder.
+
+    Returns:
+        (N,) numbers: chips of one `scene` share theirs, else chips that touch do, else
+        each chip is a block.
+    """
+    if "scene" in index and index["scene"].notna().all():
+        return pd.factorize(index["scene"])[0]
+    placed = np.flatnonzero(index.geometry.notna().to_numpy())
+    blocks = np.arange(len(index))
+    if len(placed) > 1:
+        from scipy.sparse import coo_matrix
+        from scipy.sparse.csgraph import connected_components
+
+        shapes = index.geometry.iloc[placed]
+        a, b = shapes.sindex.query(shapes.to_numpy(), predicate="intersects")
+        graph = coo_matrix((np.ones(len(a)), (a, b)), (len(placed),) * 2)
+        blocks[placed] = placed[connected_components(graph)[1]]
+    return blocks
+
+
+def touching_chips(
+    index: gpd.GeoDataFrame, split: pd.Series, buffer_m: float = 0.0
+) -> pd.DataFrame:
+    """Pairs of a test chip and a training or validation chip that touch.
+
+    Args:
+        index: Rows of a chip folder; rows without a place are passed over.
+        split: Split of every row.
+        buffer_m: Distance in metres that counts as touching, measured between
+            bounding boxes, a little on the safe side.
+
+    Returns:
+        Columns `test`, `train` (chip names) and `overlap`, the shared part of the
+        smaller footprint, 0-1.
+    """
+    import shapely
+
+    placed = index.geometry.notna()
+    test = index[placed & (split == "test")]
+    rest = index[placed & split.isin(["train", "val"])]
+    if test.empty or rest.empty:
+        return pd.DataFrame({"test": [], "train": [], "overlap": []})
+    shapes = test.geometry.to_numpy()
+    if buffer_m:
+        left, low, right, high = test.bounds.to_numpy().T
+        dy = buffer_m / METRES_PER_DEGREE
+        polewards = np.minimum(np.maximum(np.abs(low), np.abs(high)) + dy, 89.9)
+        dx = dy / np.cos(np.radians(polewards))
+        shapes = shapely.box(left - dx, low - dy, right + dx, high + dy)
+    a, b = rest.sindex.query(shapes, predicate="intersects")
+    first, second = test.geometry.to_numpy()[a], rest.geometry.to_numpy()[b]
+    smaller = np.minimum(shapely.area(first), shapely.area(second))
+    shared = shapely.area(shapely.intersection(first, second))
+    return pd.DataFrame(
+        {
+            "test": test["chip"].to_numpy()[a],
+            "train": rest["chip"].to_numpy()[b],
+            "overlap": shared / np.where(smaller > 0, smaller, 1),
+        }
+    )
+
+
+def check_leakage(
+    index: gpd.GeoDataFrame,
+    split: pd.Series,
+    buffer_m: float = 0.0,
+    strict: bool = True,
+) -> int:
+    """Look for test chips that touch, or show the same ground as, training chips.
+
+    Args:
+        index: Rows of a chip folder.
+        split: Split of every row.
+        buffer_m: Distance in metres that counts as touching.
+        strict: Raise where more than 1 % of a footprint is shared; else warn.
+
+    Returns:
+        The number of touching pairs.
+
+    Raises:
+        ValueError: `strict`, and test chips overlap training chips.
+    """
+    pairs = touching_chips(index, split, buffer_m)
+    if pairs.empty:
+        return 0
+    same = pairs[pairs["overlap"] > 0.01]
+    example = (same if len(same) else pairs).iloc[0]
+    where = f"the first pair is {example['test']!r} and {example['train']!r}"
+    if len(same) and strict:
+        raise ValueError(
+            f"{same['test'].nunique()} test chips show the same ground as training or "
+            f"validation chips ({len(same)} pairs; {where}). Hold other regions out, "
+            "or drop the chips that overlap."
+        )
+    what = "overlap" if len(same) else "touch"
+    warnings.warn(
+        f"{pairs['test'].nunique()} test chips {what} training or validation chips, "
+        f"or lie within {buffer_m:g} m of them ({len(pairs)} pairs; {where}). Scores "
+        "there may be a little too good.",
+        stacklevel=2,
+    )
+    return len(pairs)
+
+
+def nested_order(index: gpd.GeoDataFrame, seed: int) -> np.ndarray:
+    """An order of chips of which every beginning is a stratified subset.
+
+    Args:
+        index: Rows of a chip folder.
+        seed: Of the order inside a stratum.
+
+    Returns:
+        (N,) positions. Strata are the labels where each chip has one, else the
+        regions; each takes part in proportion to its size.
+    """
+    labelled = "label" in index and _is_scalar(index["label"])
+    strata: Sequence[Hashable] = index["label" if labelled else "region"].astype(str)
+    rng = np.random.default_rng([seed, 2])
+    by_name = np.argsort(index["chip"].to_numpy(dtype=str), kind="stable")
+    shuffled = rng.permutation(by_name)
+    codes = pd.factorize(strata, sort=True)[0][shuffled]
+    rank = np.empty(len(codes))
+    for code in np.unique(codes):
+        members = np.flatnonzero(codes == code)
+        rank[members] = (np.arange(len(members)) + 0.5) / len(members)
+    return shuffled[np.argsort(rank, kind="stable")]
+
+
+def _is_scalar(labels: pd.Series) -> bool:
+    return bool(labels.notna().all()) and not any(
+        isinstance(label, list | np.ndarray) for label in labels
+    )

@@ -1,0 +1,81 @@
+"""Decoders: feature maps in, one value per class and pixel (or per image) out.
+
+Four for pixels - `linear`, `fcn`, `unet`, `upernet` - and one for whole images. All
+stand behind the same standardisation and neck (`neck.py`), take the same list of maps
+and answer at the size of the image, so they can be exchanged freely. Note their sizes:
+a UNet trains more weights than most adapters, which is why counts are always given
+apart.
+
+Source: the four decoders of the PEFT study, arXiv 2504.17397. Notebook: 07.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+
+from geopeft_kit.decoders.base import Decoder
+from geopeft_kit.decoders.plain import (
+    ClassificationDecoder,
+    FCNDecoder,
+    LinearDecoder,
+)
+from geopeft_kit.decoders.pyramid import UNetDecoder, UPerNetDecoder
+
+__all__ = ["DECODERS", "ClassificationDecoder", "Decoder", "build_decoder", "construct"]
+
+DECODERS: dict[str, type[Decoder]] = {
+    "linear": LinearDecoder,
+    "fcn": FCNDecoder,
+    "unet": UNetDecoder,
+    "upernet": UPerNetDecoder,
+}
+
+
+def build_decoder(
+    name: str,
+    channels: Sequence[int],
+    strides: Sequence[int],
+    outputs: int,
+    **options: float,
+) -> Decoder:
+    """Build a pixel decoder by name.
+
+    Args:
+        name: "linear", "fcn", "unet" or "upernet".
+        channels: channels of the backbone's four maps.
+        strides: their strides, pixels.
+        outputs: output channels K.
+        **options: `dropout`; `width` (all but linear); `steps` (fcn).
+
+    Returns:
+        The decoder, randomly initialised.
+
+    Raises:
+        ValueError: unknown name.
+        TypeError: an option that this decoder does not have.
+    """
+    if name not in DECODERS:
+        raise ValueError(
+            f"unknown decoder {name!r}. Choose one of: {', '.join(DECODERS)}."
+        )
+    return construct(DECODERS[name], name, channels, strides, outputs, **options)
+
+
+def construct(
+    kind: type[Decoder],
+    name: str,
+    channels: Sequence[int],
+    strides: Sequence[int],
+    outputs: int,
+    **options: float,
+) -> Decoder:
+    """Build `kind`, with an error that lists its options where one is not known."""
+    known = set(inspect.signature(kind).parameters) - {"channels", "strides", "outputs"}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise TypeError(
+            f"decoder {name!r} has no option {', '.join(map(repr, unknown))}. "
+            f"Its options: {', '.join(sorted(known))}."
+        )
+    return kind(channels, strides, outputs, **options)

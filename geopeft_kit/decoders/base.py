@@ -1,0 +1,105 @@
+"""What all decoders share: standardise, decode, crop, and say what does not fit.
+
+Notebook: 07.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from geopeft_kit.decoders.neck import Standardise
+
+
+class Decoder(nn.Module):
+    """What all decoders share: standardise, decode, resize, crop.
+
+    A subclass sets `reads`, calls this constructor, and implements `decode`.
+
+    Args:
+        channels: channels of the backbone's four maps.
+        strides: their strides, pixels.
+        outputs: output channels K.
+        dropout: chance of a feature to be zeroed in front of the head.
+
+    Attributes:
+        reads: which of the four maps the decoder uses.
+        standardise: one `Standardise` for each map that is read.
+        head: the last layer, the one that knows the classes.
+    """
+
+    reads: tuple[int, ...] = (3,)
+    head: nn.Module
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        outputs: int,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.channels = [channels[i] for i in self.reads]
+        self.strides = [strides[i] for i in self.reads]
+        self.outputs = outputs
+        self.multiple = math.lcm(*strides)
+        self.standardise = nn.ModuleList(Standardise(c) for c in self.channels)
+        self.dropout = nn.Dropout(dropout)
+
+    def decode(self, maps: list[Tensor], grid: tuple[int, int]) -> Tensor:
+        """Standardised maps -> logits (B, K, h', w') that cover at least the grid."""
+        raise NotImplementedError
+
+    def forward(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        """Decode feature maps.
+
+        Args:
+            maps: the maps named in `reads`, each (B, C_i, H'/stride_i, W'/stride_i),
+                where H', W' is the image padded to a multiple of all strides.
+            size: (H, W) of the image before padding, pixels.
+
+        Returns:
+            Logits (B, K, H, W).
+
+        Raises:
+            ValueError: the maps are not those the decoder was built for.
+        """
+        grid = self.check(maps, size)
+        # A list of its own: the caller's cached maps are never written to.
+        ready = [s(m) for s, m in zip(self.standardise, maps, strict=True)]
+        return self.decode(ready, grid)[..., : size[0], : size[1]]
+
+    def check(self, maps: Sequence[Tensor], size: tuple[int, int]) -> tuple[int, int]:
+        """Padded image size (H', W'); an error where the maps do not belong to it."""
+        grid = tuple(-(-n // self.multiple) * self.multiple for n in size)
+        wanted = [
+            (c, grid[0] // s, grid[1] // s)
+            for c, s in zip(self.channels, self.strides, strict=True)
+        ]
+        given = [tuple(m.shape[1:]) for m in maps]
+        if given != wanted:
+            raise ValueError(
+                f"the decoder reads maps of shape (C, h, w) {wanted} for an image of "
+                f"{size[0]}x{size[1]} pixels, but got {given}. If an adapter that "
+                "changes the backbone's maps was attached after build_model, build the "
+                "model again; if the maps come from a cache, give the image size they "
+                "were made from."
+            )
+        return grid[0], grid[1]
+
+
+def resize(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear resize of (B, K, h, w) to (B, K, *size); nothing where it fits."""
+    if logits.shape[-2:] == size:
+        return logits
+    return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+
+
+def start_small(head: nn.Linear | nn.Conv2d | nn.ConvTranspose2d) -> None:
+    """Small random weights and zero bias: every class is equally likely at first."""
+    nn.init.normal_(head.weight, std=0.01)
+    if head.bias is not None:
+        nn.init.zeros_(head.bias)

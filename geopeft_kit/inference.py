@@ -1,0 +1,373 @@
+"""A model and a scene of any size -> a prediction GeoTIFF, in bounded memory.
+
+The scene is read window by window. Neighbouring windows overlap, and every
+prediction is weighted by a smooth bump that is high in the middle of its window and
+low at its rim, where a network sees least context; the weighted sum is divided by the
+sum of the weights, so no seam is left. Only one strip of rows, as high as a window,
+is in memory: a row is written as soon as no later window can reach it.
+
+Taught in notebooks 00 (a held-out region) and 14 (your own data).
+
+Source:
+    Overlapping tiles for U-Net: Ronneberger et al. 2015, arXiv:1505.04597, figure 2.
+    Blending by a Hann window: Pielawski and Wählby 2020, doi:10.1371/
+    journal.pone.0229839.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from .pictures import Colours, class_colours
+from .rasters import RowWriter, SceneReader
+
+CLASS_NODATA = 255
+TASKS = ("segmentation", "regression")
+
+
+def predict_scene(
+    model: nn.Module,
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    window: int | None = None,
+    overlap: float = 0.5,
+    batch_size: int = 8,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+    *,
+    bands: Sequence[str] | None = None,
+    scale: float | None = None,
+    offset: float = 0.0,
+    classes: Sequence[str] | None = None,
+    colours: Colours | None = None,
+    probabilities: bool = False,
+) -> Path:
+    """Predict a whole scene and write it as a GeoTIFF on the same grid.
+
+    Args:
+        model: Maps (B, C, h, w) reflectance to (B, K, h, w) logits
+            (`model.task == "segmentation"`, the default) or to (B, 1, h, w) values
+            (`"regression"`). `model.backbone.bands`, where present, says which bands
+            it wants.
+        source: Any raster that rasterio opens: a GeoTIFF, a VRT, a URL.
+        target: The GeoTIFF to write: uint8 class numbers (nodata 255) or float32
+            values (nodata NaN). An existing file is replaced once all is written.
+        window: Side of the square that the model sees, in pixels. By default the
+            image size of the backbone, else 256.
+        overlap: Share of a window that its neighbour sees too, at least 0, below 1.
+        batch_size: Windows per forward pass.
+        device: Where to run; by default where the model's parameters are.
+        progress: Show a progress bar.
+        bands: Names of the source's bands, in its order. By default its own band
+            descriptions.
+        scale: Reflectance = stored value * scale + offset. By default the scale that
+            the raster itself states; integers that state none are an error, since
+            10000, 255 and 1 are all in use.
+        offset: See `scale`; used only together with it.
+        classes: Class names, kept as a tag of the file.
+        colours: One "#rrggbb" per class (a list, or a dict by class), kept as the
+            colour table of the file.
+        probabilities: Also write `<target>_probabilities.tif`, float32, one band per
+            class (segmentation only).
+
+    Returns:
+        The path of the prediction. Where a band of the source has no data, so has the
+        prediction; transform and CRS are the source's.
+
+    Raises:
+        FileNotFoundError: `source` or the folder of `target` does not exist.
+        ValueError: Bands, scale, overlap, window or task do not fit.
+        RuntimeError: The prediction could not be written whole (a full disk); no
+            file is left behind.
+    """
+    task = getattr(model, "task", "segmentation")
+    if task not in TASKS:
+        raise ValueError(
+            f"predict_scene cannot draw the task {task!r} pixel by pixel. Allowed: "
+            f"{', '.join(TASKS)}. For one label per chip use gk.evaluate."
+        )
+    if probabilities and task != "segmentation":
+        raise ValueError(
+            f"probabilities=True needs task 'segmentation'; this model does {task!r}."
+        )
+    target = Path(target)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(
+            f"The folder {str(target.parent)!r} does not exist. Create it first."
+        )
+    window, step = _window_and_step(model, window, overlap)
+    device = torch.device(device) if device is not None else _device_of(model)
+    wanted = getattr(getattr(model, "backbone", None), "bands", None)
+    with ExitStack() as stack:
+        stack.enter_context(_predicting(model.to(device)))
+        reader = stack.enter_context(SceneReader(source, wanted, bands, scale, offset))
+        predict = _Predictor(model, task, device, batch_size)
+        # One empty window shows the number of channels, and that model and scene fit.
+        empty = np.zeros((1, len(reader.indexes), window, window), np.float32)
+        channels = predict(empty).shape[1]
+        colour_table = _check_classes(channels, task, classes, colours)
+        rows = blended_rows(reader, predict, channels, window, step, progress)
+        return _write_scene(
+            rows, reader, target, channels, task, classes, colour_table, probabilities
+        )
+
+
+def _check_classes(
+    channels: int, task: str, classes: Sequence[str] | None, colours: Colours | None
+) -> list[str] | None:
+    """Names and colours are one per class, before hours are spent on predicting."""
+    if classes is None and colours is None:
+        return None
+    if task != "segmentation":
+        raise ValueError(f"classes and colours have no place in the task {task!r}.")
+    names = [str(i) for i in range(channels)] if classes is None else list(classes)
+    if len(names) != channels:
+        raise ValueError(
+            f"classes has {len(names)} names ({', '.join(names)}), but the model tells "
+            f"{channels} classes apart. Pass one name per class, or leave it out."
+        )
+    return None if colours is None else class_colours(names, colours)
+
+
+# --- where the windows lie, and how much each pixel of one counts ---------------------
+
+
+def window_starts(length: int, window: int, step: int) -> list[int]:
+    """First pixels of the windows that cover an axis; the last one ends at its end.
+
+    Args:
+        length: Pixels of the axis.
+        window: Pixels of a window.
+        step: Pixels from one window to the next.
+    """
+    if length <= window:
+        return [0]
+    return [*range(0, length - window, step), length - window]
+
+
+def blend_weight(window: int) -> np.ndarray:
+    """A two-dimensional Hann bump, sampled at pixel centres and so nowhere zero.
+
+    Args:
+        window: Side in pixels.
+
+    Returns:
+        (window, window) float32; at the edge of the scene, where only one window
+        looks, it cancels out.
+    """
+    bump = np.sin(np.pi * (np.arange(window) + 0.5) / window) ** 2
+    return np.outer(bump, bump).astype(np.float32)
+
+
+def _window_and_step(
+    model: nn.Module, window: int | None, overlap: float
+) -> tuple[int, int]:
+    """Side of a window and distance between windows, both multiples of the patch."""
+    if not 0 <= overlap < 1:
+        raise ValueError(
+            f"overlap={overlap} is not a share of a window. Allowed: 0 (side by side) "
+            "up to, not including, 1; 0.5 is a good start."
+        )
+    backbone = getattr(model, "backbone", None)
+    if window is None:
+        window = getattr(backbone, "image_size", None) or getattr(
+            getattr(backbone, "card", None), "image_size", None
+        )
+        window = 256 if window is None else int(window)
+    grid = max(getattr(backbone, "strides", None) or [1])
+    if window < 1 or window % grid:
+        near = max(grid, round(window / grid) * grid)
+        raise ValueError(
+            f"window={window} is not a positive multiple of {grid}, the coarsest "
+            f"stride of this backbone. Take window={near}."
+        )
+    # Steps on the stride's own grid show a network each pixel in the same phase.
+    step = max(grid, int(window * (1 - overlap)) // grid * grid)
+    return window, step
+
+
+# --- predicting -----------------------------------------------------------------------
+
+
+class _Predictor:
+    """Calls the model on windows: (N, C, h, w) -> (N, K, h, w) float32."""
+
+    def __init__(
+        self, model: nn.Module, task: str, device: torch.device, batch_size: int
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: at least 1 window per batch.")
+        self.model, self.task = model, task
+        self.device, self.batch_size = device, batch_size
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        logits = self.model(torch.from_numpy(images).to(self.device)).float()
+        size = tuple(images.shape[-2:])
+        if logits.ndim != 4 or tuple(logits.shape[-2:]) != size:
+            raise ValueError(
+                f"The model returned {tuple(logits.shape)} for images of {size} "
+                f"pixels; expected (B, K, {size[0]}, {size[1]})."
+            )
+        count = logits.shape[1]
+        allowed = count == 1 if self.task == "regression" else 2 <= count <= 255
+        if not allowed:
+            raise ValueError(
+                f"The model returned {count} channels for the task {self.task!r}. "
+                "Allowed: 1 for regression, 2 to 255 for segmentation (two classes "
+                "are two channels). Set model.task to say which it is."
+            )
+        if self.task == "segmentation":
+            logits = logits.softmax(dim=1)
+        return logits.cpu().numpy()
+
+
+@contextmanager
+def _predicting(model: nn.Module) -> Iterator[None]:
+    """No gradients and evaluation mode; afterwards every module is as it was."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    first = next(model.parameters(), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def blended_rows(
+    reader: SceneReader,
+    predict: Callable[[np.ndarray], np.ndarray],
+    channels: int,
+    window: int,
+    step: int,
+    progress: bool = False,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the rows of the scene, top to bottom, blended and finished.
+
+    Args:
+        reader: The scene.
+        predict: (N, C, window, window) -> (N, K, window, window); its attribute
+            `batch_size` says how many windows at once.
+        channels: K.
+        window: Side of a window in pixels.
+        step: Distance between windows in pixels.
+        progress: Show a progress bar, one step per row of windows.
+
+    Yields:
+        (K, n, W) float32 blended predictions of the next n rows and (n, W) bool, True
+        where the scene has data.
+    """
+    from tqdm.auto import tqdm
+
+    tops = window_starts(reader.height, window, step)
+    lefts = window_starts(reader.width, window, step)
+    weight = blend_weight(window)
+    wide = max(reader.width, window)
+    sums = np.zeros((channels, window, wide), np.float32)
+    weights = np.zeros((window, wide), np.float32)
+    valid = np.zeros((window, wide), bool)
+    bar = tqdm(tops, desc="predict", unit=" rows of windows", disable=not progress)
+    for top, following in zip(bar, [*tops[1:], reader.height], strict=True):
+        for left, prediction, data in _predicted(reader, top, lefts, window, predict):
+            columns = slice(left, left + window)
+            sums[:, :, columns] += prediction * weight
+            weights[:, columns] += weight
+            valid[:, columns] |= data
+        done = min(following, reader.height) - top
+        ready = np.s_[..., :done, : reader.width]
+        # A weight of zero means that no window here held any data.
+        yield sums[ready] / np.maximum(weights[ready], 1e-30), valid[ready].copy()
+        for strip in (sums, weights, valid):
+            _roll(strip, done)
+
+
+def _predicted(
+    reader: SceneReader,
+    top: int,
+    lefts: Sequence[int],
+    window: int,
+    predict: Callable[[np.ndarray], np.ndarray],
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """(left, prediction, valid) per window of a row; empty windows are left out."""
+    size = getattr(predict, "batch_size", 1)
+    for first in range(0, len(lefts), size):
+        read = [
+            (left, *reader.read(top, left, window)) for left in lefts[first:][:size]
+        ]
+        held = [(left, image, data) for left, image, data in read if data.any()]
+        if held:
+            predictions = predict(np.stack([image for _, image, _ in held]))
+            for (left, _, data), prediction in zip(held, predictions, strict=True):
+                yield left, prediction, data
+
+
+def _roll(strip: np.ndarray, rows: int) -> None:
+    """Move a strip (..., window, W) up by some rows, in place, and clear the rest."""
+    kept = strip.shape[-2] - rows
+    if kept > 0:
+        strip[..., :kept, :] = strip[..., rows:, :].copy()
+    strip[..., max(kept, 0) :, :] = 0
+
+
+# --- writing --------------------------------------------------------------------------
+
+
+def _write_scene(
+    rows: Iterator[tuple[np.ndarray, np.ndarray]],
+    reader: SceneReader,
+    target: Path,
+    channels: int,
+    task: str,
+    classes: Sequence[str] | None,
+    colours: Sequence[str] | None,
+    probabilities: bool,
+) -> Path:
+    """Turn blended rows into files; all of them appear, or none."""
+    grid = {
+        "width": reader.width,
+        "height": reader.height,
+        "transform": reader.raster.transform,
+        "crs": reader.raster.crs,
+    }
+    numbers = {**grid, "count": 1, "dtype": "uint8", "nodata": CLASS_NODATA}
+    floats = {**grid, "dtype": "float32", "nodata": float("nan")}
+    tags = {"classes": json.dumps(list(classes))} if classes is not None else {}
+    names = list(classes) if classes is not None else [str(i) for i in range(channels)]
+    writers: list[RowWriter] = []
+    try:
+        if task == "regression":
+            writers.append(RowWriter(target, {**floats, "count": 1}, ["prediction"]))
+        else:
+            writers.append(RowWriter(target, numbers, ["class"], colours, tags))
+        if probabilities:
+            beside = target.with_name(f"{target.stem}_probabilities.tif")
+            writers.append(RowWriter(beside, {**floats, "count": channels}, names))
+        for blended, valid in rows:
+            if task == "regression":
+                writers[0].write(np.where(valid, blended, np.nan))
+            else:
+                best = blended.argmax(axis=0).astype(np.uint8)
+                writers[0].write(np.where(valid, best, np.uint8(CLASS_NODATA))[None])
+            if probabilities:
+                writers[1].write(np.where(valid, blended, np.nan))
+        for writer in writers:
+            writer.check()
+        for writer in writers:
+            writer.publish()
+    finally:
+        for writer in writers:
+            writer.discard()
+    return target

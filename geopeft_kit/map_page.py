@@ -1,0 +1,110 @@
+"""A map as one HTML page that needs nothing else: no server, no network.
+
+Leaflet's script and style come from the installed package `django-js-lib-leaflet`
+(Leaflet itself, BSD licence, without Django) and stand inside the page, as do all
+pictures. The page's own security policy forbids every request, so it cannot lean on
+the network by accident. The page itself is `map_page.html`.
+"""
+
+from __future__ import annotations
+
+import html
+import importlib.resources
+import json
+import re
+from typing import Any
+
+from .overlays import Drawing
+
+
+def leaflet_files() -> tuple[str, str]:
+    """Script and style of Leaflet, from the installed package."""
+    try:
+        folder = importlib.resources.files("js_lib_leaflet")
+    except ModuleNotFoundError as error:
+        raise RuntimeError(
+            "Leaflet is not installed, so a stand-alone map cannot be made. Run: "
+            "pip install django-js-lib-leaflet"
+        ) from error
+    static = folder / "static" / "js_lib_leaflet"
+    script = (static / "leaflet.js").read_text(encoding="utf-8")
+    style = (static / "leaflet.css").read_text(encoding="utf-8")
+    # Icons of controls that these pages do not have; a source map for debuggers.
+    style = re.sub(r"url\([^)]*\)", "none", style)
+    return re.sub(r"//# sourceMappingURL=.*", "", script), style
+
+
+def legends(drawing: Drawing) -> list[dict[str, Any]]:
+    """Each distinct legend once, with the names of the layers that it explains."""
+    found: dict[Any, list[str]] = {}
+    for layer in drawing.layers:
+        if layer.legend is not None:
+            found.setdefault(layer.legend, []).append(layer.name)
+    return [
+        {"entries": legend.entries, "ramp": legend.ramp, "layers": names}
+        for legend, names in found.items()
+    ]
+
+
+def page(
+    drawing: Drawing,
+    title: str = "Map",
+    swipe: tuple[int, int] | None = None,
+    basemap: dict[str, str] | None = None,
+) -> str:
+    """The whole page as text.
+
+    Args:
+        drawing: Layers and places.
+        title: Title of the page.
+        swipe: Numbers of the layers that are compared at first.
+        basemap: "url" and "attribution" of tiles to fetch; None fetches nothing.
+    """
+    data = {
+        "layers": [
+            {
+                "name": layer.name,
+                "visible": layer.visible,
+                "opacity": layer.opacity,
+                "pictures": [
+                    {"url": p.url, "bounds": p.bounds} for p in layer.pictures
+                ],
+            }
+            for layer in drawing.layers
+        ],
+        "places": [{"name": name, "bounds": b} for name, b in drawing.places],
+        "legends": legends(drawing),
+        "swipe": swipe,
+        "basemap": basemap,
+    }
+    script, style = leaflet_files()
+    images = "data: https:" if basemap else "data:"
+    parts = {
+        "POLICY": "default-src 'none'; style-src 'unsafe-inline'; "
+        f"script-src 'unsafe-inline'; img-src {images}",
+        "TITLE": html.escape(title),
+        "LEAFLET_CSS": style,
+        "LEAFLET_JS": script,
+        # A name that holds "</script>" must not end the script element.
+        "DATA": json.dumps(data).replace("<", r"\u003c").replace("&", r"\u0026"),
+    }
+    template = importlib.resources.files(__package__) / "map_page.html"
+    return re.sub(
+        "__(" + "|".join(parts) + ")__",
+        lambda found: parts[found[1]],
+        template.read_text(encoding="utf-8"),
+    )
+
+
+def frame(text: str, height: int) -> str:
+    """A page inside another one: an iframe that carries it and shares nothing.
+
+    Args:
+        text: The page.
+        height: Pixels.
+    """
+    return (
+        f'<iframe srcdoc="{html.escape(text)}" sandbox="allow-scripts" title="map" '
+        f'style="width: 100%; height: {int(height)}px; border: 1px solid #ccc">'
+        "</iframe>"
+    )

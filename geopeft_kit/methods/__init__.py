@@ -1,0 +1,231 @@
+"""PEFT methods: a frozen backbone, and a few trainable tensors swapped into it.
+
+`attach` puts a method on a backbone, `load_adapter` a saved one; `list_methods` says
+what there is. Each method is one short file; `base.py` holds what they share. Taught in
+notebooks 02 to 06.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from geopeft_kit.methods.adapter import (
+    Adapter,
+    original_backbone,
+    original_hash,
+    register,
+)
+from geopeft_kit.methods.base import Layers, Method, MethodCard, select_blocks
+from geopeft_kit.methods.bias import Bias
+from geopeft_kit.methods.full import Frozen, Full, LastBlocks
+from geopeft_kit.methods.hugging_face import Dora, Lora
+from geopeft_kit.methods.norm import Norm
+from geopeft_kit.methods.prompt import VisualPrompts
+from geopeft_kit.methods.storage import SavedAdapter, read_adapter
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from geopeft_kit.backbones.base import Backbone
+
+__all__ = [
+    "Adapter",
+    "MethodCard",
+    "attach",
+    "list_methods",
+    "load_adapter",
+    "method_table",
+]
+
+_METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Frozen(),
+        Full(),
+        LastBlocks(),
+        Bias(),
+        Norm(),
+        Lora(),
+        Dora(),
+        VisualPrompts(),
+    )
+}
+
+
+def list_methods() -> list[MethodCard]:
+    """Return the card of every method."""
+    return [method.card() for method in _METHODS.values()]
+
+
+def attach(
+    backbone: Backbone,
+    method: str,
+    layers: Layers = "all",
+    targets: Sequence[str] | None = None,
+    **options: Any,
+) -> Adapter:
+    """Put a PEFT method on a backbone and make it the active one.
+
+    The backbone is frozen and the adapter that was active steps aside; it stays
+    attached. An error leaves the backbone exactly as it was. Random starts come from
+    torch's global generator: `torch.manual_seed` before makes them repeatable.
+
+    Args:
+        backbone: From `load_backbone`.
+        method: A name from `list_methods`.
+        layers: The blocks to work on: "all", "last:k", or a list of numbers from 0.
+            With less than "all", nothing outside those blocks trains.
+        targets: Layers inside the blocks, for methods that have this option, as
+            ("q", "v", "fc1", "fc2"); None for the method's default.
+        **options: The method's own, listed on its card.
+
+    Returns:
+        The active adapter.
+
+    Raises:
+        ValueError: Unknown method, an option out of range, or a method that does not
+            fit the backbone.
+        TypeError: Unknown option, or one of the wrong type.
+    """
+    if targets is not None:
+        options["targets"] = targets
+    with original_backbone(backbone) as flags:
+        adapter = _build(backbone, method, layers, options)
+    register(adapter, flags)
+    adapter.activate()
+    return adapter
+
+
+def load_adapter(backbone: Backbone, folder: str | Path) -> Adapter:
+    """Put a saved adapter on the backbone it was made for, and make it the active one.
+
+    An error leaves the backbone exactly as it was.
+
+    Args:
+        backbone: The same backbone with the same weights as when it was saved.
+        folder: Written by `Adapter.save`.
+
+    Returns:
+        The active adapter.
+
+    Raises:
+        FileNotFoundError: The folder or one of its files is not there.
+        ValueError: Another backbone, other weights, an unknown method, a truncated or
+            changed file, missing or unexpected tensors.
+    """
+    saved = read_adapter(folder)
+    _check_backbone(backbone, saved, folder)
+    with original_backbone(backbone) as flags, torch.random.fork_rng(devices=[]):
+        options = dict(saved.config)
+        layers = options.pop("layers", "all")
+        adapter = _build(backbone, saved.method, layers, options)
+        _fill(adapter.tensors(), saved.tensors, folder)
+    register(adapter, flags)
+    adapter.activate()
+    return adapter
+
+
+def method_table() -> str:
+    """Return the table of methods as Markdown, for the documentation and notebooks."""
+    rows = [
+        "| method | trains | count | identity at start | mergeable | serves | paper |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for card in list_methods():
+        facts = (
+            f"`{card.name}`: {card.title}",
+            card.trained,
+            card.count_formula,
+            "yes" if card.identity_at_start else "**no**",
+            "yes" if card.mergeable else "no",
+            card.needs,
+            card.paper,
+        )
+        rows.append(f"| {' | '.join(facts)} |")
+    return "\n".join(rows) + "\n"
+
+
+def _build(
+    backbone: Backbone, name: str, layers: Layers, options: dict[str, Any]
+) -> Adapter:
+    """Make an adapter for a backbone that has none active, without touching it."""
+    if name not in _METHODS:
+        raise ValueError(
+            f"There is no method {name!r}. Methods: {', '.join(_METHODS)}."
+        )
+    method = _METHODS[name]
+    _check_options(method, options)
+    reason = method.why_not(backbone)
+    if reason is not None:
+        fitting = [card.name for card in list_methods() if card.supports(backbone)]
+        raise ValueError(
+            f"{name!r} does not fit the backbone {backbone.card.name!r}: {reason}. "
+            f"Methods that fit: {', '.join(fitting)}."
+        )
+    blocks = select_blocks(backbone.blocks, layers)
+    options = method.resolve(backbone, blocks, {**method.defaults(), **options})
+    replacements = method.build(backbone, blocks, **options)
+    config = {key: _plain(v) for key, v in {"layers": layers, **options}.items()}
+    return Adapter(method, backbone, replacements, config)
+
+
+def _check_options(method: Method, options: dict[str, Any]) -> None:
+    known = method.options()
+    unknown = [option for option in options if option not in known]
+    if not unknown:
+        return
+    listed = ", ".join(f"{name}: {text}" for name, text in known.items())
+    raise TypeError(
+        f"{method.name!r} has no option {', '.join(map(repr, unknown))}. Its options "
+        f"are {listed or 'none'}, and layers: str | Sequence[int] = 'all'."
+    )
+
+
+def _check_backbone(
+    backbone: Backbone, saved: SavedAdapter, folder: str | Path
+) -> None:
+    wanted, name = saved.backbone["name"], backbone.card.name
+    if wanted != name:
+        raise ValueError(
+            f"{folder} holds a {saved.method!r} adapter for the backbone {wanted!r}, "
+            f"and this one is {name!r}. Load it with load_backbone({wanted!r})."
+        )
+    wanted, found = saved.backbone["weights_hash"], original_hash(backbone)
+    if wanted != found:
+        raise ValueError(
+            f"{folder} was made for {name!r} with other weights: their hash is "
+            f"{wanted[:12]}, this backbone's is {found[:12]}. Load the backbone with "
+            "the same weights, bands, image_size and number type as then; a merged "
+            "adapter changes the weights too."
+        )
+
+
+def _fill(
+    tensors: dict[str, Tensor], saved: dict[str, Tensor], folder: str | Path
+) -> None:
+    """Copy saved numbers into an adapter's tensors, if names and shapes agree."""
+    missing = sorted(set(tensors) - set(saved))
+    unexpected = sorted(set(saved) - set(tensors))
+    if missing or unexpected:
+        raise ValueError(
+            f"The tensors in {folder} are not this method's. Missing: {missing}. "
+            f"Unexpected: {unexpected}. Save the adapter again."
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != saved[name].shape:
+            raise ValueError(
+                f"{folder}: {name} has shape {tuple(saved[name].shape)}, and here it "
+                f"must be {tuple(tensor.shape)}."
+            )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(saved[name])
+
+
+def _plain(value: Any) -> Any:
+    """Turn tuples and ranges into lists, as JSON has no others."""
+    return list(value) if isinstance(value, tuple | range) else value

@@ -1,0 +1,381 @@
+"""An attached method: swapped in and out, detached, merged, saved.
+
+The adapter keeps one of two sides of each replacement in hand: the substitutes while
+it is inactive, the originals while it is active. The side in hand is in no module
+tree, so `backbone.to(...)` cannot reach it; it follows when the sides next change
+places. Copies (`copy.deepcopy`) of a backbone carry copies of its adapters.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from geopeft_kit.methods import storage
+from geopeft_kit.methods.base import Method, Replacement
+
+if TYPE_CHECKING:
+    from geopeft_kit.backbones.base import Backbone
+
+Place = tuple[torch.device, torch.dtype]
+
+
+@dataclass
+class Attachments:
+    """What a backbone remembers while adapters are attached to it.
+
+    Attributes:
+        requires_grad: Parameter name -> flag, as before the first `attach`.
+        adapters: All attached adapters, in order.
+    """
+
+    requires_grad: dict[str, bool]
+    adapters: list[Adapter] = field(default_factory=list)
+
+
+class Adapter:
+    """A method on one backbone. Made by `attach` and `load_adapter`.
+
+    Attributes:
+        name: The method's key.
+        config: `layers` and every option with its value, ready for JSON.
+        backbone: The backbone it belongs to.
+        num_parameters: Trained numbers inside the backbone.
+        num_bytes: Bytes of the tensors that `save` writes.
+        attached: False after `detach` or `merge`.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        backbone: Backbone,
+        replacements: list[Replacement],
+        config: dict[str, Any],
+    ) -> None:
+        self.method = method
+        self.name = method.name
+        self.config = config
+        self.backbone = backbone
+        self.attached = True
+        self._replacements = replacements
+        self._in_hand: Place = _place(backbone)
+        self._mode_in_hand: bool | None = None  # new modules come in train mode
+        self._trains_batch_norms = any(
+            isinstance(entry.owner, _BatchNorm) for entry in replacements
+        )
+        unique = {id(p): p for p in self._trained().values()}.values()
+        saved = {id(t): t for t in self._tensors().values()}.values()
+        self.num_parameters = sum(p.numel() for p in unique)
+        self.num_bytes = sum(t.numel() * t.element_size() for t in saved)
+
+    @property
+    def active(self) -> bool:
+        """True while the backbone computes with this adapter."""
+        return _active(self.backbone) is self
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield (dotted path inside `backbone.model`, parameter) of what trains."""
+        self._check("named_parameters")
+        yield from self._trained().items()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the trained parameters, as an optimiser wants them."""
+        self._check("parameters")
+        yield from self._trained().values()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every tensor that is saved: trained ones, and buffers that move."""
+        self._check("tensors")
+        return self._tensors()
+
+    def substitutes(self) -> dict[str, nn.Module | Tensor]:
+        """Return path inside `backbone.model` -> what this adapter puts there."""
+        self._check("substitutes")
+        return {entry.path: entry.substitute for entry in self._replacements}
+
+    def activate(self) -> None:
+        """Let the backbone compute with this adapter; the active one steps aside."""
+        self._check("activate")
+        if self.active:
+            return
+        other = _active(self.backbone)
+        if other is not None:
+            other.deactivate()
+        self._follow("substitute")
+        for replacement in self._replacements:
+            replacement.swap_in()
+        _remember(self.backbone, adapter=self)
+        self._sync_modes()
+
+    def deactivate(self) -> None:
+        """Let the backbone compute as if no method had ever been attached."""
+        self._check("deactivate")
+        if not self.active:
+            return
+        self._follow("original")
+        for replacement in reversed(self._replacements):
+            replacement.swap_out()
+        _remember(self.backbone, adapter=None)
+        self._sync_modes()
+
+    def detach(self) -> None:
+        """End the adapter and leave the backbone bit for bit as it was before it.
+
+        With the last adapter gone, the requires_grad flags from before the first
+        `attach` come back too.
+        """
+        self._check("detach")
+        self.deactivate()
+        attachments = attachments_of(self.backbone)
+        attachments.adapters.remove(self)
+        if not attachments.adapters:
+            restore_flags(self.backbone, attachments.requires_grad)
+        self.attached = False
+        self._replacements = []
+
+    def merge(self) -> None:
+        """Fold the adapter into the backbone's plain weights, and end the adapter.
+
+        The backbone then computes the same with no adapter. It has other weights, and
+        with them another `weights_hash()`: adapters saved before do not load on it.
+
+        Raises:
+            ValueError: The method cannot be folded.
+            RuntimeError: Other adapters are attached; they were made for the weights
+                that this would change.
+        """
+        self._check("merge")
+        if not self.method.mergeable:
+            from geopeft_kit.methods import list_methods
+
+            able = [card.name for card in list_methods() if card.mergeable]
+            raise ValueError(
+                f"{self.name!r} cannot be merged: what it adds is no change of a "
+                f"weight. Methods that merge: {', '.join(able)}."
+            )
+        adapters = attachments_of(self.backbone).adapters
+        others = [adapter.name for adapter in adapters if adapter is not self]
+        if others:
+            raise RuntimeError(
+                f"Merging changes the weights that {others} were attached to. Save "
+                "and detach them first, then merge."
+            )
+        self.activate()  # so that every replacement knows its original
+        replacements = list(self._replacements)
+        self.deactivate()
+        with torch.no_grad():
+            for replacement in replacements:
+                self.method.fold(replacement)
+        self.detach()
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the adapter to a folder: adapter.json and adapter.safetensors.
+
+        The folder is as large as the trained tensors plus a few kilobytes, and belongs
+        to this backbone with these weights.
+
+        Args:
+            folder: Made if needed; an adapter that is there is replaced.
+
+        Returns:
+            The folder.
+        """
+        self._check("save")
+        return storage.write_adapter(
+            folder,
+            method=self.name,
+            config=self.config,
+            backbone={
+                "name": self.backbone.card.name,
+                "weights_hash": original_hash(self.backbone),
+            },
+            tensors=self._tensors(),
+        )
+
+    def export(self, folder: str | Path) -> Path:
+        """Write files that Hugging Face `peft` alone loads onto the plain timm model.
+
+        Raises:
+            ValueError: The method has no such format.
+        """
+        self._check("export")
+        self.method.export(self, Path(folder))
+        return Path(folder)
+
+    def summary(self) -> dict[str, Any]:
+        """Return the numbers that describe the adapter, as one row of a table."""
+        total = self.backbone.card.parameters or 0
+        return {
+            "method": self.name,
+            "trained": self.num_parameters,
+            "share of backbone": self.num_parameters / total if total else None,
+            "bytes": self.num_bytes,
+            "mergeable": self.method.mergeable,
+            "identity at start": self.method.identity_at_start,
+            "state": "active" if self.active else "inactive",
+        }
+
+    def __repr__(self) -> str:
+        state = "active" if self.active else "inactive"
+        if not self.attached:
+            state = "detached"
+        return f"Adapter({self.name!r}, {self.num_parameters:,} trained, {state})"
+
+    def _repr_html_(self) -> str:
+        rows = {**self.summary(), **self.config}
+        rows["trained"] = f"{self.num_parameters:,}"
+        if rows["share of backbone"] is not None:
+            rows["share of backbone"] = f"{rows['share of backbone']:.2%}"
+        rows["bytes"] = f"{self.num_bytes:,}"
+        cells = (
+            f"<tr><th style='text-align:left'>{html.escape(str(key))}</th>"
+            f"<td style='text-align:left'>{html.escape(str(value))}</td></tr>"
+            for key, value in rows.items()
+        )
+        return f"<table>{''.join(cells)}</table>"
+
+    def _check(self, action: str) -> None:
+        if not self.attached:
+            raise RuntimeError(
+                f"{action}: this {self.name!r} adapter was detached or merged. Attach "
+                "a new one, or load the saved one with load_adapter(backbone, folder)."
+            )
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return dict(
+            pair for entry in self._replacements for pair in entry.named_tensors()
+        )
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {
+            name: tensor
+            for name, tensor in self._tensors().items()
+            if isinstance(tensor, nn.Parameter) and tensor.requires_grad
+        }
+
+    def _follow(self, side: str) -> None:
+        """Take the side in hand ("substitute" or "original") to where the tree is."""
+        now = _place(self.backbone)
+        if now != self._in_hand:
+            cast = now[1] if now[1] != self._in_hand[1] else None
+            for entry in self._replacements:
+                moved = _moved(getattr(entry, side), now[0], cast)
+                setattr(entry, side, moved)
+            self._in_hand = now
+
+    def _sync_modes(self) -> None:
+        """Give what has just come into the tree the backbone's train or eval mode.
+
+        Walking the whole backbone costs more than the swap, so it is done only where
+        the mode changed meanwhile, or a batch norm starts or stops being trained.
+        """
+        mode = self.backbone.training
+        if mode != self._mode_in_hand or self._trains_batch_norms:
+            self.backbone.train(mode)
+        self._mode_in_hand = mode
+
+
+@contextmanager
+def original_backbone(backbone: Backbone) -> Iterator[dict[str, bool]]:
+    """Work on the backbone with no adapter active; an error leaves it as it was.
+
+    On success no adapter is active afterwards.
+
+    Yields:
+        The backbone's requires_grad flags, parameter name -> flag.
+    """
+    active = _active(backbone)
+    if active is not None:
+        active.deactivate()
+    flags = {name: p.requires_grad for name, p in backbone.named_parameters()}
+    try:
+        yield flags
+    except BaseException:
+        restore_flags(backbone, flags)
+        if active is not None:
+            active.activate()
+        raise
+
+
+def original_hash(backbone: Backbone) -> str:
+    """Return the hash of the backbone's own weights, whatever is active."""
+    active = _active(backbone)
+    if active is None:
+        return backbone.weights_hash()
+    active.deactivate()
+    try:
+        return backbone.weights_hash()
+    finally:
+        active.activate()
+
+
+def register(adapter: Adapter, flags: dict[str, bool]) -> None:
+    """Freeze the backbone and remember the adapter as one of its own.
+
+    Args:
+        adapter: The new adapter, not active yet.
+        flags: The backbone's requires_grad flags before anything was attached.
+    """
+    backbone = adapter.backbone
+    attachments = attachments_of(backbone)
+    if not attachments.adapters:
+        attachments.requires_grad = flags
+    attachments.adapters.append(adapter)
+    backbone.requires_grad_(False)
+    backbone.train(backbone.training)  # a frozen batch norm computes in eval mode
+
+
+def attachments_of(backbone: Backbone) -> Attachments:
+    """Return the backbone's record of its adapters, empty where there are none."""
+    if "_attachments" not in backbone.__dict__:
+        _remember(backbone, _attachments=Attachments({}))
+    record: Attachments = backbone.__dict__["_attachments"]
+    return record
+
+
+def restore_flags(backbone: Backbone, flags: dict[str, bool]) -> None:
+    """Set the requires_grad flags of the backbone's own parameters."""
+    for name, parameter in backbone.named_parameters():
+        parameter.requires_grad_(flags.get(name, parameter.requires_grad))
+    backbone.train(backbone.training)  # a batch norm may move again
+
+
+def _active(backbone: Backbone) -> Adapter | None:
+    active: Adapter | None = backbone.__dict__.get("adapter")
+    return active
+
+
+def _remember(backbone: Backbone, **attributes: Any) -> None:
+    """Set plain attributes: not parameters, not modules, not in the state dict."""
+    for name, value in attributes.items():
+        object.__setattr__(backbone, name, value)
+
+
+def _place(backbone: Backbone) -> Place:
+    """Device and floating dtype of the backbone, read from its first parameter."""
+    for parameter in backbone.model.parameters():
+        if parameter.is_floating_point():
+            return parameter.device, parameter.dtype
+    raise ValueError("The backbone has no floating point parameter.")
+
+
+def _moved(
+    value: nn.Module | Tensor, device: torch.device, dtype: torch.dtype | None
+) -> nn.Module | Tensor:
+    """Move as `Module.to` does: parameters keep their identity, buffers do not."""
+    if isinstance(value, nn.Module):
+        return value.to(device=device, dtype=dtype)
+    carrier = nn.Module()
+    if isinstance(value, nn.Parameter):
+        carrier.register_parameter("value", value)
+    else:
+        carrier.register_buffer("value", value)
+    return carrier.to(device=device, dtype=dtype).value

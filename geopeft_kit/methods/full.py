@@ -1,0 +1,90 @@
+"""The two ends of the scale and what lies between: frozen, last blocks, full.
+
+Taught in notebook 02.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from geopeft_kit.methods.base import Block, Method, Replacement, check_whole
+from geopeft_kit.methods.in_place import train_everything
+
+if TYPE_CHECKING:
+    from geopeft_kit.backbones.base import Backbone
+
+
+class Frozen(Method):
+    """Nothing inside the backbone trains: the probe."""
+
+    name = "frozen"
+    title = "Frozen backbone (probe)"
+    paper = "-"
+    trained = "nothing in the backbone; the decoder on top alone"
+    count_formula = "0"
+    mergeable = True
+    identity_at_start = True
+    learning_rate = None
+
+    def build(self, backbone: Backbone, blocks: list[Block]) -> list[Replacement]:
+        """Replace nothing."""
+        return []
+
+
+class Full(Method):
+    """Every parameter trains, in copies; the original weights stay beside them.
+
+    Batch-norm statistics move during training, in copies as well, and are saved. With
+    `layers` given, only what lies inside those blocks trains.
+    """
+
+    name = "full"
+    title = "Full fine-tuning"
+    paper = "-"
+    trained = "all parameters; batch-norm statistics move"
+    count_formula = "all"
+    mergeable = True
+    identity_at_start = True
+    # The 15 full runs of the PEFT study (arXiv 2504.17397, its released settings) chose
+    # 2.2e-5 to 9.9e-4, larger models the smaller ones.
+    learning_rate = 1e-4
+
+    def build(self, backbone: Backbone, blocks: list[Block]) -> list[Replacement]:
+        """Copy all parameters and moving buffers, or those of the chosen blocks."""
+        everything = len(blocks) == len(backbone.blocks)
+        roots = [""] if everything else [path for path, _ in blocks]
+        return train_everything(backbone.model, roots)
+
+
+class LastBlocks(Method):
+    """The last blocks train, in copies; everything before them is frozen.
+
+    Nothing before the first trained block needs a backward pass. If `layers` chooses
+    blocks, exactly those train and `number` is not used.
+    """
+
+    name = "last_blocks"
+    title = "Last blocks"
+    paper = "-"
+    trained = "all parameters of the last `number` blocks"
+    count_formula = "number * block (plain ViT block: 12D^2 + 13D)"
+    mergeable = True
+    identity_at_start = True
+    learning_rate = 1e-4  # as full; ours
+
+    def build(
+        self, backbone: Backbone, blocks: list[Block], *, number: int = 2
+    ) -> list[Replacement]:
+        """Copy every parameter and buffer of the last blocks.
+
+        Raises:
+            ValueError: `number` is not between 1 and the number of blocks.
+        """
+        check_whole("number", number)
+        if number > len(backbone.blocks):
+            raise ValueError(
+                f"number={number}, but the backbone has {len(backbone.blocks)} blocks."
+            )
+        if len(blocks) == len(backbone.blocks):
+            blocks = blocks[-number:]
+        return train_everything(backbone.model, [path for path, _ in blocks])

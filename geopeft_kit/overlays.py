@@ -1,0 +1,587 @@
+"""Rasters and chips -> pictures that lie at their true place on a web map.
+
+A web map stretches a picture linearly in Web Mercator (EPSG:3857), so every layer is
+warped to that projection here, coloured, and encoded as a PNG data URL: no tile server,
+no port, no network. Chips that lie side by side become one mosaic; chips far apart
+become places of their own. All layers of a place share one grid, so that truth and
+prediction are compared pixel by pixel.
+
+Used by `maps`; notebooks 00 and 09.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import rasterio
+from rasterio.enums import Resampling
+from rasterio.transform import Affine, array_bounds, from_bounds, from_origin
+from rasterio.vrt import WarpedVRT
+from rasterio.warp import reproject, transform_bounds
+
+from .pictures import (
+    OKABE_ITO,
+    Colours,
+    as_numpy,
+    class_colours,
+    picture_bands,
+    stretch,
+    stretch_limits,
+)
+
+MERCATOR = "EPSG:3857"
+MAX_SIDE = 1500  # pixels; a browser keeps every layer of a map in memory
+KINDS = ("image", "classes", "values", "errors")
+MISSED, FALSE_ALARM = OKABE_ITO["vermillion"], OKABE_ITO["purple"]
+
+Box = tuple[float, float, float, float]  # west, south, east, north
+
+
+@dataclass(frozen=True)
+class Raster:
+    """An array with a place on Earth.
+
+    Args:
+        array: (C, H, W) or (H, W).
+        transform: From pixels to coordinates, as rasterio's.
+        crs: Anything that names a coordinate system: "EPSG:32630", a rasterio CRS.
+        place: Name of the region, for the map's "go to".
+    """
+
+    array: Any
+    transform: Affine
+    crs: Any
+    place: str = ""
+
+
+Source = str | os.PathLike[str] | Raster
+
+
+@dataclass(frozen=True)
+class MapLayer:
+    """One layer of a map.
+
+    Args:
+        name: Shown beside its switch.
+        source: Path of a raster, a `Raster`, or several of them (chips).
+        kind: "image" (three bands as a picture), "classes", "values" (a colour ramp),
+            or "errors" (where a class map differs from `truth`).
+        bands: Bands of an image, in its order; by default the file's descriptions.
+        show: Which three bands an image shows: "true", "false", "swir" or three names.
+        classes: Class names; by default those written by `gk.predict_scene`.
+        colours: One per class; by default the file's colour table.
+        truth: The reference of an error layer, in the same form as `source`.
+        nodata: Value that is left transparent, beside NaN and the file's own nodata;
+            255 for classes.
+        limits: Lowest and highest value of a ramp; by default the 2nd and 98th
+            percentile.
+        unit: Unit of the values, for the legend.
+        visible: Switched on at first.
+        opacity: 0 to 1.
+    """
+
+    name: str
+    source: Source | Sequence[Source]
+    kind: str = "image"
+    bands: str | Sequence[str] | None = None
+    show: str | Sequence[str] = "true"
+    classes: Sequence[str] | None = None
+    colours: Colours | None = None
+    truth: Source | Sequence[Source] | None = None
+    nodata: float | None = None
+    limits: tuple[float, float] | None = None
+    unit: str = ""
+    visible: bool = True
+    opacity: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(
+                f"Layer {self.name!r}: kind={self.kind!r}. Allowed: {', '.join(KINDS)}."
+            )
+        if not 0 <= self.opacity <= 1:
+            raise ValueError(
+                f"Layer {self.name!r}: opacity={self.opacity} is not within 0 and 1."
+            )
+        if (self.truth is not None) != (self.kind == "errors"):
+            raise ValueError(
+                f"Layer {self.name!r}: truth= belongs to kind='errors', and only there."
+            )
+
+
+@dataclass(frozen=True)
+class Legend:
+    """What colours mean: one entry per class, or a ramp from low to high."""
+
+    entries: tuple[tuple[str, str], ...]  # ("#rrggbb", text)
+    ramp: bool = False
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG data URL and where it lies: ((south, west), (north, east)) in degrees."""
+
+    url: str
+    bounds: tuple[tuple[float, float], tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class DrawnLayer:
+    """A layer as the map shows it."""
+
+    name: str
+    pictures: tuple[Picture, ...]
+    legend: Legend | None
+    visible: bool
+    opacity: float
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """All layers, and the places (name, bounds) to go to."""
+
+    layers: tuple[DrawnLayer, ...]
+    places: tuple[tuple[str, tuple], ...]
+
+
+def chip_layers(
+    samples: Sequence[Mapping[str, Any]],
+    bands: str | Sequence[str],
+    classes: Sequence[str],
+    colours: Colours | None = None,
+    predictions: Mapping[str, Sequence[Any]] | None = None,
+    ignore_index: int = 255,
+    show: str | Sequence[str] = "true",
+) -> list[MapLayer]:
+    """The layers of a set of chips: image, truth, each prediction, and its errors.
+
+    Args:
+        samples: Sample dicts with image (C, H, W), mask (H, W), bounds, crs, region.
+        bands: Bands of the images.
+        classes: Class names.
+        colours: One per class.
+        predictions: Name -> one (H, W) class map per sample.
+        ignore_index: Value of a mask that means "not labelled".
+        show: Which three bands the image shows.
+
+    Returns:
+        Layers for `show_map`, from bottom to top; image and truth are switched on.
+    """
+    samples = list(samples)
+    look = {"classes": classes, "colours": colours, "nodata": ignore_index}
+    truth = [_chip_raster(sample, sample["mask"]) for sample in samples]
+    images = [_chip_raster(sample, sample["image"]) for sample in samples]
+    layers = [
+        MapLayer("image", images, bands=bands, show=show),
+        MapLayer("truth", truth, "classes", **look),  # type: ignore[arg-type]
+    ]
+    for name, maps in (predictions or {}).items():
+        if len(maps) != len(samples):
+            raise ValueError(
+                f"{name!r} has {len(maps)} predictions for {len(samples)} chips. Pass "
+                "one per chip, in the same order."
+            )
+        rasters = [_chip_raster(s, m) for s, m in zip(samples, maps, strict=True)]
+        layers += [
+            MapLayer(name, rasters, "classes", visible=False, **look),  # type: ignore[arg-type]
+            MapLayer(
+                f"errors of {name}", rasters, "errors", truth=truth, visible=False,
+                **look,  # type: ignore[arg-type]
+            ),
+        ]  # fmt: skip
+    return layers
+
+
+def _chip_raster(sample: Mapping[str, Any], array: Any) -> Raster:
+    if "bounds" not in sample or not sample.get("crs"):
+        raise ValueError(
+            f"Chip {sample.get('chip', '?')!r} has no bounds and crs, so it has no "
+            "place on a map. Show it with gk.plots.show_chip instead."
+        )
+    array = as_numpy(array)
+    box = [float(value) for value in as_numpy(sample["bounds"]).ravel()]
+    transform = from_bounds(*box, array.shape[-1], array.shape[-2])
+    return Raster(array, transform, sample["crs"], str(sample.get("region", "")))
+
+
+def draw(layers: Sequence[MapLayer], max_side: int = MAX_SIDE) -> Drawing:
+    """Warp, colour and encode layers.
+
+    Args:
+        layers: From bottom to top.
+        max_side: Pixels that a place may have along a side; larger ones are thinned
+            out, and one line says so.
+    """
+    layers = list(layers)
+    names = [layer.name for layer in layers]
+    if not layers or len(set(names)) < len(names):
+        raise ValueError(
+            f"A map needs one or more layers, each with a name of its own; got {names}."
+        )
+    footprints = [_footprint(s) for la in layers for s in _sources(la.source)]
+    grids = _grids(footprints, max_side)
+    drawn = tuple(_draw_layer(layer, grids) for layer in layers)
+    return Drawing(drawn, tuple((grid.name, grid.degrees()) for grid in grids))
+
+
+# --- where: footprints, places, grids -------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Footprint:
+    box: Box  # in EPSG:3857
+    pixel: float  # metres of EPSG:3857
+    place: str
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """The pixels, in EPSG:3857, that all layers of one place share."""
+
+    name: str
+    box: Box
+    width: int
+    height: int
+
+    @property
+    def pixel(self) -> tuple[float, float]:
+        """Width and height of a pixel in metres of EPSG:3857."""
+        west, south, east, north = self.box
+        return (east - west) / self.width, (north - south) / self.height
+
+    def transform(self, row: int = 0, column: int = 0) -> Affine:
+        """From pixels to coordinates, counted from this row and column."""
+        wide, tall = self.pixel
+        return from_origin(
+            self.box[0] + column * wide, self.box[3] - row * tall, wide, tall
+        )
+
+    def degrees(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        west, south, east, north = transform_bounds(MERCATOR, "EPSG:4326", *self.box)
+        return (south, west), (north, east)
+
+    def window(self, box: Box) -> tuple[slice, slice]:
+        """Rows and columns that a box touches."""
+        wide, tall = self.pixel
+        left, right = ((x - self.box[0]) / wide for x in (box[0], box[2]))
+        top, bottom = ((self.box[3] - y) / tall for y in (box[3], box[1]))
+        rows = slice(max(0, int(top) - 1), min(self.height, int(bottom) + 2))
+        return rows, slice(max(0, int(left) - 1), min(self.width, int(right) + 2))
+
+
+def _sources(source: Source | Sequence[Source]) -> list[Source]:
+    if isinstance(source, str | os.PathLike | Raster):
+        return [source]
+    found = list(source)
+    if not found:
+        raise ValueError("A layer has an empty list of rasters. Leave the layer out.")
+    return found
+
+
+def _footprint(source: Source) -> _Footprint:
+    if isinstance(source, Raster):
+        height, width = np.shape(source.array)[-2:]
+        crs, transform, place = source.crs, source.transform, source.place
+        name = "the array"
+    else:
+        with rasterio.open(source) as raster:
+            height, width, crs = raster.height, raster.width, raster.crs
+            transform, place, name = raster.transform, "", raster.name
+    if not crs:
+        raise ValueError(
+            f"{name} has no coordinate system, so it has no place on a map. Pass "
+            "gk.Raster(array, transform, crs), or show it with gk.plots.show_chip."
+        )
+    degrees = transform_bounds(
+        crs, "EPSG:4326", *array_bounds(height, width, transform), densify_pts=21
+    )
+    if not (-85 < degrees[1] < degrees[3] < 85):
+        raise ValueError(
+            f"{name} reaches latitude {degrees[1]:.1f} to {degrees[3]:.1f}; a web map "
+            "ends at 85 degrees. Check transform and crs, or crop it."
+        )
+    box = transform_bounds("EPSG:4326", MERCATOR, *degrees)
+    pixel = max((box[2] - box[0]) / width, (box[3] - box[1]) / height)
+    return _Footprint(box, pixel, place)
+
+
+def _grids(footprints: Sequence[_Footprint], max_side: int) -> list[_Grid]:
+    """One grid per group of footprints that touch, or nearly do."""
+    groups: list[list[_Footprint]] = []
+    for one in dict.fromkeys(footprints):
+        near = [g for g in groups if any(_near(one.box, other.box) for other in g)]
+        groups = [g for g in groups if g not in near]
+        groups.append([one, *(member for g in near for member in g)])
+    names = [", ".join(sorted({one.place for one in g} - {""})) for g in groups]
+    grids = []
+    for number, (name, group) in enumerate(zip(names, groups, strict=True)):
+        boxes = np.array([one.box for one in group])
+        box: Box = (*boxes[:, :2].min(axis=0), *boxes[:, 2:].max(axis=0))
+        pixel = min(one.pixel for one in group)
+        side = max(box[2] - box[0], box[3] - box[1]) / pixel
+        thinned = max(1.0, side / max_side)
+        label = name or "place"
+        if names.count(name) > 1:
+            label += f" {names[:number].count(name) + 1}"
+        if thinned > 1:
+            print(
+                f"map: {label} is {side:.0f} pixels wide or high and is drawn with "
+                f"{max_side}; the files keep every pixel."
+            )
+        width = max(1, round((box[2] - box[0]) / pixel / thinned))
+        height = max(1, round((box[3] - box[1]) / pixel / thinned))
+        grids.append(_Grid(label, box, width, height))
+    return sorted(grids, key=lambda grid: grid.name)
+
+
+def _near(a: Box, b: Box) -> bool:
+    """Whether the gap between two boxes is less than the smaller one's side."""
+    reach = min(a[2] - a[0], b[2] - b[0])
+    return (
+        max(a[0], b[0]) - min(a[2], b[2]) < reach
+        and max(a[1], b[1]) - min(a[3], b[3]) < reach
+    )
+
+
+# --- what: numbers on the grid, then colours ------------------------------------------
+
+
+def _draw_layer(layer: MapLayer, grids: Sequence[_Grid]) -> DrawnLayer:
+    sources = _sources(layer.source)
+    held = [(grid, [s for s in sources if _within(s, grid)]) for grid in grids]
+    held = [(grid, inside) for grid, inside in held if inside]
+    if layer.kind == "image":
+        painted, legend = _paint_images(layer, held), None
+    elif layer.kind == "values":
+        painted, legend = _paint_values(layer, held)
+    else:
+        painted, legend = _paint_classes(layer, held)
+    pictures = tuple(
+        Picture(_png(rgba), grid.degrees())
+        for (grid, _), rgba in zip(held, painted, strict=True)
+    )
+    return DrawnLayer(layer.name, pictures, legend, layer.visible, layer.opacity)
+
+
+def _within(source: Source, grid: _Grid) -> bool:
+    west, south, east, north = _footprint(source).box
+    x, y = (west + east) / 2, (south + north) / 2
+    return grid.box[0] <= x <= grid.box[2] and grid.box[1] <= y <= grid.box[3]
+
+
+def _paint_images(layer: MapLayer, held: Sequence[tuple]) -> list[np.ndarray]:
+    canvases = [
+        _canvas(inside, grid, layer, Resampling.bilinear) for grid, inside in held
+    ]
+    limits = stretch_limits(canvases)
+    return [
+        _rgba(stretch(canvas, limits), np.isfinite(canvas).all(axis=0))
+        for canvas in canvases
+    ]
+
+
+def _paint_values(layer: MapLayer, held: Sequence[tuple]) -> tuple[list, Legend]:
+    from matplotlib import colormaps
+
+    canvases = [
+        _canvas(inside, grid, layer, Resampling.nearest)[0] for grid, inside in held
+    ]
+    low, high = layer.limits or stretch_limits([c[None] for c in canvases])[:, 0]
+    ramp = colormaps["viridis"]
+    span = max(high - low, 1e-12)
+    painted = [
+        _rgba(ramp(np.nan_to_num((c - low) / span))[..., :3], np.isfinite(c))
+        for c in canvases
+    ]
+    steps = [tuple(int(255 * v) for v in ramp(s)[:3]) for s in np.linspace(0, 1, 6)]
+    colours = [f"#{bytes(step).hex()}" for step in steps]
+    ends = [f"{low:.3g} {layer.unit}".strip(), *[""] * 4, f"{high:.3g} {layer.unit}"]
+    return painted, Legend(tuple(zip(colours, ends, strict=True)), ramp=True)
+
+
+def _paint_classes(layer: MapLayer, held: Sequence[tuple]) -> tuple[list, Legend]:
+    classes, colours = _classes_of(layer)
+    canvases = [
+        _canvas(inside, grid, layer, Resampling.nearest)[0] for grid, inside in held
+    ]
+    _check_values(layer.name, canvases, classes)
+    if layer.kind == "errors":
+        assert layer.truth is not None
+        truths = _sources(layer.truth)
+        references = [
+            _canvas([s for s in truths if _within(s, grid)], grid, layer)[0]
+            for grid, _ in held
+        ]
+        _check_values(layer.name, references, classes)
+        canvases, classes, colours = _errors(canvases, references, classes)
+    table = np.array([list(bytes.fromhex(c[1:])) for c in colours]) / 255
+    painted = []
+    for canvas in canvases:
+        known = np.isfinite(canvas)
+        picked = table[np.where(known, canvas, 0).astype(int)]  # (h, w, 3)
+        painted.append(_rgba(picked, known))
+    return painted, Legend(tuple(zip(colours, classes, strict=True)))
+
+
+def _errors(
+    guesses: Sequence[np.ndarray], truths: Sequence[np.ndarray], classes: Sequence[str]
+) -> tuple[list[np.ndarray], list[str], list[str]]:
+    """Canvases of errors (NaN where right or unknown), their names and colours."""
+    two = len(classes) == 2
+    errors = []
+    for guess, truth in zip(guesses, truths, strict=True):
+        wrong = np.isfinite(guess) & np.isfinite(truth) & (guess != truth)
+        kind = np.where(truth == 1, 0.0, 1.0) if two else 0.0
+        errors.append(np.where(wrong, kind, np.nan))
+    if not two:
+        return errors, ["wrong"], [MISSED]
+    return (
+        errors,
+        [f"missed {classes[1]}", f"false {classes[1]}"],
+        [MISSED, FALSE_ALARM],
+    )
+
+
+def _check_values(
+    name: str, canvases: Sequence[np.ndarray], classes: Sequence[str]
+) -> None:
+    for canvas in canvases:
+        strange = np.unique(canvas[np.isfinite(canvas)])
+        strange = strange[(strange < 0) | (strange >= len(classes)) | (strange % 1 > 0)]
+        if strange.size:
+            raise ValueError(
+                f"Layer {name!r} holds {strange[:5].tolist()}, but its {len(classes)} "
+                f"classes are numbered 0 to {len(classes) - 1}. Pass nodata= for the "
+                "value that means 'not labelled', or all classes."
+            )
+
+
+def _classes_of(layer: MapLayer) -> tuple[list[str], list[str]]:
+    """Names and colours of a layer: its own, or those that the file carries."""
+    classes, colours = layer.classes, layer.colours
+    first = _sources(layer.source)[0]
+    if not isinstance(first, Raster) and (classes is None or colours is None):
+        with rasterio.open(first) as raster:
+            tag = raster.tags().get("classes")
+            classes = json.loads(tag) if classes is None and tag else classes
+            # 1 is "gray": no colour table, and none is asked for.
+            if colours is None and raster.colorinterp[0].name == "palette":
+                table = raster.colormap(1)
+                colours = [table[i][:3] for i in range(len(classes or table))]
+    if classes is None:
+        raise ValueError(
+            f"Layer {layer.name!r} needs classes=[...], the names of its classes."
+        )
+    return [str(name) for name in classes], class_colours(classes, colours)
+
+
+def _canvas(
+    sources: Sequence[Source],
+    grid: _Grid,
+    layer: MapLayer,
+    resampling: Resampling = Resampling.nearest,
+) -> np.ndarray:
+    """Everything of a layer on the grid of a place.
+
+    Returns:
+        (C, height, width) float32, NaN where there is nothing; C is 3 for images.
+    """
+    canvas: np.ndarray | None = None
+    for source in sources:
+        rows, columns = grid.window(_footprint(source).box)
+        piece = _warp(
+            source,
+            layer,
+            grid.transform(rows.start, columns.start),
+            (rows.stop - rows.start, columns.stop - columns.start),
+            resampling,
+        )
+        if canvas is None:
+            canvas = np.full((len(piece), grid.height, grid.width), np.nan, np.float32)
+        place = canvas[:, rows, columns]
+        known = np.isfinite(piece).all(axis=0)
+        place[:, known] = piece[:, known]
+    if canvas is None:
+        raise ValueError(
+            f"Layer {layer.name!r}: its truth does not reach {grid.name!r}. Pass the "
+            "truth of the same chips."
+        )
+    return canvas
+
+
+def _warp(
+    source: Source,
+    layer: MapLayer,
+    transform: Affine,
+    shape: tuple[int, int],
+    resampling: Resampling,
+) -> np.ndarray:
+    """One source on a piece of the grid: (C, *shape) float32 with NaN."""
+    nodata = layer.nodata
+    if nodata is None and layer.kind in ("classes", "errors"):
+        nodata = 255
+    if isinstance(source, Raster):
+        array = as_numpy(source.array)
+        array = array[None] if array.ndim == 2 else array
+        if layer.kind == "image":
+            array = array[_shown(layer, layer.bands, len(array))]
+        array = array.astype(np.float32)
+        if nodata is not None:
+            array[array == nodata] = np.nan
+        piece = np.full((len(array), *shape), np.nan, np.float32)
+        reproject(
+            array, piece, src_transform=source.transform, src_crs=source.crs,
+            dst_transform=transform, dst_crs=MERCATOR, resampling=resampling,
+            src_nodata=np.nan, dst_nodata=np.nan,
+        )  # fmt: skip
+        return piece
+    with rasterio.open(source) as raster:
+        indexes = [1]
+        if layer.kind == "image":
+            bands = layer.bands or [name or "" for name in raster.descriptions]
+            indexes = [i + 1 for i in _shown(layer, bands, raster.count)]
+        height, width = shape
+        with WarpedVRT(
+            raster, crs=MERCATOR, transform=transform, height=height, width=width,
+            resampling=resampling, add_alpha=raster.nodata is None,
+        ) as warped:  # fmt: skip
+            piece = warped.read(indexes).astype(np.float32)
+            known = warped.dataset_mask() > 0
+    piece[:, ~known] = np.nan
+    if nodata is not None:
+        piece[piece == nodata] = np.nan
+    return piece
+
+
+def _shown(layer: MapLayer, bands: Any, count: int) -> list[int]:
+    """Positions of the three bands that an image layer shows."""
+    if bands is None or not any(bands):
+        raise ValueError(
+            f"Layer {layer.name!r} does not say which band is which. Pass bands=[...], "
+            f"the names of its {count} bands in their order."
+        )
+    return picture_bands(bands, layer.show)
+
+
+# --- encoding -------------------------------------------------------------------------
+
+
+def _rgba(colour: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """(h, w, 3) from 0 to 1 and (h, w) bool -> (h, w, 4) uint8."""
+    alpha = known.astype(np.float32)[..., None]
+    return np.round(np.concatenate([colour * alpha, alpha], axis=2) * 255).astype("u1")
+
+
+def _png(rgba: np.ndarray) -> str:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(rgba).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

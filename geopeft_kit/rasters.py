@@ -1,0 +1,292 @@
+"""Rasters by the window: reflectance in, GeoTIFF out, neither ever whole in memory.
+
+`SceneReader` turns stored numbers of named bands into reflectance and says where there
+is data; `RowWriter` writes a GeoTIFF from top to bottom, whole or not at all. Both are
+used by `inference` (notebooks 00 and 14).
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import rasterio
+from rasterio.errors import RasterioError, RasterioIOError
+from rasterio.windows import Window
+
+from .bands import resolve_bands
+
+BLOCK = 256  # rows and columns of one block of the tiled GeoTIFF that is written
+
+
+class SceneReader:
+    """Windows of a raster as reflectance, and which of their pixels hold data.
+
+    Args:
+        source: Anything that rasterio opens.
+        wanted: Bands that the model wants, in its order; None takes all as they are.
+        bands: Names of the source's bands in its order; None reads its descriptions.
+        scale: Reflectance per stored unit; None reads the raster's own.
+        offset: Added after scaling, used together with `scale`.
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike[str],
+        wanted: Sequence[str] | None,
+        bands: Sequence[str] | None = None,
+        scale: float | None = None,
+        offset: float = 0.0,
+    ) -> None:
+        name = os.fspath(source)
+        remote = "://" in name or name.startswith(("/vsi", "<VRTDataset"))
+        if not remote and not Path(name).exists():
+            raise FileNotFoundError(f"There is no raster at {name!r}. Check the path.")
+        # GDAL's own block cache would otherwise grow to a share of all memory.
+        self._environment = rasterio.Env(GDAL_CACHEMAX=128 * 1024 * 1024)
+        self._environment.__enter__()
+        try:
+            self.raster = _open(name)
+            self.indexes = _band_indexes(self.raster, wanted, bands)
+            self.gain, self.offset = _scaling(self.raster, self.indexes, scale, offset)
+            self.stated = scale is not None
+        except BaseException:
+            self.close()
+            raise
+        self.height, self.width = self.raster.height, self.raster.width
+
+    def read(self, row: int, col: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """One square window; what lies outside of the scene is mirrored.
+
+        Args:
+            row: First row.
+            col: First column.
+            size: Side in pixels.
+
+        Returns:
+            (C, size, size) float32 reflectance, with 0 where there is no data, and
+            (size, size) bool, True where every band has data.
+        """
+        high, wide = min(size, self.height - row), min(size, self.width - col)
+        box = Window(col, row, wide, high)
+        try:
+            stored = self.raster.read(self.indexes, window=box, out_dtype="float32")
+            valid = self.raster.read_masks(self.indexes, window=box).all(axis=0)
+        except RasterioIOError as error:
+            raise RuntimeError(
+                f"{self.raster.name} cannot be read at row {row}, column {col}: "
+                f"{error}. The file may be truncated: copy or download it again."
+            ) from error
+        valid &= np.isfinite(stored).all(axis=0)
+        image = stored * self.gain + self.offset
+        image[:, ~valid] = 0.0
+        if not self.stated and image.max(initial=0) > 20:
+            raise ValueError(
+                f"{self.raster.name} holds values up to {image.max():g}: no "
+                "reflectance. Pass scale=0.0001 if 10000 stands for 1.0, or scale=1 if "
+                "the model was trained on the numbers as they are."
+            )
+        missing = ((0, size - high), (0, size - wide))
+        return (
+            np.pad(image, ((0, 0), *missing), mode="symmetric"),
+            np.pad(valid, missing, constant_values=False),
+        )
+
+    def close(self) -> None:
+        """Close the raster."""
+        if hasattr(self, "raster"):
+            self.raster.close()
+        self._environment.__exit__(None, None, None)
+
+    def __enter__(self) -> SceneReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _open(name: str) -> rasterio.DatasetReader:
+    try:
+        return rasterio.open(name)
+    except RasterioIOError as error:
+        raise ValueError(
+            f"{name[:200]!r} cannot be opened as a raster: {error}. Pass a GeoTIFF, a "
+            "VRT or anything else that GDAL reads."
+        ) from error
+
+
+def _band_indexes(
+    raster: rasterio.DatasetReader,
+    wanted: Sequence[str] | None,
+    bands: Sequence[str] | None,
+) -> list[int]:
+    """Numbers (from 1) of the raster's bands that the model wants, in its order."""
+    if bands is not None and len(bands) != raster.count:
+        raise ValueError(
+            f"bands names {len(bands)} bands, but {raster.name} has {raster.count}. "
+            "Name every band of the file, in its order."
+        )
+    if wanted is None:
+        return list(raster.indexes)
+    named = list(bands) if bands is not None else list(raster.descriptions)
+    if not any(named):
+        raise ValueError(
+            f"The {raster.count} bands of {raster.name} have no descriptions, so which "
+            "is which is not known. Pass bands=[...], their names in the file's order, "
+            'for instance bands=["BLUE", "GREEN", "RED", ...].'
+        )
+    numbers = {_canonical(name): i for i, name in enumerate(named, start=1) if name}
+    absent = [name for name in wanted if name not in numbers]
+    if absent:
+        raise ValueError(
+            f"The model wants {', '.join(absent)}, which {raster.name} does not have. "
+            f"It has {', '.join(numbers)}; the model wants {', '.join(wanted)}. Pass "
+            "bands=[...] if they are named otherwise, or load the backbone with the "
+            "bands that you have."
+        )
+    return [numbers[name] for name in wanted]
+
+
+def _canonical(name: str) -> str:
+    """The kit's name of a band; a name it does not know (a cloud mask) stays."""
+    try:
+        return resolve_bands([name])[0]
+    except ValueError:
+        return name
+
+
+def _scaling(
+    raster: rasterio.DatasetReader,
+    indexes: Sequence[int],
+    scale: float | None,
+    offset: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Gain and offset per band, (C, 1, 1) each, stated and never guessed."""
+    shape = (len(indexes), 1, 1)
+    if scale is not None:
+        return np.full(shape, scale, np.float32), np.full(shape, offset, np.float32)
+    if offset:
+        raise ValueError(f"offset={offset} needs scale too: value * scale + offset.")
+    gains = np.array([raster.scales[i - 1] for i in indexes], np.float32).reshape(shape)
+    offsets = np.array([raster.offsets[i - 1] for i in indexes], np.float32).reshape(
+        shape
+    )
+    dtype = raster.dtypes[indexes[0] - 1]
+    if np.issubdtype(dtype, np.integer) and (gains == 1).all():
+        raise ValueError(
+            f"{raster.name} holds {dtype} and does not say how they become "
+            "reflectance. Pass scale=0.0001 if 10000 stands for 1.0 (Sentinel-2, "
+            "HLS), scale=1/255 for 8-bit pictures, scale=1 if the model was trained "
+            "on the numbers as they are."
+        )
+    return gains, offsets
+
+
+class RowWriter:
+    """A tiled GeoTIFF written from top to bottom; it appears whole or not at all.
+
+    Rows are collected until they fill a row of blocks, so that no compressed block is
+    ever written twice.
+
+    Args:
+        target: The file to write.
+        profile: Width, height, count, dtype, nodata, transform, crs as rasterio's.
+        names: Band descriptions.
+        colours: One "#rrggbb" per class, for a colour table.
+        tags: Metadata of the file.
+    """
+
+    def __init__(
+        self,
+        target: Path,
+        profile: dict,
+        names: Sequence[str] = (),
+        colours: Sequence[str] | None = None,
+        tags: dict[str, str] | None = None,
+    ) -> None:
+        self.target, self.profile = target, profile
+        self.waiting: list[np.ndarray] = []
+        self.row = 0
+        handle, part = tempfile.mkstemp(
+            prefix=f".{target.stem}.", suffix=".part.tif", dir=target.parent
+        )
+        os.close(handle)
+        self.part = Path(part)
+        layout = {"tiled": True, "blockxsize": BLOCK, "blockysize": BLOCK}
+        packing = {"driver": "GTiff", "compress": "deflate", "bigtiff": "if_safer"}
+        try:
+            self.raster = rasterio.open(self.part, "w", **layout, **packing, **profile)
+        except BaseException:
+            self.part.unlink(missing_ok=True)
+            raise
+        for number, name in enumerate(names, start=1):
+            self.raster.set_band_description(number, name)
+        if colours is not None:
+            table = {i: colour_to_rgba(colour) for i, colour in enumerate(colours)}
+            self.raster.write_colormap(1, table)
+        self.raster.update_tags(**(tags or {}))
+
+    def write(self, rows: np.ndarray) -> None:
+        """Add the next rows, (count, n, width)."""
+        self.waiting.append(rows)
+        held = sum(part.shape[1] for part in self.waiting)
+        if held >= BLOCK:
+            self._flush(held // BLOCK * BLOCK)
+
+    def _flush(self, rows: int) -> None:
+        held = np.concatenate(self.waiting, axis=1)
+        box = Window(0, self.row, self.profile["width"], rows)
+        with self._naming_the_disk():
+            self.raster.write(held[:, :rows], window=box)
+        self.row += rows
+        self.waiting = [held[:, rows:]]
+
+    def check(self) -> None:
+        """Write the last rows, close the file, and read it back once.
+
+        A full disk may show only when GDAL empties its cache, and a block that never
+        arrived reads as nodata: what counts is what stands in the file.
+        """
+        left = sum(part.shape[1] for part in self.waiting)
+        if left:
+            self._flush(left)
+        with self._naming_the_disk():
+            self.raster.close()
+            with rasterio.open(self.part) as written:
+                for block, box in written.block_windows(1):
+                    if written.block_size(1, *block) <= 0:
+                        raise RasterioIOError(f"block {block} is missing")
+                    written.read(window=box)
+
+    def publish(self) -> None:
+        """Put the checked file in its place."""
+        os.replace(self.part, self.target)
+
+    def discard(self) -> None:
+        """Leave nothing unfinished behind; a published file stays."""
+        try:
+            self.raster.close()
+        except RasterioError:
+            pass  # the file is thrown away; the first error is the one to show
+        self.part.unlink(missing_ok=True)
+
+    @contextmanager
+    def _naming_the_disk(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RasterioError) as error:
+            raise RuntimeError(
+                f"{self.target} could not be written whole, and nothing is left of it: "
+                f"{error}. Is the disk full? Free some space or choose another folder, "
+                "then run again."
+            ) from error
+
+
+def colour_to_rgba(colour: str) -> tuple[int, int, int, int]:
+    """Turn "#rrggbb" into four numbers from 0 to 255."""
+    red, green, blue = bytes.fromhex(colour.removeprefix("#"))
+    return red, green, blue, 255

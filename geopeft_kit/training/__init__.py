@@ -1,0 +1,7 @@
+"""Training: the loss and the step, `fit`, the tracker, the feature cache, the scores."""
+
+from geopeft_kit.training.evaluate import evaluate
+from geopeft_kit.training.fit import Run, fit
+from geopeft_kit.training.tracker import Resources, Tracker, count_saved_bytes
+
+__all__ = ["Resources", "Run", "Tracker", "count_saved_bytes", "evaluate", "fit"]

@@ -1,0 +1,64 @@
+"""Scores of a model on a split, overall and for each region.
+
+Scores are pooled over the data set: one confusion matrix (or one sum of squared errors)
+over all pixels, never a mean of batch means. Taught in notebooks 00 and 09.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from geopeft_kit.data.chips import ChipData
+from geopeft_kit.model import Model
+from geopeft_kit.training.hardware import choose_device
+from geopeft_kit.training.metrics import RegionalMetrics
+from geopeft_kit.training.task import batch_meta, batch_target
+
+# The score that model selection looks at, and whether more of it is better.
+HEADLINE = {
+    "segmentation": ("miou", True),
+    "change": ("miou", True),
+    "classification": ("accuracy", True),
+    "multilabel": ("f1", True),
+    "regression": ("rmse", False),
+}
+
+
+def evaluate(
+    model: Model, data: ChipData, split: str = "test", device: str | torch.device = "auto"
+) -> dict[str, Any]:
+    """Score a model on one split.
+
+    Args:
+        model: A trained model.
+        data: The data set.
+        split: "train", "val" or "test"; "test" is the unseen region by default.
+        device: Where to compute.
+
+    Returns:
+        `{"overall": {metric: value}, "regions": {name: {metric: value}}}`, with
+        `miou`, `f1` and `accuracy` for classes, `rmse` and `mae` for regression.
+
+    Raises:
+        ValueError: The split has no chips.
+    """
+    if not isinstance(device, torch.device):
+        device = choose_device(device)
+    # a value that a class map may set apart is an ordinary number in a regression
+    ignored = None if model.task == "regression" else data.ignore_index
+    metrics = RegionalMetrics(model.task, model.num_classes, ignored)
+    training = model.training
+    model.to(device).eval()
+    try:
+        with torch.inference_mode():
+            for batch in data.dataloader(split):
+                meta = batch_meta(batch)
+                if meta is not None:
+                    meta = {key: value.to(device) for key, value in meta.items()}
+                output = model(batch["image"].to(device), meta)
+                metrics.update(output.cpu(), batch_target(batch), batch["region"])
+    finally:
+        model.train(training)
+    return metrics.compute()

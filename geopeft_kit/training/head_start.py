@@ -1,0 +1,79 @@
+"""The head start: standardised features, and a head that begins at the probe's solution.
+
+A fresh head on raw features is under-trained long after the backbone has moved, and then
+tells false stories about every method. So features are standardised per channel first,
+and a linear head is trained alone before anything else trains: linear probing, then
+fine-tuning (Kumar et al. 2022, arXiv 2202.10054). Taught in notebook 02.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.data import DataLoader
+
+from geopeft_kit.data.chips import ChipData
+from geopeft_kit.model import Model
+from geopeft_kit.training.feature_cache import FeatureCache
+from geopeft_kit.training.task import batch_target, compute_loss
+
+
+def calibrate(model: Model, data: ChipData, device: torch.device, limit: int = 512) -> None:
+    """Set the standardisation in front of the decoder from training features.
+
+    Args:
+        model: The model; only its standardisation buffers change.
+        data: Its training split is read, at most `limit` chips of it.
+        device: Where to compute.
+        limit: Chips that are enough for a mean and a spread per channel.
+    """
+    chosen = data.subset(limit) if len(data.dataset("train")) > limit else data
+    cache = FeatureCache(model, chosen.dataloader("train", augment=False), device)
+    model.calibrate([level.to(device) for level in cache.maps])
+
+
+def start_head(
+    model: Model,
+    data: ChipData,
+    device: torch.device,
+    steps: int = 400,
+    batch_size: int = 64,
+    learning_rate: float = 5e-3,
+    seed: int = 0,
+) -> FeatureCache:
+    """Train the decoder alone, on features of the backbone as it stands.
+
+    Args:
+        model: Standardised and trained in place; its backbone does not change.
+        data: Its training split is read once.
+        device: Where to compute.
+        steps: Optimiser steps, enough for a linear head to converge.
+        batch_size: Cached samples a step.
+        learning_rate: Highest rate of a one-cycle cosine.
+        seed: Order of the samples.
+
+    Returns:
+        The features, so that a probe can go on from them.
+
+    Source: the first stage of LP-FT, Kumar et al. 2022 (arXiv 2202.10054), section 3.
+    """
+    cache = FeatureCache(model, data.dataloader("train", augment=False), device)
+    model.calibrate([level.to(device) for level in cache.maps])
+    order = torch.Generator().manual_seed(seed)
+    sampler = torch.utils.data.RandomSampler(
+        cache, replacement=True, num_samples=steps * batch_size, generator=order
+    )
+    loader = DataLoader(cache, batch_size, sampler=sampler, collate_fn=cache.collate)
+    parameters = [p for p in model.decoder_parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    model.train()
+    for batch in loader:
+        maps = [level.to(device) for level in batch["features"]]
+        output = model.from_features(maps, batch["size"])
+        target = batch_target(batch).to(device)
+        loss = compute_loss(output, target, model.task, data.ignore_index)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+    return cache

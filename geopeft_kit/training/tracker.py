@@ -1,0 +1,305 @@
+"""What training costs: time per step, peak memory, and what the memory is spent on.
+
+All methods are measured by the same `Tracker`, so that a row for LoRA and a row for
+full fine-tuning can stand in one table. Activations are counted exactly: the bytes
+that autograd keeps between the forward and the backward pass, one count per storage,
+parameters excluded. Taught in notebooks 02 and 08.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import psutil
+import torch
+from torch import Tensor, nn
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one training run took; times in milliseconds, memory in MiB.
+
+    Attributes:
+        device: "cpu" or the name of the GPU.
+        precision: Lightning's name of the precision, e.g. "32-true".
+        step_ms: Median wall time of a training step, warm-up excluded.
+        step_ms_p90: Its 90th percentile.
+        samples_per_second: Batch size over median step time.
+        timed_steps: Number of steps behind the two times.
+        peak_mib: Highest memory in use: CUDA allocator, or resident set on a CPU.
+        peak_growth_mib: `peak_mib` minus what was in use before training began.
+        weights_mib: All weights of the model, frozen ones included.
+        gradients_mib: Gradients of what is trained.
+        optimiser_mib: State of the optimiser (two moments per number for AdamW).
+        activations_mib: Tensors kept for the backward pass of one step.
+    """
+
+    device: str
+    precision: str
+    step_ms: float
+    step_ms_p90: float
+    samples_per_second: float
+    timed_steps: int
+    peak_mib: float
+    peak_growth_mib: float
+    weights_mib: float
+    gradients_mib: float
+    optimiser_mib: float
+    activations_mib: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a plain dict, e.g. for one row of a DataFrame."""
+        return asdict(self)
+
+
+@contextmanager
+def count_saved_bytes(model: nn.Module) -> Iterator[dict[int, int]]:
+    """Count the bytes autograd saves for the backward pass inside this context.
+
+    A storage that several tensors share counts once; storages of the model's own
+    parameters do not count, because they are there with or without training.
+
+    Args:
+        model: The model whose parameters are left out.
+
+    Yields:
+        A dict from storage address to size in bytes; its sum is the answer.
+
+    Example:
+        >>> with count_saved_bytes(model) as saved:
+        ...     loss = model(image).sum()
+        >>> sum(saved.values())
+    """
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters of a model, trained or frozen, each counted once."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def optimiser_bytes(optimiser: torch.optim.Optimizer) -> int:
+    """Bytes of the tensors an optimiser keeps beside the gradients."""
+    return sum(
+        value.numel() * value.element_size()
+        for state in optimiser.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor)
+    )
+
+
+class PeakMemory:
+    """Peak memory of this process from `start()` on: GPU allocator or resident set.
+
+    On Linux the kernel's own high-water mark is reset and read, so no peak between two
+    samples is missed. Elsewhere the resident set is read at each call of `sample()`.
+
+    Args:
+        device: Where the model trains.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.process = psutil.Process()
+        self.highest = 0
+
+    def start(self) -> None:
+        """Forget earlier peaks and note what is in use now."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.floor = torch.cuda.memory_allocated(self.device)
+            return
+        _return_free_pages()
+        _reset_high_water_mark()
+        self.floor = self.highest = self.process.memory_info().rss
+
+    def sample(self) -> None:
+        """Take the present resident set into account (needed without a kernel mark)."""
+        if self.device.type != "cuda":
+            self.highest = max(self.highest, self.process.memory_info().rss)
+
+    def peak(self) -> int:
+        """The highest number of bytes since `start()`."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        self.sample()
+        return max(self.highest, _high_water_mark())
+
+
+def _return_free_pages() -> None:
+    """Hand freed heap pages back, or an earlier run would count in this run's floor."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)
+
+
+def _reset_high_water_mark() -> None:
+    mark = Path("/proc/self/clear_refs")
+    if mark.exists():
+        try:
+            mark.write_text("5")
+        except PermissionError:
+            # Hardened containers forbid it; `PeakMemory.sample` still sees each step.
+            return
+
+
+def _high_water_mark() -> int:
+    """Peak resident set in bytes since the last reset; 0 where there is no such mark.
+
+    A mark that could not be reset would report an older peak, so it is only read where
+    resetting is allowed.
+    """
+    status = Path("/proc/self/status")
+    if not status.exists() or not _can_reset():
+        return 0
+    for line in status.read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _can_reset() -> bool:
+    try:
+        with open("/proc/self/clear_refs", "w"):
+            return True
+    except OSError:
+        return False
+
+
+class Tracker(L.Callback):
+    """A Lightning callback that measures time and memory of a training run.
+
+    The first `warmup` steps are not timed; the saved tensors are counted in the first
+    of them, so that counting does not disturb the clock.
+
+    Args:
+        warmup: Steps left out of the timing. With fewer steps than that in all, the
+            last step is timed alone.
+    """
+
+    def __init__(self, warmup: int = 3) -> None:
+        self.warmup = warmup
+        self.times: list[float] = []
+        self.samples = 0
+        self.saved: dict[int, int] | None = None
+        self.gradients = self.optimiser = 0
+        self._counting: Any = None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.memory = PeakMemory(pl_module.device)
+        self.memory.start()
+        self.precision = str(trainer.precision)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._synchronise(pl_module.device)
+        self._began = time.perf_counter()
+        if self.saved is None:
+            self._counting = count_saved_bytes(pl_module)
+            self.saved = self._counting.__enter__()
+
+    def on_before_backward(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor
+    ) -> None:
+        self._stop_counting()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        self._stop_counting()
+
+    def on_before_optimizer_step(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        if not self.gradients:
+            self.gradients = sum(
+                p.grad.numel() * p.grad.element_size()
+                for p in pl_module.parameters()
+                if p.grad is not None
+            )
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        self._synchronise(pl_module.device)
+        self.times.append(time.perf_counter() - self._began)
+        self.samples = max(self.samples, len(batch["region"]))
+        if not self.optimiser:
+            self.optimiser = optimiser_bytes(trainer.optimizers[0])
+        self.memory.sample()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.peak = self.memory.peak()
+
+    def resources(self, model: nn.Module) -> Resources:
+        """Sum up the run; call it after training.
+
+        Raises:
+            RuntimeError: No step was trained, so there is nothing to report.
+        """
+        if not self.times:
+            raise RuntimeError(
+                "the tracker saw no training step. Train with it first, for instance "
+                "by passing it in Trainer(callbacks=[tracker])."
+            )
+        timed = np.array(self.times[self.warmup :] or self.times[-1:]) * 1000
+        median = float(np.median(timed))
+        device = self.memory.device
+        return Resources(
+            device="cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
+            precision=self.precision,
+            step_ms=median,
+            step_ms_p90=float(np.percentile(timed, 90)),
+            samples_per_second=self.samples / median * 1000,
+            timed_steps=len(timed),
+            peak_mib=self.peak / MIB,
+            peak_growth_mib=(self.peak - self.memory.floor) / MIB,
+            weights_mib=weight_bytes(model) / MIB,
+            gradients_mib=self.gradients / MIB,
+            optimiser_mib=self.optimiser / MIB,
+            activations_mib=sum((self.saved or {}).values()) / MIB,
+        )
+
+    def _stop_counting(self) -> None:
+        if self._counting is not None:
+            self._counting.__exit__(None, None, None)
+            self._counting = None
+
+    @staticmethod
+    def _synchronise(device: torch.device) -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)

@@ -1,0 +1,107 @@
+"""What all tests share: one thread, no pollution of the user's cache, real data."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+# Before torch is imported anywhere: one thread is the fastest setting for tiny
+# models on a shared machine, and it makes repeated runs equal bit for bit.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+
+if TYPE_CHECKING:
+    import torch
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip `gpu` tests where there is no CUDA device, and say so."""
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_items:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory):
+    """Keep downloads and simulated scenes of a test run out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        cache = tmp_path_factory.mktemp("cache")
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        patch.setenv("GEOPEFT_CACHE", str(cache / "geopeft_kit"))
+        yield
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    """Root of the repository."""
+    return REPO
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder of the real data, from GEOPEFT_REAL_DATA; skips where it is absent."""
+    default = REPO.parent / "shared" / "data"
+    folder = Path(os.environ.get("GEOPEFT_REAL_DATA", default))
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}; set GEOPEFT_REAL_DATA to its folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory):
+    """Function: notebook path -> the one folder in which this session runs it."""
+    folders: dict[Path, Path] = {}
+
+    def folder(path: Path) -> Path:
+        if path not in folders:
+            folders[path] = tmp_path_factory.mktemp(path.stem)
+        return folders[path]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def browser_path() -> str:
+    """Path of a Chromium. Absent: a skip, or a failure with REQUIRE_BROWSER=1."""
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        found = shutil.which(name)
+        if found:
+            return found
+    message = "no Chromium on PATH; on Debian: apt-get install chromium"
+    if os.environ.get("REQUIRE_BROWSER") == "1":
+        pytest.fail(message)
+    pytest.skip(message)
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refuse every connection but those to this machine."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: object) -> None:
+        if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "::1"):
+            raise OSError(f"network is off in this test; refused {address}")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture
+def hls_image() -> torch.Tensor:
+    """Two images with the six HLS bands, (2, 6, 32, 32), reflectance 0-1."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(2, 6, 32, 32, generator=generator) * 0.4

@@ -1,0 +1,406 @@
+"""Maps: at the true place, nodata transparent, names are text, nothing is fetched."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import subprocess
+import sys
+from html import unescape
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+from browser import chromium, jupyter_lab, visit, write_notebook  # noqa: F401
+from PIL import Image
+from rasterio.transform import Affine, from_bounds
+from rasterio.warp import transform as to_crs
+
+from geopeft_kit.maps import (
+    MapLayer,
+    Raster,
+    chip_layers,
+    map_html,
+    save_map,
+    show_map,
+)
+from geopeft_kit.overlays import draw
+
+EVIL = '<img src=x onerror="window.hacked=1">'
+CLASSES = [EVIL, "water </script> & ice"]
+COLOURS = ["#c9b37e", "#0072b2"]
+SIZE = 40
+
+
+def chips(places=(("savanna", 500_000, 4_100_000, "EPSG:32630"),), side=2):
+    """Chips of 40 x 40 pixels of 10 m, `side` x `side` of them in each place."""
+    samples = []
+    for region, east, north, crs in places:
+        for i in range(side):
+            for j in range(side):
+                west, south = east + i * SIZE * 10, north - (j + 1) * SIZE * 10
+                generator = np.random.default_rng(len(samples))
+                mask = np.zeros((SIZE, SIZE), np.int64)
+                mask[: SIZE // 2] = 1
+                mask[-4:, -4:] = 255
+                samples.append({
+                    "image": generator.uniform(0, 0.4, (6, SIZE, SIZE)).astype("f4"),
+                    "mask": mask,
+                    "bounds": [west, south, west + SIZE * 10, south + SIZE * 10],
+                    "crs": crs,
+                    "region": region,
+                })  # fmt: skip
+    return samples
+
+
+FAR = (
+    ("savanna", 500_000, 4_100_000, "EPSG:32630"),
+    ("delta", 600_000, 2_300_000, "EPSG:32645"),
+)
+
+
+def layers(samples):
+    """Image, truth, a perfect prediction and one that is all land."""
+    right = [np.where(s["mask"] == 255, 0, s["mask"]) for s in samples]
+    land = [np.zeros_like(s["mask"]) for s in samples]
+    predictions = {"lora": right, "frozen": land}
+    return chip_layers(samples, "hls", CLASSES, COLOURS, predictions)
+
+
+def pixels(picture) -> np.ndarray:
+    raw = base64.b64decode(picture.url.split(",")[1])
+    return np.asarray(Image.open(io.BytesIO(raw)).convert("RGBA"))
+
+
+def at(picture, lon, lat) -> tuple[int, ...]:
+    """Colour that a web map shows at a place: linear in EPSG:3857."""
+    (south, west), (north, east) = picture.bounds
+    xs, ys = to_crs("EPSG:4326", "EPSG:3857", [west, east, lon], [south, north, lat])
+    rgba = pixels(picture)
+    column = (xs[2] - xs[0]) / (xs[1] - xs[0]) * rgba.shape[1]
+    row = (ys[1] - ys[2]) / (ys[1] - ys[0]) * rgba.shape[0]
+    return tuple(int(v) for v in rgba[int(row), int(column)])
+
+
+# --- overlays -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("epsg", [32630, 32733, 4326, 3035])
+def test_every_pixel_lies_at_its_true_place(epsg):
+    """A lone pixel of another class is found where its coordinates say."""
+    pixel = 0.001 if epsg == 4326 else 50.0
+    corner = {4326: (-3.0, 40.0), 3035: (4_300_000.0, 3_200_000.0)}
+    x, y = corner.get(epsg, (450_000.0, 6_900_000.0))
+    transform = Affine(pixel, 0, x, 0, -pixel, y)
+    mask = np.zeros((60, 90), np.uint8)
+    mask[12:15, 70:73] = 1
+    raster = Raster(mask, transform, f"EPSG:{epsg}")
+    look = {"classes": ["a", "b"], "colours": ["#000000", "#ff0000"]}
+    drawing = draw([MapLayer("m", raster, "classes", **look)])
+    picture = drawing.layers[0].pictures[0]
+    for row, column, expected in ((13, 71, 255), (13, 60, 0), (30, 71, 0)):
+        point = x + (column + 0.5) * pixel, y - (row + 0.5) * pixel
+        lon, lat = to_crs(f"EPSG:{epsg}", "EPSG:4326", [point[0]], [point[1]])
+        assert at(picture, lon[0], lat[0])[0] == expected
+
+
+def test_nodata_is_transparent_in_arrays_and_files(tmp_path):
+    image = np.random.default_rng(0).uniform(0, 1, (3, 50, 50)).astype("f4")
+    image[:, 20:30, 20:30] = np.nan
+    transform = from_bounds(0, 0, 1, 1, 50, 50)
+    path = tmp_path / "scene.tif"
+    stored = np.nan_to_num(image, nan=-9.0)
+    with rasterio.open(path, "w", driver="GTiff", width=50, height=50, count=3,
+                       dtype="float32", crs="EPSG:4326", transform=transform,
+                       nodata=-9.0) as raster:  # fmt: skip
+        raster.descriptions = ("RED", "GREEN", "BLUE")
+        raster.write(stored)
+    for source in (Raster(image, transform, "EPSG:4326"), path):
+        layer = MapLayer("image", source, bands=["RED", "GREEN", "BLUE"])
+        picture = draw([layer]).layers[0].pictures[0]
+        assert at(picture, 0.5, 0.5)[3] == 0
+        assert at(picture, 0.2, 0.2)[3] == 255
+
+
+def test_prediction_files_carry_their_own_names_and_colours(tmp_path):
+    path = tmp_path / "prediction.tif"
+    with rasterio.open(path, "w", driver="GTiff", width=8, height=8, count=1,
+                       dtype="uint8", crs="EPSG:4326", nodata=255,
+                       transform=from_bounds(0, 0, 1, 1, 8, 8)) as raster:  # fmt: skip
+        raster.write_colormap(1, {0: (1, 2, 3, 255), 1: (250, 0, 0, 255)})
+        raster.update_tags(classes=json.dumps(["land", "water"]))
+        raster.write(np.eye(8, dtype=np.uint8)[None])
+    layer = draw([MapLayer("p", path, "classes")]).layers[0]
+    assert layer.legend.entries == (("#010203", "land"), ("#fa0000", "water"))
+    assert at(layer.pictures[0], 0.06, 0.94) == (250, 0, 0, 255)
+
+
+def test_errors_are_where_truth_and_prediction_differ():
+    drawn = {one.name: one for one in draw(layers(chips(side=1))).layers}
+    perfect, land = drawn["errors of lora"], drawn["errors of frozen"]
+    assert (pixels(perfect.pictures[0])[..., 3] == 0).all()
+    shown = pixels(land.pictures[0])
+    share = (shown[..., 3] > 0).mean()
+    assert 0.45 < share < 0.55  # the water half, none of it the unlabelled corner
+    assert land.legend.entries[0] == ("#d55e00", f"missed {CLASSES[1]}")
+    assert tuple(shown[shown[..., 3] > 0][0][:3]) == (0xD5, 0x5E, 0x00)
+
+
+def test_neighbours_become_one_mosaic_and_distant_places_stay_apart():
+    drawing = draw(layers(chips(FAR)))
+    assert [name for name, _ in drawing.places] == ["delta", "savanna"]
+    for layer in drawing.layers:
+        assert len(layer.pictures) == 2
+        high, wide = pixels(layer.pictures[0]).shape[:2]
+        assert abs(high - 2 * SIZE) < 8 and abs(wide - 2 * SIZE) < 8
+
+
+def test_large_scenes_are_thinned_out_and_it_is_said(capsys):
+    big = Raster(np.zeros((40, 3000), np.uint8), from_bounds(0, 0, 30, 0.4, 3000, 40),
+                 "EPSG:4326", "plain")  # fmt: skip
+    drawing = draw([MapLayer("big", big, "classes", classes=["a"])])
+    assert max(pixels(drawing.layers[0].pictures[0]).shape) == 1500
+    said = capsys.readouterr().out.strip().splitlines()
+    assert len(said) == 1 and "plain is 3000 pixels" in said[0]
+    draw(layers(chips(side=1)))
+    assert capsys.readouterr().out == ""
+
+
+def test_values_have_a_ramp_with_ends_and_unit():
+    values = np.linspace(0, 1, 100, dtype=np.float32).reshape(10, 10)
+    raster = Raster(values, from_bounds(0, 0, 1, 1, 10, 10), "EPSG:4326")
+    layer = MapLayer("density", raster, "values", limits=(0, 2), unit="m")
+    legend = draw([layer]).layers[0].legend
+    assert legend.ramp
+    assert legend.entries[0][1] == "0 m" and legend.entries[-1][1] == "2 m"
+
+
+def raster_of(value, dtype=np.uint8, crs="EPSG:4326", box=(0, 0, 1, 1)):
+    return Raster(np.full((8, 8), value, dtype), from_bounds(*box, 8, 8), crs)
+
+
+@pytest.mark.parametrize(("make", "text"), [
+    (lambda: MapLayer("a", raster_of(0), "picture"), "kind='picture'.*image, classes"),
+    (lambda: MapLayer("a", raster_of(0), opacity=2), "opacity=2"),
+    (lambda: MapLayer("a", raster_of(0), "errors", classes=["x"]), "truth="),
+    (lambda: MapLayer("a", raster_of(0), "classes"), "needs classes="),
+    (lambda: MapLayer("a", raster_of(7), "classes", classes=["x"]), "holds .7"),
+    (lambda: MapLayer("a", raster_of(0, crs=None), "values"), "coordinate system"),
+    (lambda: MapLayer("a", raster_of(0, box=(0, 80, 1, 89)), "values"), "85 degrees"),
+    (lambda: MapLayer("a", Raster(np.zeros((3, 8, 8)), from_bounds(0, 0, 1, 1, 8, 8),
+                                  "EPSG:4326")), "which band is which"),
+    (lambda: MapLayer("a", [], "values"), "empty list"),
+])  # fmt: skip
+def test_bad_layers_say_what_to_do(make, text):
+    with pytest.raises(ValueError, match=text):
+        draw([make()])
+
+
+def test_bad_maps_say_what_to_do(tmp_path):
+    one = MapLayer("a", raster_of(0), "values")
+    with pytest.raises(ValueError, match="a name of its own"):
+        show_map([one, one])
+    with pytest.raises(ValueError, match="one or more layers"):
+        show_map([])
+    with pytest.raises(ValueError, match="'b'. Known: a"):
+        show_map([one], swipe=("a", "b"))
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        save_map([one], tmp_path / "nowhere" / "map.html")
+    with pytest.raises(ValueError, match="2 predictions for 1 chips"):
+        chip_layers(chips(side=1), "hls", CLASSES, COLOURS, {"p": [0, 0]})
+    with pytest.raises(ValueError, match=r"no place on a map.*show_chip"):
+        chip_layers([{"image": np.zeros((6, 8, 8)), "mask": 0}], "hls", CLASSES)
+
+
+# --- text forms -----------------------------------------------------------------------
+
+
+def test_names_are_text_everywhere():
+    scene = show_map(layers(chips(side=1)))
+    assert EVIL not in scene.page()
+    assert EVIL not in unescape(map_html(scene))
+    bundle = scene._repr_mimebundle_()
+    assert EVIL not in bundle["text/html"]
+    from geopeft_kit.maps import legend_html
+
+    legend = legend_html(scene.drawing)
+    assert EVIL not in legend and "&lt;img src=x" in legend
+
+
+def test_notebooks_get_the_widget_and_the_page():
+    bundle = show_map(layers(chips(side=1)))._repr_mimebundle_()
+    assert "model_id" in bundle["application/vnd.jupyter.widget-view+json"]
+    assert bundle["text/html"].startswith("<iframe srcdoc=")
+
+
+def test_widget_asks_for_no_tiles_and_gives_each_layer_its_own_pane():
+    import ipyleaflet
+
+    scene = show_map(layers(chips(FAR)), swipe=("truth", "lora"))
+    assert scene.widget is scene.widget
+    tiles = [one for one in scene.map.layers if isinstance(one, ipyleaflet.TileLayer)]
+    assert tiles == []
+    split = [c for c in scene.map.controls if isinstance(c, ipyleaflet.SplitMapControl)]
+    assert len(split) == 1
+    assert {o.pane for o in split[0].left_layer} == {"layer-1"}
+    assert {o.pane for o in split[0].right_layer} == {"layer-2"}
+    # A layer on one side of the swipe is not on the map a second time.
+    held = [*scene.map.layers, *split[0].left_layer, *split[0].right_layer]
+    assert len(set(held)) == len(held) == 2 * 6
+
+
+def test_plain_import_loads_no_map_library():
+    code = (
+        "import sys, geopeft_kit.maps as m; "
+        "print([n for n in ('leafmap', 'ipyleaflet', 'torch') if n in sys.modules])"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# --- in a real browser ----------------------------------------------------------------
+
+
+def pane(page, name: str, what: str) -> str:
+    script = "([name, what]) => [...document.querySelectorAll('.leaflet-pane')]" \
+        ".find(p => p.dataset.layer === name).style[what]"  # fmt: skip
+    return page.evaluate(script, [name, what])
+
+
+def row(page, name: str):
+    return page.locator(".layer").filter(has=page.get_by_text(name, exact=True))
+
+
+@pytest.mark.browser
+def test_page_in_a_browser(visit, tmp_path):  # noqa: F811
+    scene = show_map(layers(chips(FAR)), swipe=("truth", "frozen"))
+    visit.page.goto(scene.save(tmp_path / "map.html").as_uri())
+    page = visit.page
+    page.wait_for_selector(".leaflet-image-layer")
+
+    # all pictures really arrived
+    widths = page.eval_on_selector_all(
+        ".leaflet-image-layer", "all => all.map(i => i.complete && i.naturalWidth)"
+    )
+    assert len(widths) == 12 and all(widths)
+
+    # the legend shows the evil name as text
+    assert EVIL in page.locator(".legend").first.inner_text().replace("\n", " ")
+    assert page.evaluate("window.hacked") is None
+
+    # swipe: dragging the divider moves both cuts
+    before = pane(page, "truth", "clipPath"), pane(page, "frozen", "clipPath")
+    picture = page.screenshot()
+    box = page.locator("#divider").bounding_box()
+    x, y = box["x"] + box["width"] / 2, 350
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x + 150, y, steps=4)
+    page.mouse.up()
+    after = pane(page, "truth", "clipPath"), pane(page, "frozen", "clipPath")
+    assert before[0] != after[0] and before[1] != after[1]
+    assert page.locator("#divider").bounding_box()["x"] == pytest.approx(box["x"] + 150)
+    assert page.screenshot() != picture
+    page.locator("#divider").press("ArrowLeft")
+    assert pane(page, "truth", "clipPath") != after[0]
+
+    # without swipe nothing is cut and what is off is hidden
+    page.locator("#swipe").uncheck()
+    assert pane(page, "frozen", "clipPath") == ""
+    assert pane(page, "frozen", "display") == "none"
+    row(page, "frozen").locator("input[type=checkbox]").check()
+    assert pane(page, "frozen", "display") == ""
+
+    # opacity
+    picture = page.screenshot()
+    row(page, "frozen").locator("input[type=range]").fill("0.3")
+    assert pane(page, "frozen", "opacity") == "0.3"
+    assert page.screenshot() != picture
+
+    # go to
+    first = page.locator(".leaflet-image-layer").first
+    here = first.bounding_box()
+    page.select_option("#places", label="savanna")
+    page.wait_for_timeout(500)
+    assert first.bounding_box() != here
+    visit.clean()
+
+
+@pytest.mark.browser
+def test_frame_in_another_page(visit, tmp_path):  # noqa: F811
+    """As an exported notebook carries it: inside an iframe that shares nothing."""
+    path = tmp_path / "notebook.html"
+    path.write_text(f"<h1>A notebook</h1>{map_html(layers(chips(side=1)), 400)}")
+    visit.page.goto(path.as_uri())
+    frame = visit.page.frame_locator("iframe")
+    frame.locator(".leaflet-image-layer").first.wait_for()
+    assert frame.locator(".layer").count() == 6
+    assert visit.page.locator("iframe").bounding_box()["height"] >= 400
+    visit.clean()
+
+
+SETUP = """
+import sys
+sys.path[:0] = {paths!r}
+from test_maps import FAR, chips, layers
+from geopeft_kit.maps import show_map
+scene = show_map(layers(chips(FAR)), swipe=("truth", "frozen"))
+"""
+
+
+def overlay_opacity(page, number: int) -> list[str]:
+    """Opacities of the pictures of one layer, as the browser shows them."""
+    selector = f".leaflet-layer-{number}-pane img"
+    return page.eval_on_selector_all(selector, "all => all.map(i => i.style.opacity)")
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_widget_in_jupyterlab(visit, tmp_path):  # noqa: F811
+    here = Path(__file__).resolve().parent
+    setup = SETUP.format(paths=[str(here), str(here.parent)])
+    write_notebook(tmp_path / "map.ipynb", [setup, "scene"])
+    page = visit.page
+    with jupyter_lab(tmp_path) as lab:
+        lab.open(page, "map.ipynb")
+        lab.run_all(page)
+        page.wait_for_selector(".gpk-map .leaflet-image-layer")
+        page.wait_for_selector(".gpk-map .leaflet-sbs-divider")
+        assert EVIL in page.locator(".gpk-legend").inner_text().replace("\n", " ")
+        assert page.evaluate("window.hacked") is None
+
+        # swipe by dragging
+        divider = page.locator(".leaflet-sbs-divider")
+        before = divider.bounding_box()
+        handle = page.locator(".leaflet-sbs-range").bounding_box()
+        x, y = handle["x"] + handle["width"] / 2, handle["y"]
+        page.mouse.move(x, y)
+        page.mouse.down()
+        page.mouse.move(x + 100, y, steps=4)
+        page.mouse.up()
+        moved = divider.bounding_box()["x"] - before["x"]
+        assert 80 < moved < 120
+
+        # swipe off, a layer on, its opacity down
+        page.locator(".gpk-swipe input").uncheck()
+        divider.wait_for(state="detached")
+        frozen = page.locator(".gpk-row").filter(
+            has=page.get_by_text("frozen", exact=True)
+        )
+        frozen.locator("input[type=checkbox]").check()
+        page.wait_for_timeout(500)
+        assert set(overlay_opacity(page, 4)) == {"1"}
+        frozen.locator(".noUi-handle").press("Home")
+        page.wait_for_timeout(500)
+        assert set(overlay_opacity(page, 4)) == {"0"}
+
+        # go to the other place
+        place = page.locator(".gpk-map img.leaflet-image-layer").first
+        here = place.bounding_box()
+        page.locator(".gpk-places select").select_option(label="savanna")
+        page.wait_for_timeout(800)
+        assert place.bounding_box() != here
+        visit.clean()

@@ -1,0 +1,184 @@
+"""Figures: colours that can be told apart, labelled axes, meaningful pictures."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from geopeft_kit import plots
+from geopeft_kit.pictures import (
+    class_colours,
+    picture_bands,
+    stretch,
+    stretch_limits,
+    token_picture,
+)
+
+# Machado et al. 2009, doi:10.1109/TVCG.2009.113: full deuteranopia and protanopia.
+DEUTAN = [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]]
+PROTAN = [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]]
+TO_XYZ = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+QUICKSTART = ("frozen", "lora", "full", "from_scratch", "bias", "vpt")
+METHODS = """full frozen last_blocks bias norm ia3 ssf lora dora adalora vera loha lokr
+oft boft fourierft slr vpt houlsby adaptformer convpass conv_adapter mona
+quantised_adapter vit_adapter deflect upetu earth_adapter""".split()
+
+
+def lab(colour: str, vision=None) -> np.ndarray:
+    rgb = np.array(list(bytes.fromhex(colour[1:]))) / 255
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    if vision is not None:
+        linear = np.clip(np.array(vision) @ linear, 0, 1)
+    to_xyz = [
+        [0.4124, 0.3576, 0.1805],
+        [0.2126, 0.7152, 0.0722],
+        [0.0193, 0.1192, 0.9505],
+    ]
+    x, y, z = np.array(to_xyz) @ linear / np.array([0.9505, 1, 1.089])
+    f = [v ** (1 / 3) if v > 0.008856 else 7.787 * v + 16 / 116 for v in (x, y, z)]
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+def test_every_method_has_a_colour_of_its_own():
+    assert set(METHODS) <= set(plots.METHOD_COLOURS)
+    colours = list(plots.METHOD_COLOURS.values())
+    assert len(set(colours)) == len(colours)
+    for a, b in itertools.combinations(plots.METHOD_COLOURS, 2):
+        shown = [(plots.method_colour(m), plots.method_marker(m)) for m in (a, b)]
+        far = np.linalg.norm(lab(shown[0][0]) - lab(shown[1][0]))
+        assert far > 8, f"{a} and {b} look alike"
+
+
+@pytest.mark.parametrize("vision", [None, DEUTAN, PROTAN])
+def test_the_methods_of_the_quickstart_differ_for_every_eye(vision):
+    for a, b in itertools.combinations(QUICKSTART, 2):
+        pair = [lab(plots.method_colour(m), vision) for m in (a, b)]
+        assert np.linalg.norm(pair[0] - pair[1]) > 11, f"{a} and {b}"
+
+
+def test_colours_of_classes():
+    assert class_colours(["a", "b"], {"a": "#010203", 1: (4, 5, 6)}) == [
+        "#010203",
+        "#040506",
+    ]
+    assert len(set(class_colours([str(i) for i in range(8)]))) == 8
+    with pytest.raises(ValueError, match="only 8"):
+        class_colours([str(i) for i in range(9)])
+    with pytest.raises(ValueError, match="Class 'b'"):
+        class_colours(["a", "b"], ["#010203"])
+    with pytest.raises(ValueError, match="'blue' is no colour"):
+        class_colours(["a"], ["blue"])
+    with pytest.raises(ValueError, match="'magic'.*Known: full"):
+        plots.method_colour("magic")
+
+
+def test_picture_bands_by_name():
+    assert picture_bands("hls") == [2, 1, 0]
+    assert picture_bands("hls", "false") == [3, 2, 1]
+    assert picture_bands(["B8A", "B04", "B03"], ["B04", "B03", "B8A"]) == [1, 2, 0]
+    with pytest.raises(ValueError, match="cannot be made of the bands VV, VH"):
+        picture_bands(["VV", "VH"])
+    with pytest.raises(ValueError, match="show='pretty'.*true, false, swir"):
+        picture_bands("hls", "pretty")
+
+
+def test_stretch_shares_its_limits_and_survives_nan():
+    dark, bright = np.full((3, 9, 9), 0.1), np.full((3, 9, 9), 0.5)
+    dark[:, 0, 0] = np.nan
+    limits = stretch_limits([dark, bright], (0, 100))
+    assert np.allclose(stretch(dark, limits)[1, 1], 0)
+    assert np.allclose(stretch(bright, limits), 1)
+    assert np.isfinite(stretch(np.full((3, 4, 4), np.nan))).all()
+
+
+def test_token_picture_gives_like_features_like_colours():
+    features = torch.randn(16, 6, 6)
+    features[:, :3] = features[:, :1, :1]
+    picture = token_picture(features)
+    assert picture.shape == (6, 6, 3)
+    assert np.allclose(picture[:3], picture[0, 0], atol=1e-6)
+    assert picture.std() > 0.1
+    assert token_picture(torch.randn(2, 2, 3, 4)).shape == (2, 3, 4, 3)
+
+
+def sample(**more):
+    image = np.random.default_rng(0).uniform(0, 0.4, (6, 32, 32)).astype("f4")
+    mask = np.zeros((32, 32), np.int64)
+    mask[:10], mask[-4:] = 1, 255
+    place = {"bounds": [5e5, 4e6, 5e5 + 320, 4e6 + 320], "crs": "EPSG:32630"}
+    return {"image": image, "mask": mask, "region": "a $ region_1", **place, **more}
+
+
+def texts(figure) -> str:
+    import io
+
+    figure.savefig(io.BytesIO(), format="png")  # drawing fails on bad labels
+    return "\n".join(
+        part for axis in figure.axes
+        for part in (axis.get_xlabel(), axis.get_ylabel(), axis.get_title())
+    )  # fmt: skip
+
+
+CLASSES = ["land", "water $x$"]
+
+
+def test_chips_are_drawn_north_up_with_units():
+    figure = plots.show_chip(sample(), "hls", classes=CLASSES)
+    assert "easting (km)" in texts(figure) and "northing (km)" in texts(figure)
+    west, east, south, north = figure.axes[0].images[0].get_extent()
+    assert (east - west, north - south) == pytest.approx((0.32, 0.32))
+    assert figure.axes[0].images[0].origin == "upper"
+    assert [t.get_text() for t in figure.legends[0].get_texts()][0] == "land"
+    figure = plots.show_chip(sample(crs="EPSG:4326", bounds=[0, 1, 2, 3]), "hls")
+    assert "longitude (degrees)" in texts(figure)
+    figure = plots.show_chip({"image": sample()["image"]}, "hls")
+    assert "column (pixels)" in texts(figure)
+
+
+def test_grid_of_chips_and_tokens():
+    figure = plots.show_chips([sample(), sample(), sample()], "hls", columns=2)
+    assert len([axis for axis in figure.axes if axis.images]) == 3
+    with pytest.raises(ValueError, match="empty"):
+        plots.show_chips([], "hls")
+    figure = plots.plot_tokens([torch.randn(1, 8, 4, 4), torch.randn(1, 8, 2, 2)])
+    assert "8 features, 4 x 4" in texts(figure)
+
+
+def test_errors_leave_out_what_is_not_labelled():
+    chip = sample()
+    prediction = np.where(chip["mask"] == 255, 1, chip["mask"])
+    assert "0.0%" in texts(plots.plot_errors(chip, prediction, "hls", CLASSES))
+    prediction[12:19] = 1  # 7 of the 28 labelled rows
+    assert "25.0%" in texts(plots.plot_errors(chip, prediction, "hls", CLASSES))
+    with pytest.raises(ValueError, match="both|Both"):
+        plots.plot_errors(chip, prediction[:5], "hls", CLASSES)
+
+
+def test_history_resources_and_scores():
+    history = pd.DataFrame({"epoch": [0, 1], "loss": [1, 0.5], "val_miou": [0, 1]})
+    figure = plots.plot_history({"lora": history, "full": history}, "val_miou")
+    assert figure.axes[0].lines[0].get_color() == plots.METHOD_COLOURS["lora"]
+    assert "epoch" in texts(figure)
+    with pytest.raises(ValueError, match="'val_f1'.*epoch, loss"):
+        plots.plot_history({"lora": history}, "val_f1")
+
+    parts = {"lora": {"weights": 2**20, "activations": 3 * 2**20}, "full": {}}
+    figure = plots.plot_resources(parts)
+    assert "MiB" in texts(figure)
+    right = max(bar.get_x() + bar.get_width() for bar in figure.axes[0].patches)
+    assert right == pytest.approx(4)
+
+    rows = [
+        {"method": m, "region": r, "seed": s, "miou": 0.5 + 0.1 * s}
+        for m in ("lora", "full") for r in ("seen", "unseen") for s in range(3)
+    ]  # fmt: skip
+    figure = plots.plot_scores(pd.DataFrame(rows))
+    dots = figure.axes[0].containers[0][0]
+    assert np.allclose(dots.get_xdata(), 0.6)
+    assert "mean over seeds" in texts(figure)
+    with pytest.raises(ValueError, match="no column region"):
+        plots.plot_scores(pd.DataFrame({"method": [], "miou": []}))

@@ -1,0 +1,414 @@
+"""The simulated world: deterministic, physical, shifted by region, and not trivial."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import numpy as np
+import pytest
+import rasterio
+from rasterio.transform import array_bounds
+
+from geopeft_kit.bands import SENSORS, resolve_bands
+from geopeft_kit.data import noise
+from geopeft_kit.data.regions import REGIONS
+from geopeft_kit.data.spectra import SPECTRA, WORLD_BANDS
+from geopeft_kit.data.world import EVENTS, LAND_COVER_CLASSES, Scene, simulate_scene
+
+HLS = resolve_bands("hls")
+LABELS = {
+    "land_cover": (np.uint8, len(LAND_COVER_CLASSES) - 1),
+    "flood": (np.uint8, 1),
+    "permanent_water": (np.uint8, 1),
+    "burn": (np.uint8, 1),
+    "building_density": (np.float32, 1),
+    "change": (np.uint8, 1),
+}
+
+
+def band(scene: Scene, name: str) -> np.ndarray:
+    return scene.image[scene.bands.index(name)]
+
+
+def index(scene: Scene, a: str, b: str) -> np.ndarray:
+    return (band(scene, a) - band(scene, b)) / (band(scene, a) + band(scene, b))
+
+
+@pytest.fixture(scope="module")
+def scenes() -> dict[str, list[Scene]]:
+    """Three places of every region, cloudless, without an event."""
+    clear = {"cloud": -1.0}
+    return {
+        name: [simulate_scene(name, seed, 192, shift=clear) for seed in range(3)]
+        for name in REGIONS
+    }
+
+
+def pooled(scenes: list[Scene], values) -> np.ndarray:
+    return np.concatenate([np.asarray(values(scene)).ravel() for scene in scenes])
+
+
+def test_there_are_six_different_regions() -> None:
+    names = {"temperate", "mediterranean", "arid", "boreal", "delta", "savanna"}
+    assert names <= set(REGIONS)
+    assert sorted(region.climate for region in REGIONS.values()) == list(
+        range(len(REGIONS))
+    )
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        REGIONS["delta"].haze = 0.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", REGIONS)
+def test_shapes_types_and_ranges(scenes: dict[str, list[Scene]], name: str) -> None:
+    for scene in scenes[name]:
+        for image in (scene.image, scene.before):
+            assert image is not None
+            assert image.shape == (6, 192, 192)
+            assert image.dtype == np.float32
+            assert 0 < image.min() and image.max() <= 1
+            assert image.std((1, 2)).min() > 0.003  # no band is flat
+        assert scene.labels.keys() == LABELS.keys()
+        for key, (kind, highest) in LABELS.items():
+            assert scene.labels[key].dtype == kind, key
+            assert scene.labels[key].shape == (192, 192)
+            assert 0 <= scene.labels[key].min() and scene.labels[key].max() <= highest
+        for key, field in scene.physical.items():
+            assert field.dtype == np.float32, key
+            assert field.shape == (192, 192)
+            assert np.isfinite(field).all() and field.min() >= 0, key
+        shares = sum(
+            scene.physical[key]
+            for key in ("green", "dry", "canopy", "soil", "impervious", "water")
+        )
+        np.testing.assert_allclose(shares, 1, atol=0.02)
+
+
+@pytest.mark.parametrize("event", EVENTS)
+def test_same_arguments_same_arrays(event: str) -> None:
+    first, second = (simulate_scene("delta", 11, 96, event=event) for _ in range(2))
+    np.testing.assert_array_equal(first.image, second.image)
+    np.testing.assert_array_equal(first.before, second.before)
+    for group in ("labels", "physical"):
+        for key, field in getattr(first, group).items():
+            np.testing.assert_array_equal(field, getattr(second, group)[key])
+    assert first.scalars == second.scalars
+
+
+def test_seed_and_region_change_the_place() -> None:
+    one = simulate_scene("boreal", 1, 96, pair=False)
+    for other in (
+        simulate_scene("boreal", 2, 96, pair=False),
+        simulate_scene("temperate", 1, 96, pair=False),
+    ):
+        assert abs(np.corrcoef(one.image[3].ravel(), other.image[3].ravel())[0, 1]) < 0.6
+
+
+def test_pair_does_not_change_the_image() -> None:
+    with_pair = simulate_scene("arid", 5, 96, event="flood")
+    alone = simulate_scene("arid", 5, 96, event="flood", pair=False)
+    assert alone.before is None
+    np.testing.assert_array_equal(with_pair.image, alone.image)
+
+
+@pytest.mark.parametrize("event", ["none", "burn"])
+def test_twelve_bands_agree_with_six(event: str) -> None:
+    six = simulate_scene("savanna", 3, 96, event=event)
+    twelve = simulate_scene("savanna", 3, 96, bands="sentinel2_l2a", event=event)
+    assert twelve.image.shape == (12, 96, 96)
+    picked = [twelve.bands.index(name) for name in six.bands]
+    np.testing.assert_allclose(twelve.image[picked], six.image, atol=1e-5)
+    assert six.before is not None and twelve.before is not None
+    np.testing.assert_allclose(twelve.before[picked], six.before, atol=1e-5)
+    np.testing.assert_array_equal(six.labels["burn"], twelve.labels["burn"])
+
+
+def test_bands_come_in_the_order_asked_for() -> None:
+    rgb = simulate_scene("temperate", 2, 96, bands=["RED", "GREEN", "BLUE"], pair=False)
+    hls = simulate_scene("temperate", 2, 96, pair=False)
+    assert rgb.bands == ("RED", "GREEN", "BLUE")
+    np.testing.assert_allclose(rgb.image, hls.image[[2, 1, 0]], atol=1e-5)
+
+
+def test_spectra_cover_sentinel2_and_have_a_red_edge() -> None:
+    assert set(SENSORS["sentinel2_l2a"]) == set(WORLD_BANDS)
+    edge = [WORLD_BANDS.index(f"RED_EDGE_{number}") for number in (1, 2, 3)]
+    for plant in ("crop", "grass", "broadleaf", "conifer"):
+        red, nir = SPECTRA[plant][3], SPECTRA[plant][8]
+        rise = [red, *SPECTRA[plant][edge], nir]
+        assert (np.diff(rise) > 0).all()
+        assert np.argmax(np.diff(rise)) == 1  # steepest between 705 and 740 nm
+    for values in SPECTRA.values():
+        assert values.shape == (12,) and (values > 0).all() and (values < 1).all()
+        assert not values.flags.writeable
+
+
+@pytest.mark.parametrize("name", REGIONS)
+def test_water_is_darker_than_land_in_the_infrared(scenes, name: str) -> None:
+    nir = pooled(scenes[name], lambda s: band(s, "NIR_NARROW"))
+    water = pooled(scenes[name], lambda s: s.physical["water"])
+    assert np.median(nir[water > 0.9]) < 0.6 * np.median(nir[water < 0.05])
+
+
+@pytest.mark.parametrize("name", REGIONS)
+def test_plants_are_greener_than_soil(scenes, name: str) -> None:
+    ndvi = pooled(scenes[name], lambda s: index(s, "NIR_NARROW", "RED"))
+    plants = pooled(scenes[name], lambda s: s.physical["green"] + s.physical["canopy"])
+    soil = pooled(scenes[name], lambda s: s.physical["soil"] + s.physical["impervious"])
+    assert np.median(ndvi[plants > 0.7]) > np.median(ndvi[soil > 0.7]) + 0.15
+
+
+def test_slopes_that_face_the_sun_are_brighter(scenes) -> None:
+    for scene in scenes["mediterranean"]:
+        azimuth = np.deg2rad(scene.scalars["sun_azimuth"])
+        # What is uphill of a river is not known from HAND alone, but its slope is.
+        rows, columns = np.gradient(scene.physical["hand"])
+        facing = -columns * np.sin(azimuth) + rows * np.cos(azimuth)
+        land = scene.physical["water"] < 0.05
+        shade = scene.physical["shade"]
+        low, high = np.quantile(facing[land], [0.1, 0.9])
+        assert shade[land & (facing < low)].mean() > shade[land & (facing > high)].mean()
+
+
+def test_water_lies_low(scenes) -> None:
+    for name in REGIONS:
+        hand = pooled(scenes[name], lambda s: s.physical["hand"])
+        water = pooled(scenes[name], lambda s: s.labels["permanent_water"])
+        assert np.median(hand[water > 0]) < np.median(hand[water == 0])
+
+
+@pytest.mark.parametrize("name", REGIONS)
+def test_flood_fills_the_low_ground(name: str) -> None:
+    scene = simulate_scene(name, 21, 128, event="flood")
+    flood, permanent = scene.labels["flood"] > 0, scene.labels["permanent_water"] > 0
+    assert (flood | ~permanent).all()  # permanent water is water
+    new = flood & ~permanent
+    assert 0.03 < new.mean() < 0.5
+    np.testing.assert_array_equal(scene.labels["change"] > 0, new)
+    hand = scene.physical["hand"]
+    assert np.median(hand[new]) < np.median(hand[~flood])
+    assert (scene.physical["depth"][new] > 0).all()
+    assert (scene.physical["water"][~flood] < 0.6).all()
+
+
+def test_water_hides_under_trees_in_a_flood() -> None:
+    """A flooded wood still looks like a wood: that is the hard part."""
+    hidden = 0
+    for seed in range(4):
+        scene = simulate_scene("temperate", seed, 192, event="flood", pair=False)
+        flooded = scene.labels["flood"] > 0
+        hidden += (flooded & (scene.physical["canopy"] > 0.5)).sum()
+    assert hidden > 200
+
+
+@pytest.mark.parametrize("name", REGIONS)
+def test_only_plants_burn(name: str) -> None:
+    scene = simulate_scene(name, 22, 128, event="burn")
+    twin = simulate_scene(name, 22, 128, event="none")
+    burnt = scene.labels["burn"] > 0
+    assert 0.02 < burnt.mean() < 0.45
+    before = sum(twin.physical[key] for key in ("green", "dry", "canopy"))
+    assert (before[burnt] > 0.04).all() and before[burnt].mean() > 0.3
+    for name in ("water", "cropland", "built-up", "wetland"):
+        number = list(LAND_COVER_CLASSES).index(name)
+        assert not (burnt & (twin.labels["land_cover"] == number)).any()
+    np.testing.assert_array_equal(scene.labels["change"], scene.labels["burn"])
+    living = scene.physical["green"] + scene.physical["canopy"]
+    assert living[burnt].mean() < 0.6 * (before - twin.physical["dry"])[burnt].mean()
+
+
+def test_construction_adds_buildings_where_it_says() -> None:
+    found = 0
+    for seed in range(3):
+        scene = simulate_scene("delta", seed, 192, event="construction")
+        twin = simulate_scene("delta", seed, 192, event="none")
+        built = scene.labels["change"] > 0
+        found += built.sum()
+        classes = np.unique(scene.labels["land_cover"][built])
+        assert set(classes) <= {list(LAND_COVER_CLASSES).index("built-up")}
+        np.testing.assert_array_equal(
+            scene.labels["land_cover"][~built], twin.labels["land_cover"][~built]
+        )
+        gain = scene.labels["building_density"] - twin.labels["building_density"]
+        assert gain[built].mean() > 5 * abs(gain[~built].mean())
+        np.testing.assert_array_equal(scene.before, twin.before)
+    assert found > 300
+
+
+def test_without_event_nothing_changes_but_the_sky(scenes) -> None:
+    for group in scenes.values():
+        for scene in group:
+            assert not scene.labels["change"].any() and not scene.labels["burn"].any()
+            np.testing.assert_array_equal(
+                scene.labels["flood"], scene.labels["permanent_water"]
+            )
+            assert scene.before is not None
+            assert np.abs(scene.before - scene.image).mean() > 0.003
+
+
+def test_every_land_cover_class_appears(scenes) -> None:
+    seen = {
+        name: set(pooled(group, lambda s: s.labels["land_cover"]))
+        for name, group in scenes.items()
+    }
+    assert set.union(*seen.values()) == set(range(len(LAND_COVER_CLASSES)))
+    for name, classes in seen.items():
+        assert len(classes) >= 5, name
+
+
+def test_regions_differ_in_colour_more_than_their_scenes(scenes) -> None:
+    means = {n: np.array([s.image.mean((1, 2)) for s in g]) for n, g in scenes.items()}
+    within = np.mean([group.std(0) for group in means.values()], 0)
+    between = np.std([group.mean(0) for group in means.values()], 0)
+    assert (between > within).sum() >= 4  # of six bands
+
+
+def test_places_have_true_coordinates_and_do_not_overlap(scenes) -> None:
+    for name, group in scenes.items():
+        taken = []
+        for scene in group:
+            assert scene.crs == f"EPSG:{REGIONS[name].epsg}"
+            assert scene.transform.a == 10 and scene.transform.e == -10
+            assert array_bounds(192, 192, scene.transform) == scene.bounds
+            left, bottom, right, top = scene.bounds
+            (lon,), (lat,) = rasterio.warp.transform(
+                scene.crs, "EPSG:4326", [(left + right) / 2], [(bottom + top) / 2]
+            )
+            assert lon == pytest.approx(scene.scalars["lon"])
+            assert lat == pytest.approx(scene.scalars["lat"])
+            zone = REGIONS[name].epsg % 100
+            assert abs(lon - (6 * zone - 183)) < 4
+            assert (lat > 0) == (REGIONS[name].epsg // 100 == 326)
+            for other in taken:
+                assert right <= other[0] or left >= other[2]
+            taken.append(scene.bounds)
+
+
+@pytest.mark.parametrize(
+    ("key", "amount", "rises"),
+    [("haze", 1.0, "BLUE"), ("soil_brightness", 0.4, "SWIR_1"), ("cloud", 0.5, "BLUE")],
+)
+def test_shift_turns_the_dial(key: str, amount: float, rises: str) -> None:
+    plain = simulate_scene("arid", 4, 96, shift={"cloud": -1.0}, pair=False)
+    shift = {"cloud": -1.0} | {key: amount}
+    turned = simulate_scene("arid", 4, 96, shift=shift, pair=False)
+    assert band(turned, rises).mean() > 1.05 * band(plain, rises).mean()
+    np.testing.assert_array_equal(
+        plain.labels["permanent_water"], turned.labels["permanent_water"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"region": "lunar"}, "lunar.*temperate"),
+        ({"event": "quake"}, "quake.*construction"),
+        ({"shift": {"fog": 1}}, "fog.*haze"),
+        ({"size": 32}, "32.*64"),
+        ({"seed": -1}, "-1"),
+        ({"bands": ["VV"]}, "VV.*BLUE"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: dict, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        simulate_scene(**({"region": "arid", "seed": 0, "size": 64} | arguments))
+
+
+def best_threshold(values: np.ndarray, truth: np.ndarray) -> float:
+    """Class IoU of the best single threshold on these very pixels."""
+    scores = []
+    for threshold in np.linspace(-0.7, 0.7, 57):
+        said = values > threshold
+        scores.append((said & truth).sum() / max((said | truth).sum(), 1))
+    return max(scores)
+
+
+@pytest.mark.parametrize(
+    ("event", "bands", "sign", "ceiling", "floor"),
+    [
+        ("flood", ("GREEN", "SWIR_1"), 1, 0.90, 0.5),
+        ("burn", ("NIR_NARROW", "SWIR_2"), -1, 0.75, 0.3),
+    ],
+)
+def test_one_index_threshold_does_not_solve_it(
+    event: str, bands: tuple[str, str], sign: int, ceiling: float, floor: float
+) -> None:
+    """In at least half of the regions; yet the index knows something everywhere."""
+    scores = {}
+    for name in REGIONS:
+        group = [
+            simulate_scene(name, seed, 128, event=event, pair=False)
+            for seed in range(40, 46)
+        ]
+        values = pooled(group, lambda s: sign * index(s, *bands))
+        truth = pooled(group, lambda s, e=event: s.labels[e] > 0)
+        seen = pooled(group, lambda s: s.physical["cloud"] < 0.6)
+        scores[name] = best_threshold(values[seen], truth[seen])
+    assert sum(score < ceiling for score in scores.values()) >= 3, scores
+    assert min(scores.values()) > floor, scores
+
+
+@pytest.mark.slow
+def test_five_scenes_a_second() -> None:
+    """Processor time with all labels; the limit is loose for busy machines."""
+    for name in REGIONS:
+        simulate_scene(name, 0)
+    start, count = time.process_time(), 0
+    for name in REGIONS:
+        for event in ("none", "flood"):
+            simulate_scene(name, 1, event=event)
+            count += 1
+    assert (time.process_time() - start) / count < 0.4
+
+
+def test_noise_has_the_spectrum_asked_for(rng=None) -> None:
+    for beta in (1.0, 3.0):
+        rng = np.random.default_rng(0)
+        field = noise.fractal_noise(rng, 256, beta)
+        assert field.dtype == np.float32
+        assert abs(field.mean()) < 1e-3 and field.std() == pytest.approx(1, abs=1e-3)
+        power = np.abs(np.fft.fft2(field)) ** 2
+        low, high = power[8, :].mean(), power[64, :].mean()
+        fine, coarse = power[64, 0:8].mean(), power[8, 0:8].mean()
+        assert coarse > fine and low > high
+    rough = np.diff(noise.fractal_noise(np.random.default_rng(0), 128, 1.0), axis=0)
+    smooth = np.diff(noise.fractal_noise(np.random.default_rng(0), 128, 3.5), axis=0)
+    assert rough.std() > 3 * smooth.std()
+
+
+def test_hash_is_uniform_and_fixed() -> None:
+    values = noise.hash_unit(np.arange(20_000), 7)
+    histogram = np.histogram(values, 10, (0, 1))[0]
+    assert histogram.min() > 1800 and histogram.max() < 2200
+    other = noise.hash_unit(np.arange(20_000), 8)
+    assert abs(np.corrcoef(values, other)[0, 1]) < 0.03
+
+
+def test_cells_tile_the_plane() -> None:
+    y, x = np.mgrid[0:96, 0:96].astype(np.float32)
+    block = noise.square_cells(x, y, 48, 3)
+    cells = noise.split_cells(block, x, y, 8, 6)
+    inside = (cells.left <= x) & (x <= cells.right)
+    inside &= (cells.bottom <= y) & (y <= cells.top)
+    assert inside.all() and (cells.edge(x, y) >= 0).all()
+    areas = {}
+    for number in np.unique(cells.number):
+        own = cells.number == number
+        sides = [np.ptp(s[own]) for s in (cells.left, cells.right, cells.top)]
+        assert max(sides) == 0  # one rectangle per number
+        areas[number] = own.sum()
+    assert len(areas) > 20 and sum(areas.values()) == 96 * 96
+
+
+def test_all_water_runs_downhill_to_an_outlet() -> None:
+    height = noise.fractal_noise(np.random.default_rng(1), 32, 3.0)
+    outlet = np.zeros((32, 32), bool)
+    outlet[16, 16] = True
+    receiver, flow = noise.drainage(height, outlet)
+    assert flow[receiver < 0].sum() == pytest.approx(32 * 32)
+    down = np.where(receiver < 0, np.arange(receiver.size), receiver)
+    for _ in range(32 * 32):
+        down = down[down]
+        if (receiver[down] < 0).all():
+            break
+    assert (receiver[down] < 0).all()  # no cycles
