@@ -44,6 +44,7 @@ class Candidate:
         backbone: Keyword arguments of `load_backbone` that differ from the common ones,
             e.g. `{"weights": None}` for random weights.
         decoder: Another decoder than the common one, or None.
+        decoder_options: Its options, e.g. `{"width": 64}`.
         learning_rates: Rates to try on validation. The candidate without a trainable
             backbone tries them on its decoder.
     """
@@ -53,6 +54,7 @@ class Candidate:
     options: Mapping[str, Any] = field(default_factory=dict)
     backbone: Mapping[str, Any] = field(default_factory=dict)
     decoder: str | None = None
+    decoder_options: Mapping[str, Any] = field(default_factory=dict)
     learning_rates: Sequence[float] = ()
 
 
@@ -242,11 +244,10 @@ class _Lab:
 
     def train(self, candidate: Candidate, rate: float | None) -> tuple[Run, Adapter]:
         key, backbone = self._backbone(candidate)
-        decoder = candidate.decoder or self.decoder
-        start = self._decoder_start(key, backbone, decoder)
+        start = self._decoder_start(key, backbone, candidate)
         torch.manual_seed(self.seed)
         adapter = attach(backbone, candidate.method, **candidate.options)
-        model = self._model(backbone, decoder)
+        model = self._model(backbone, candidate)
         model.load_state_dict(start, strict=False)
         frozen = adapter.num_parameters == 0
         run = fit(
@@ -294,14 +295,14 @@ class _Lab:
         return key, store[key]
 
     def _decoder_start(
-        self, backbone_key: str, backbone: Backbone, decoder: str
+        self, backbone_key: str, backbone: Backbone, candidate: Candidate
     ) -> dict[str, Tensor]:
         """The decoder's weights that every candidate on this backbone begins with."""
-        key = (backbone_key, decoder)
+        key = (backbone_key, repr((candidate.decoder, candidate.decoder_options)))
         if key not in self.starts:
             frozen = attach(backbone, "frozen")
             torch.manual_seed(self.seed)
-            model = self._model(backbone, decoder)
+            model = self._model(backbone, candidate)
             if model.has_linear_head:
                 start_head(model, self.data, self.place, seed=self.seed)
             else:
@@ -315,10 +316,14 @@ class _Lab:
             frozen.detach()
         return self.starts[key]
 
-    def _model(self, backbone: Backbone, decoder: str) -> Model:
-        data = self.all_data
-        classes = data.num_classes
-        return build_model(backbone, decoder, data.task, classes).to(self.place)
+    def _model(self, backbone: Backbone, candidate: Candidate) -> Model:
+        return build_model(
+            backbone,
+            candidate.decoder or self.decoder,
+            self.all_data.task,
+            self.all_data.num_classes,
+            **candidate.decoder_options,
+        ).to(self.place)
 
 
 def adapter_kib(adapter: Adapter) -> float:

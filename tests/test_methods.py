@@ -463,6 +463,21 @@ def test_k_stays_as_it_is(name: str) -> None:
     assert changed == [True, False, True]
 
 
+def test_a_merge_that_fails_changes_nothing() -> None:
+    backbone = make("fused")
+    adapter = gk.attach(backbone, "lora", rank=2)
+    stir(adapter)
+    before = snapshot(backbone)
+    last = list(adapter.parameters())[-1]
+    values = last.detach().clone()
+    last.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="NaN"):
+        adapter.merge()
+    last.data.copy_(values)
+    assert_same(before, snapshot(backbone))
+    adapter.merge()
+
+
 @pytest.mark.parametrize("targets", [("q", "k", "v"), ("qkv", "proj"), ("fc1",)])
 def test_other_targets_train_and_merge(targets: tuple[str, ...]) -> None:
     backbone = make("fused")

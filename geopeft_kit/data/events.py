@@ -30,13 +30,13 @@ from geopeft_kit.data.noise import (
 from geopeft_kit.data.surface import MATERIALS, Day, M
 
 _HEIGHT = {  # metres of plant or house above the ground, to see over a flood
-    "crop": 0.7,
-    "grass": 0.25,
-    "dry_grass": 0.3,
+    "crop": 1.3,
+    "grass": 0.5,
+    "dry_grass": 0.6,
     "broadleaf": 14.0,
     "conifer": 14.0,
-    "shrub": 1.4,
-    "wetland": 0.8,
+    "shrub": 2.0,
+    "wetland": 1.5,
     "scorched": 8.0,
     "roof_bright": 5.0,
     "roof_tile": 5.0,

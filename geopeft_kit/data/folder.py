@@ -29,6 +29,7 @@ import numpy as np
 import rasterio
 from affine import Affine
 from rasterio.crs import CRS
+from rasterio.dtypes import in_dtype_range
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import MemoryFile
 from rasterio.transform import array_bounds, from_bounds
@@ -407,6 +408,8 @@ def _encode(
     nodata = info.nodata
     if is_mask:
         nodata = np.nan if info.task == "regression" else info.ignore_index
+    if nodata is not None and not in_dtype_range(nodata, array.dtype.name):
+        nodata = None  # a value that this type cannot hold is not in the file either
     profile = {
         "driver": "GTiff", "count": count, "height": height, "width": width,
         "dtype": array.dtype.name, "nodata": nodata, "crs": outline.crs,

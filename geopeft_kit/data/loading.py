@@ -7,12 +7,14 @@ any sampler that has `set_epoch`. Taught in `notebooks/02_probe_and_full.ipynb`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from rasterio.errors import NotGeoreferencedWarning
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
@@ -117,19 +119,23 @@ class ChipTable:
         self.date = dates_of(index, info.task == "change")
         self.lonlat = lonlat_of(index)
 
-    def read(self, row: int) -> StoredChip:
-        """The chip of a row, from memory where it is kept."""
-        if row in self.stored:
-            return self.stored[row]
-        chip = self.reader.read(
+    def read(self, rows: Sequence[int]) -> list[StoredChip]:
+        """Chips of some rows, from memory where they are kept."""
+        found = {row: self.stored[row] for row in rows if row in self.stored}
+        with warnings.catch_warnings():  # pictures without a place are welcome here
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)
+            found |= {row: self._read(row) for row in rows if row not in found}
+        if self.cache:
+            self.stored |= found
+        return [found[row] for row in rows]
+
+    def _read(self, row: int) -> StoredChip:
+        return self.reader.read(
             self.chips[row],
             str(self.files["image"][row]),
             self.files["image_after"][row],
             self.files["mask"][row],
         )
-        if self.cache:
-            self.stored[row] = chip
-        return chip
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker process that is spawned starts with an empty memory.
@@ -167,9 +173,20 @@ class ChipDataset(Dataset):
             int64 or float32, or label () int64 or (K,) float32; chip, region, crs;
             bounds (4,) in that CRS; date (T,2) and lonlat (2,) where known.
         """
-        index = key.position if isinstance(key, AugmentedKey) else key
-        row, table = self.rows[index], self.table
-        stored = table.read(row)
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[int | AugmentedKey]) -> list[dict[str, Any]]:
+        """Several samples at once; `DataLoader` asks for a whole batch this way."""
+        rows = [
+            self.rows[k.position if isinstance(k, AugmentedKey) else k] for k in keys
+        ]
+        stored = self.table.read(rows)
+        return [self._sample(*each) for each in zip(keys, rows, stored, strict=True)]
+
+    def _sample(
+        self, key: int | AugmentedKey, row: int, stored: StoredChip
+    ) -> dict[str, Any]:
+        table = self.table
         image = table.reader.reflectance(stored)
         mask = torch.from_numpy(stored.mask) if self.has_mask else None
         if isinstance(key, AugmentedKey):
@@ -244,7 +261,7 @@ def dates_of(index: gpd.GeoDataFrame, pair: bool) -> np.ndarray:
         if name in index:
             days = pd.to_datetime(index[name])
             found[:, step, 0] = days.dt.year
-            found[:, step, 1] = days.dt.dayofyear - 1
+            found[:, step, 1] = days.dt.day_of_year - 1
     return found
 
 

@@ -7,7 +7,6 @@ a mask value that is no class. Taught in `notebooks/14_your_own_data.ipynb`.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import rasterio
 import torch
-from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.errors import RasterioError
 from torch import Tensor
 
 from geopeft_kit.data.folder import ALONE, mask_value_message
@@ -129,8 +128,9 @@ class ChipReader:
                 nodata = raster.nodata
         invalid = None
         if nodata is not None:
-            none = np.isnan(pixels) if np.isnan(nodata) else pixels == nodata
-            invalid = none.any(axis=0)  # (H, W): a pixel is whole or it is nothing
+            invalid = _equals(pixels, nodata).any(
+                axis=0
+            )  # (H, W): a pixel is whole or it is nothing
             if not invalid.any():
                 invalid = None
         if pixels.dtype.kind == "f":
@@ -158,20 +158,26 @@ class ChipReader:
         if info.task == "regression":
             values = values.astype(np.float32)
             if nodata is not None:
-                values[values == np.float32(nodata)] = np.nan
+                values[_equals(values, np.float32(nodata))] = np.nan
             values[~np.isfinite(values)] = np.nan
             return values
-        whole = values.astype(np.int64)
-        if nodata is not None:
-            whole[values == nodata] = info.ignore_index
-        bad = ((whole < 0) | (whole >= len(info.classes))) & (
-            whole != info.ignore_index
-        )
-        bad |= whole != values if nodata is None else False
+        if values.dtype.kind == "f":  # class numbers saved as floats
+            whole = np.where(values == np.floor(values), values, -1).astype(np.int64)
+        else:
+            whole = values.astype(np.int64)
+        if nodata is not None and nodata != info.ignore_index:
+            whole[_equals(values, nodata)] = info.ignore_index
+        if whole.min() < 0 or whole.max() >= len(info.classes):
+            self._check_classes(chip, values, whole)
+        return whole
+
+    def _check_classes(self, chip: str, values: np.ndarray, whole: np.ndarray) -> None:
+        """Say which mask values are no class; those without a label are none."""
+        bad = (whole < 0) | (whole >= len(self.info.classes))
+        bad &= whole != self.info.ignore_index
         if bad.any():
             wrong = np.unique(values[bad]).tolist()
-            raise ValueError(mask_value_message(chip, wrong, info))
-        return whole
+            raise ValueError(mask_value_message(chip, wrong, self.info))
 
     def reflectance(self, stored: StoredChip) -> Tensor:
         """Stored values as reflectance, 0 where there is no data.
@@ -183,18 +189,22 @@ class ChipReader:
             (C, H, W) float32, or (C, 2, H, W) for a change pair.
         """
         shape = (-1, *(1,) * (stored.image.ndim - 1))
-        image = stored.image * self.scale.reshape(shape)
-        image = (image + self.offset.reshape(shape)).astype(np.float32, copy=False)
+        image = np.multiply(stored.image, self.scale.reshape(shape), dtype=np.float32)
+        if self.offset.any():
+            image += self.offset.reshape(shape)
         if stored.invalid is not None:
             image[..., stored.invalid] = 0.0
         return torch.from_numpy(image)
 
 
+def _equals(values: np.ndarray, nodata: float) -> np.ndarray:
+    """Where values are nodata, which may be NaN."""
+    return np.isnan(values) if np.isnan(nodata) else values == nodata
+
+
 def _open(path: Path, chip: str) -> rasterio.DatasetReader:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            return rasterio.open(path)
+        return rasterio.open(path)
     except RasterioError as error:
         raise RuntimeError(_broken(chip, path, error)) from error
 

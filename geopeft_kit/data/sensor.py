@@ -34,7 +34,7 @@ def endmembers(land: Land, day: Day, jitter: np.ndarray) -> np.ndarray:
     table = table * np.array([[1.14], [0.86]], np.float32)
     dark = SPECTRA[land.region.dark_soil[0]]
     # Water in the pores darkens soil, most of all in the short-wave infrared.
-    soaked = 0.62 - 0.22 * smoothstep(WAVELENGTHS, 0.8, 1.7)
+    soaked = 0.60 - 0.27 * smoothstep(WAVELENGTHS, 0.8, 1.7)
     special = {
         "soil_a": table[0],
         "soil_b": table[1],

@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rasterio.windows import Window
-from rasterio.windows import transform as window_transform
+from rasterio.transform import from_origin
 
 from geopeft_kit.bands import resolve_bands
 from geopeft_kit.data.chips import ChipData
 from geopeft_kit.data.folder import FACTS, Chip, write_chip_folder
 from geopeft_kit.data.info import DatasetInfo
 from geopeft_kit.data.regions import REGIONS
+from geopeft_kit.data.terrain import PIXEL
 from geopeft_kit.data.world import (
     GENERATOR_VERSION,
     LAND_COVER_CLASSES,
@@ -363,8 +363,11 @@ def _cut(recipe: _Recipe, scene: Scene, count: int) -> Iterator[Chip]:
             mask=mask[window],
             region=scene.region,
             crs=scene.crs,
-            transform=window_transform(
-                Window(column, row, size, size), scene.transform
+            transform=from_origin(
+                scene.bounds[0] + column * PIXEL,
+                scene.bounds[3] - row * PIXEL,
+                PIXEL,
+                PIXEL,
             ),
             date=day - dt.timedelta(days=24) if pair else day,
             date_after=day if pair else None,

@@ -74,10 +74,11 @@ class Scene:
             "building_density" float32, covered share 0-1; "change" uint8, 1 where the
             event changed the ground between `before` and `image`.
         physical: (H, W) float32 maps of the date of `image`: shares "green", "dry",
-            "canopy", "soil", "impervious", "water"; "shade" (missing direct light,
-            0-1); "cloud" and, with `before`, "cloud_before" (opacity, 0-1); "hand"
-            (height above the nearest river, metres), "slope" (metres per metre),
-            "depth" (of the flood, metres), "severity" (of the fire, 0-1).
+            "canopy", "soil" (bare ground, charred or not), "impervious", "water", which
+            add up to one; "shade" (missing direct light, 0-1); "cloud" and, with
+            `before`, "cloud_before" (opacity, 0-1); "hand" (height above the nearest
+            river, metres), "slope" (metres per metre), "depth" (of the flood, metres),
+            "severity" (of the fire, 0-1).
         scalars: Numbers about the whole scene: "season", "dryness", "turbidity",
             "rain", "soil_brightness", "haze", "cloud", "sun_elevation",
             "sun_azimuth", "climate" (`Region.climate`), "lon", "lat" (of the
@@ -204,7 +205,7 @@ def _draw_day(
 ) -> Day:
     """Draw season, weather and light around the region's own, or around `like`."""
     turn = dict.fromkeys(SHIFTS, 0.0) | dict(shift or {})
-    rainy = 0.45 if event == "flood" else 0.10
+    rainy = 0.6 if event == "flood" else 0.10
     cloudy = 1.8 if event == "flood" else 1.0
     season = region.season + turn["season"] + rng.uniform(-0.15, 0.15)
     dryness = region.dryness + turn["dryness"] + rng.uniform(-0.12, 0.12)
@@ -303,7 +304,7 @@ def _physical(
         "green": ("crop", "grass", "shrub", "wetland"),
         "dry": ("dry_grass", "scorched"),
         "canopy": ("broadleaf", "conifer"),
-        "soil": ("soil_a", "soil_b", "soil_dark", "mud", "sand"),
+        "soil": ("soil_a", "soil_b", "soil_dark", "mud", "sand", "char", "ash"),
         "impervious": ("asphalt", "roof_bright", "roof_tile", "roof_dark"),
         "water": ("water_clear", "water_turbid"),
     }

@@ -168,12 +168,23 @@ class Adapter:
                 f"Merging changes the weights that {others} were attached to. Save "
                 "and detach them first, then merge."
             )
+        was_active = self.active
         self.activate()  # so that every replacement knows its original
-        replacements = list(self._replacements)
         self.deactivate()
+        try:
+            with torch.no_grad():  # all values first: an error must change nothing
+                changes = [
+                    pair
+                    for entry in self._replacements
+                    for pair in self.method.folded(entry)
+                ]
+        except BaseException:
+            if was_active:
+                self.activate()
+            raise
         with torch.no_grad():
-            for replacement in replacements:
-                self.method.fold(replacement)
+            for original, values in changes:
+                original.copy_(values)
         self.detach()
 
     def save(self, folder: str | Path) -> Path:

@@ -190,17 +190,17 @@ class Method(ABC):
         """
         return options
 
-    def fold(self, replacement: Replacement) -> None:
-        """Write what was trained into the original, for `Adapter.merge`.
+    def folded(self, replacement: Replacement) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (original tensor, the values that merging writes into it).
 
         This default serves methods that train copies of existing tensors.
         """
         original = replacement.original
         if isinstance(original, Tensor):
-            original.data.copy_(cast(Tensor, replacement.substitute).data)
+            yield original, cast(Tensor, replacement.substitute)
             return
         for leaf, (holder, attribute) in replacement.tensors.items():
-            getattr(original, leaf).data.copy_(getattr(holder, attribute).data)
+            yield getattr(original, leaf), getattr(holder, attribute)
 
     def export(self, adapter: Adapter, folder: Path) -> None:
         """Write the adapter in another library's format."""

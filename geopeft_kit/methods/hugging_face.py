@@ -12,7 +12,7 @@ targets and rank as in the PEFT study of GFMs, arXiv 2504.17397.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -134,17 +134,16 @@ class _LowRank(Method):
             options["alpha"] = options["rank"]
         return options
 
-    def fold(self, replacement: Replacement) -> None:
-        """Write the merged weight into the frozen layer."""
+    def folded(self, replacement: Replacement) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each frozen weight, or its q, k, v rows, and the merged values."""
         original: Any = replacement.original
         substitute: PeftLayer = replacement.substitute
         if not isinstance(substitute, FusedProjection):
-            original.weight.data.copy_(merged_weight(substitute))
+            yield original.weight, merged_weight(substitute)
             return
-        layer: PeftLayer
-        for layer in substitute.parts.values():
-            rows = layer.get_base_layer()
-            original.weight.data[rows.first : rows.last] = merged_weight(layer)
+        thirds = original.weight.chunk(3)  # views: writing into them is enough
+        for part, layer in substitute.parts.items():
+            yield thirds["qkv".index(part)], merged_weight(layer)
 
     def export(self, adapter: Adapter, folder: Path) -> None:
         """Write `adapter_config.json` and `adapter_model.safetensors` of peft.
@@ -340,15 +339,19 @@ def merged_weight(layer: PeftLayer) -> Tensor:
 
     Args:
         layer: A wrapped layer; it stays as it is.
+
+    Raises:
+        ValueError: The merged weight is not finite.
     """
     base = layer.get_base_layer()
-    if isinstance(base, Rows):
-        plain = _own_copy(base)
-        twin = copy.deepcopy(layer, {id(base): plain})
-    else:
-        twin = copy.deepcopy(layer)
-    twin.merge(safe_merge=True)
-    return twin.get_base_layer().weight.data
+    plain = _own_copy(base)
+    layer.base_layer = plain
+    try:
+        layer.merge(safe_merge=True)
+        return cast(Tensor, plain.weight.data)
+    finally:
+        layer.base_layer = base
+        layer.merged_adapters.clear()
 
 
 def trained_tensors(layer: PeftLayer) -> dict[str, tuple[nn.Module, str]]:

@@ -158,6 +158,8 @@ def fit(
             enable_model_summary=False,
             num_sanity_val_steps=0,
         )
+        # Lightning leaves each module in the mode it finds it in.
+        model.train()
         resume_from = str(checkpoint) if resume else None
         trainer.fit(task, loader, ckpt_path=resume_from, weights_only=True)
     model.to(place).eval()
