@@ -4,12 +4,12 @@
 
 DIR holds `eurosat_rgb`, `amazon_forest`, `terramesh` and `galileo_nano`. Three parts:
 
-- EuroSAT: Galileo nano, classification, the longitude split; 5 seeds, 3 learning rates
-  for each method, chosen on the validation block.
-- Amazon forest: segmentation, trained in the west, scored in the east, and drawn on a map
-  at its true place.
-- TerraMesh: twelve bands and land cover on a map. Windows inside each chip are split with
-  a buffer; five chips cannot support a claim about regions, and none is made.
+- EuroSAT: Galileo nano, classification, the longitude split; 5 seeds, 3 learning
+  rates for each method, chosen on the validation block.
+- Amazon forest: segmentation, trained in the west, scored in the east, and drawn on a
+  map at its true place.
+- TerraMesh: twelve bands and land cover on a map. Windows inside each chip are split
+  with a buffer; five chips cannot support a claim about regions, and none is made.
 
 Writes the raw rows as CSV, the tables as Markdown, and the maps as HTML.
 """
@@ -39,11 +39,14 @@ RATES = {
 
 
 def main() -> None:
+    """Run the parts that were asked for and write their tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("build/real"))
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--chips", type=int, default=1000, help="EuroSAT training images")
+    parser.add_argument(
+        "--chips", type=int, default=1000, help="EuroSAT training images"
+    )
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument(
         "--parts", nargs="+", default=["eurosat", "amazon", "terramesh"]
@@ -122,9 +125,7 @@ def amazon(arguments: argparse.Namespace, seeds: Sequence[int]) -> str:
         gk.Candidate("probe", "frozen"),
         gk.Candidate("LoRA", "lora", {"rank": 8, "targets": ("q", "v")}),
         gk.Candidate("full", "full"),
-        gk.Candidate(
-            "UNet from scratch", "full", {}, scratch, "unet", {"width": 64}
-        ),
+        gk.Candidate("UNet from scratch", "full", {}, scratch, "unet", {"width": 64}),
     ]
     result = gk.compare(
         candidates,
@@ -145,9 +146,8 @@ def amazon(arguments: argparse.Namespace, seeds: Sequence[int]) -> str:
     parts = [
         "### Amazon forest, west to east",
         table(result.table()),
-        "Pixel statistics (no network): val miou {val:.3f}, test miou {test:.3f}.".format(
-            **scores
-        ),
+        f"Pixel statistics (no network): val miou {scores['val']:.3f}, test miou "
+        f"{scores['test']:.3f}.",
     ]
     if len(seeds) > 1:
         difference = result.differences("full", "test")
@@ -173,10 +173,10 @@ def terramesh(arguments: argparse.Namespace, seeds: Sequence[int]) -> str:
     gk.save_map(layers, arguments.out / "terramesh.html")
     return (
         "### TerraMesh, twelve bands\n\n"
-        f"{data!r}. Galileo nano reads {len(bands)} of the {len(data.bands)} bands; LoRA, "
-        f"linear decoder. Windows of the same five chips, held out with a buffer: mIoU "
-        f"{scores['miou']:.3f}, accuracy {scores['accuracy']:.3f}. This says nothing about "
-        "other places."
+        f"{data!r}. Galileo nano reads {len(bands)} of the {len(data.bands)} bands; "
+        "LoRA, linear decoder. Windows of the same five chips, held out with a buffer: "
+        f"mIoU {scores['miou']:.3f}, accuracy {scores['accuracy']:.3f}. This says "
+        "nothing about other places."
     )
 
 

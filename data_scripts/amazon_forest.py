@@ -25,6 +25,7 @@ from common import (
     target_folder,
     windows,
 )
+from rasterio.transform import array_bounds
 from rasterio.windows import Window
 
 from geopeft_kit.data import Chip, write_chip_folder
@@ -36,7 +37,7 @@ SOURCE = Source(
     home="https://zenodo.org/records/3233081",
     licence="not verified; read the Zenodo record before you share anything",
     download_mb=0,
-    disk_mb=60,
+    disk_mb=40,
     steps="Download the record from https://zenodo.org/records/3233081 by hand, unpack "
     "it so that DIR holds training/images, training/masks, validation/images and "
     "validation/masks, and pass --from DIR.",
@@ -96,7 +97,7 @@ def chips_of(
     scene = f"{columns['upstream']}_{image.name.replace('.tiff', '').replace('.', '_')}"
     pixels, place = read_raster(image)
     crs, transform = place["crs"], place["transform"]
-    longitude = (transform * (pixels.shape[2] / 2, pixels.shape[1] / 2))[0]
+    west, _, east, _ = array_bounds(*pixels.shape[1:], transform)
     truth = None if mask is None else read_mask(mask, pixels.shape[1:])
     corners = list(windows(*pixels.shape[1:], size))
     if small:  # the same order whatever the subset, so that small lies in full
@@ -108,7 +109,7 @@ def chips_of(
             f"{scene}_{row:03d}_{column:03d}",
             pixels[:, *inside],
             mask=None if truth is None else truth[inside],
-            region="west" if longitude < CUT_LONGITUDE else "east",
+            region="west" if (west + east) / 2 < CUT_LONGITUDE else "east",
             crs=crs,
             transform=rasterio.windows.transform(
                 Window(column, row, size, size), transform

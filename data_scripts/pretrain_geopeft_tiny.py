@@ -3,14 +3,14 @@
 The corpus is five simulated regions without any event (no flood, no burn scar, no
 building site) plus, where a folder of them is given, unlabelled real Sentinel-2 chips.
 The region `savanna` is in no part of it. Targets: masked patches, physical maps (cover
-fractions, height above the river, slope), facts about the scene. No target is a lesson's
-target.
+fractions, height above the river, slope), facts about the scene. No target is one of
+the lessons'.
 
     python data_scripts/pretrain_geopeft_tiny.py --real-chips DIR
 
-Writes geopeft_kit/weights/geopeft_tiny.safetensors and its log beside it. A run that was
-cut goes on with --resume. About 1 GiB of memory for the corpus, which is made anew from
-its seeds each time. Lessons draw other places, so no scene is in both.
+Writes geopeft_kit/weights/geopeft_tiny.safetensors and its log beside it. A run that
+was cut goes on with --resume. The corpus takes about 1 GiB of memory and is made anew
+from its seeds each time. Lessons draw other places, so no scene is in both.
 """
 
 from __future__ import annotations
@@ -145,6 +145,7 @@ class Corpus(Dataset):
 
 
 def main() -> None:
+    """Make the corpus, pretrain, and write the weights."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--epochs", type=int, default=80)
     parser.add_argument("--steps", type=int, default=60, help="steps an epoch")

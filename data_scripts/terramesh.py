@@ -38,7 +38,7 @@ SOURCE = Source(
     home="https://github.com/IBM/terramind, folder examples",
     licence="CC-BY-SA-4.0 (data set card of TerraMesh): attribute, and share alike",
     download_mb=6,
-    disk_mb=8,
+    disk_mb=3,
 )
 URL = (
     "https://raw.githubusercontent.com/IBM/terramind/"

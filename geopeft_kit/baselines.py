@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from geopeft_kit.data.chips import ChipData
 
-# name: (band a, band b, whether the class lies above the threshold) of (a - b) / (a + b)
+# name: (band a, band b, whether the class lies above) of (a - b) / (a + b)
 INDICES = {
     "MNDWI": (("GREEN",), ("SWIR_1",), True),
     "NBR": (("NIR_NARROW", "NIR_BROAD"), ("SWIR_2",), False),

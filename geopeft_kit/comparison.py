@@ -45,6 +45,9 @@ class Candidate:
             e.g. `{"weights": None}` for random weights.
         decoder: Another decoder than the common one, or None.
         decoder_options: Its options, e.g. `{"width": 64}`.
+        fresh_decoder: Begin with a random decoder on features as they are: what a
+            network trained from scratch gets. Random features are nearly constant, and
+            standardising them makes their training unstable.
         learning_rates: Rates to try on validation. The candidate without a trainable
             backbone tries them on its decoder.
     """
@@ -55,6 +58,7 @@ class Candidate:
     backbone: Mapping[str, Any] = field(default_factory=dict)
     decoder: str | None = None
     decoder_options: Mapping[str, Any] = field(default_factory=dict)
+    fresh_decoder: bool = False
     learning_rates: Sequence[float] = ()
 
 
@@ -97,6 +101,8 @@ class Comparison:
         """Mean and standard deviation over seeds, one row a candidate, in order."""
         groups = self.rows.groupby("label", sort=False)
         table = groups[list(COSTS)].mean()
+        counts = ["backbone_trainable", "decoder_trainable"]
+        table[counts] = table[counts].astype("Int64")
         for split in self.splits:
             table[f"{split} {self.score}"] = groups[split].apply(_mean_and_spread)
         return table.rename(columns=COSTS)
@@ -244,7 +250,9 @@ class _Lab:
 
     def train(self, candidate: Candidate, rate: float | None) -> tuple[Run, Adapter]:
         key, backbone = self._backbone(candidate)
-        start = self._decoder_start(key, backbone, candidate)
+        start = {}
+        if not candidate.fresh_decoder:
+            start = self._decoder_start(key, backbone, candidate)
         torch.manual_seed(self.seed)
         adapter = attach(backbone, candidate.method, **candidate.options)
         model = self._model(backbone, candidate)
@@ -272,7 +280,9 @@ class _Lab:
         for rate in candidate.learning_rates:
             run, adapter = self.train(candidate, rate)
             score = run.metrics["overall"][name]
-            trials.append({"label": candidate.label, "learning_rate": rate, "val": score})
+            trials.append(
+                {"label": candidate.label, "learning_rate": rate, "val": score}
+            )
             adapter.detach()
         pick = max if larger else min
         best = pick(trials, key=lambda trial: trial["val"])["learning_rate"]

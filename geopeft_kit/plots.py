@@ -13,6 +13,7 @@ Source:
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -358,7 +359,16 @@ def _panels(count: int, columns: int | None = None, side: float = 3.2) -> Any:
     columns = columns or count
     rows = -(-count // columns)
     size = (side * columns + 0.4, side * rows + 0.4)
-    figure = Figure(figsize=size, layout="constrained")
+
+    class NotebookFigure(Figure):
+        """Draws itself in a notebook, also where pyplot was never imported."""
+
+        def _repr_png_(self) -> bytes:
+            picture = io.BytesIO()
+            self.savefig(picture, format="png", bbox_inches="tight")
+            return picture.getvalue()
+
+    figure = NotebookFigure(figsize=size, layout="constrained")
     axes = list(np.ravel(figure.subplots(rows, columns, squeeze=False)))
     for axis in axes[count:]:
         axis.set_axis_off()

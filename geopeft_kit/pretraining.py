@@ -1,9 +1,9 @@
 """`pretrain`: make or continue a foundation model without task labels.
 
 Three objectives share one backbone: masked image modelling, dense physical maps (cover
-fractions, height above the river, slope) where the data knows them, and facts about the
-whole scene (place, climate, season, haze). A short run of masked modelling alone was
-worse than random weights at this size; the dense maps are what makes a small budget pay.
+fractions, height above the river, slope) where the data knows them, and facts about
+the whole scene (place, climate, season, haze). A prototype's short run of masked
+modelling alone was worse than random weights; the dense maps make a small budget pay.
 Taught in notebook 10.
 
 Sources: SimMIM, Xie et al. 2022 (arXiv 2111.09886), for masked tokens inside the full
@@ -75,7 +75,7 @@ class PretextTask(L.LightningModule):
         super().__init__()
         if backbone.layout != "vit":
             raise ValueError(
-                f"masked modelling is written for ViTs, and {backbone.card.name!r} is a "
+                f"masked modelling is written for ViTs; {backbone.card.name!r} is a "
                 f"{backbone.layout}. Take a backbone whose layout is 'vit'."
             )
         self.backbone = backbone
@@ -92,7 +92,11 @@ class PretextTask(L.LightningModule):
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         image = batch["image"]
-        grid = (image.shape[0], image.shape[2] // self.patch, image.shape[3] // self.patch)
+        grid = (
+            image.shape[0],
+            image.shape[2] // self.patch,
+            image.shape[3] // self.patch,
+        )
         mask = torch.rand(grid, device=image.device) < self.objective.mask_ratio
         with self._masked_tokens(mask):
             tokens = self.backbone(image)[-1].permute(0, 2, 3, 1)  # (B,h,w,D)
@@ -100,9 +104,13 @@ class PretextTask(L.LightningModule):
         if self.physical is not None:
             losses["physical"] = self._physical_loss(tokens, batch["physical"])
         if self.scene is not None:
-            losses["scene"] = known_error(self.scene(tokens.mean((1, 2))), batch["scene"])
+            losses["scene"] = known_error(
+                self.scene(tokens.mean((1, 2))), batch["scene"]
+            )
         self.losses = {name: loss.detach() for name, loss in losses.items()}
-        return sum(getattr(self.objective, name) * loss for name, loss in losses.items())
+        return sum(
+            getattr(self.objective, name) * loss for name, loss in losses.items()
+        )
 
     def configure_optimizers(self) -> dict[str, Any]:
         matrices = [p for p in self.parameters() if p.ndim > 1]
@@ -124,7 +132,9 @@ class PretextTask(L.LightningModule):
         """Put the mask token in place of the masked patches' embeddings."""
 
         def replace(module: nn.Module, inputs: Any, tokens: Tensor) -> Tensor:
-            hidden = mask.reshape(tokens.shape[:-1]).unsqueeze(-1)  # (B,N,1) or (B,h,w,1)
+            hidden = mask.reshape(tokens.shape[:-1]).unsqueeze(
+                -1
+            )  # (B,N,1) or (B,h,w,1)
             return torch.where(hidden, self.mask_token.to(tokens.dtype), tokens)
 
         handle = self.backbone.model.patch_embed.register_forward_hook(replace)
@@ -149,7 +159,7 @@ class PretextTask(L.LightningModule):
 
 
 def known_error(output: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error over the entries of `target` that are not NaN; 0 if none is."""
+    """Mean squared error where `target` is not NaN; 0 where all of it is."""
     known = torch.isfinite(target)
     error = torch.where(known, output - target, 0.0).square()
     return error.sum() / known.sum().clamp(min=1)

@@ -186,7 +186,9 @@ def test_killed_run_resumes_to_the_same_weights(tmp_path: Path, repo: Path) -> N
     assert resumed.stdout.strip() == "4"  # the history of both parts
     one = load_file(tmp_path / "whole.safetensors")
     two = load_file(tmp_path / "resume.safetensors")
-    different = [name for name, value in one.items() if not torch.equal(two[name], value)]
+    different = [
+        name for name, value in one.items() if not torch.equal(two[name], value)
+    ]
     assert not different
 
 

@@ -589,8 +589,8 @@ def _check_files(folder: Path, index: gpd.GeoDataFrame) -> None:
     missing = sorted({name for name in names if Path(name).as_posix() not in there})
     if missing:
         raise FileNotFoundError(
-            f"{len(missing)} of {len(names)} files of {folder} are missing, the first "
-            f"is {missing[0]}. Copy them back, or write the chip folder again."
+            f"{len(missing)} of {len(set(names))} files of {folder} are missing, the "
+            f"first is {missing[0]}. Copy them back, or write the chip folder again."
         )
 
 

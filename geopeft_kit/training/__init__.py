@@ -1,4 +1,4 @@
-"""Training: the loss and the step, `fit`, the tracker, the feature cache, the scores."""
+"""Training: the step and its loss, `fit`, the tracker, the feature cache, scores."""
 
 from geopeft_kit.training.evaluate import evaluate
 from geopeft_kit.training.fit import Run, fit

@@ -27,7 +27,10 @@ HEADLINE = {
 
 
 def evaluate(
-    model: Model, data: ChipData, split: str = "test", device: str | torch.device = "auto"
+    model: Model,
+    data: ChipData,
+    split: str = "test",
+    device: str | torch.device = "auto",
 ) -> dict[str, Any]:
     """Score a model on one split.
 

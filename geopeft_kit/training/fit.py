@@ -139,7 +139,9 @@ def fit(
     loader = _train_loader(model, data, settings["cache_features"], place, seed)
     task = _make_task(model, data, loader, settings)
     tracker = Tracker()
-    history = History(data, validate_every or (1 if patience else None), epochs, progress)
+    history = History(
+        data, validate_every or (1 if patience else None), epochs, progress
+    )
     callbacks: list[L.Callback] = [history, tracker]
     if patience:
         callbacks.append(EarlyStop(history, patience))
@@ -190,8 +192,8 @@ def _check(
         )
     if model.task != data.task:
         raise ValueError(
-            f"the model's task is {model.task!r} and the data's is {data.task!r}. Build "
-            f"the model with build_model(..., task={data.task!r})."
+            f"the model's task is {model.task!r} and the data's is {data.task!r}. "
+            f"Build the model with build_model(..., task={data.task!r})."
         )
     if patience and "val" not in data.splits:
         raise ValueError(
@@ -287,7 +289,9 @@ def _make_task(
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
     """Without Lightning's start-up lines and its advice on data workers and loggers."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    loggers = [
+        logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")
+    ]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.WARNING)
@@ -296,6 +300,8 @@ def quiet_lightning() -> Iterator[None]:
             warnings.filterwarnings("ignore", ".*does not have many workers.*")
             warnings.filterwarnings("ignore", ".*no `val_dataloader`.*")
             warnings.filterwarnings("ignore", ".*tensorboard.*")
+            warnings.filterwarnings("ignore", ".*LeafSpec.*")
+            warnings.filterwarnings("ignore", ".*in eval mode at the start.*")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

@@ -1,4 +1,4 @@
-"""What the machine can do: the device to train on and the precision it truly supports."""
+"""What the machine can do: the device, and the precision it truly supports."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ def choose_precision(precision: str, device: torch.device) -> str:
     """
     allowed = ("auto", "32-true", "bf16-mixed", "16-mixed")
     if precision not in allowed:
-        raise ValueError(f"precision is {precision!r}; allowed are {', '.join(allowed)}.")
+        raise ValueError(
+            f"precision is {precision!r}; allowed are {', '.join(allowed)}."
+        )
     if device.type != "cuda":
         if precision == "16-mixed":
             raise ValueError(

@@ -1,9 +1,9 @@
-"""The head start: standardised features, and a head that begins at the probe's solution.
+"""The head start: standardised features, and a head that starts from the probe.
 
-A fresh head on raw features is under-trained long after the backbone has moved, and then
-tells false stories about every method. So features are standardised per channel first,
-and a linear head is trained alone before anything else trains: linear probing, then
-fine-tuning (Kumar et al. 2022, arXiv 2202.10054). Taught in notebook 02.
+A fresh head on raw features is under-trained long after the backbone has moved, and
+then tells false stories about every method. So features are standardised per channel
+first, and a linear head is trained alone before anything else trains: linear probing,
+then fine-tuning (Kumar et al. 2022, arXiv 2202.10054). Taught in notebook 02.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from geopeft_kit.training.feature_cache import FeatureCache
 from geopeft_kit.training.task import batch_target, compute_loss
 
 
-def calibrate(model: Model, data: ChipData, device: torch.device, limit: int = 512) -> None:
+def calibrate(
+    model: Model, data: ChipData, device: torch.device, limit: int = 512
+) -> None:
     """Set the standardisation in front of the decoder from training features.
 
     Args:

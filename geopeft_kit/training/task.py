@@ -1,4 +1,4 @@
-"""One training step for every task: the loss, the optimiser, and what a checkpoint holds.
+"""One training step for every task: its loss, optimiser, and checkpoint contents.
 
 `Task` is a Lightning module around a plain model of `build_model`. Its checkpoints hold
 what was trained and nothing else: frozen weights are never written. Taught in
@@ -175,9 +175,9 @@ class Task(L.LightningModule):
         if expected != found:
             raise RuntimeError(
                 "the checkpoint was written by another set-up: it lacks "
-                f"{_first(expected - found)} and has {_first(found - expected)} on top. "
-                "Resume with the same backbone, method, options and decoder, or pass "
-                "another folder."
+                f"{_first(expected - found)} and has {_first(found - expected)} on "
+                "top. Resume with the same backbone, method, options and decoder, or "
+                "pass another folder."
             )
 
     def _parameter_groups(self) -> list[dict[str, Any]]:

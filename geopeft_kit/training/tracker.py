@@ -216,7 +216,11 @@ class Tracker(L.Callback):
         self.precision = str(trainer.precision)
 
     def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         self._synchronise(pl_module.device)
         self._began = time.perf_counter()
@@ -280,7 +284,9 @@ class Tracker(L.Callback):
         median = float(np.median(timed))
         device = self.memory.device
         return Resources(
-            device="cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
+            device="cpu"
+            if device.type == "cpu"
+            else torch.cuda.get_device_name(device),
             precision=self.precision,
             step_ms=median,
             step_ms_p90=float(np.percentile(timed, 90)),
