@@ -32,6 +32,7 @@ real: $(VENV)/.dev ## Repeat the comparison on real pixels and real weights
 	@test -d "$(REAL)" || { echo "No real data at '$(REAL)'." \
 	"Set GEOPEFT_REAL_DATA to the folder that holds it."; exit 1; }
 	GEOPEFT_REAL_DATA="$(abspath $(REAL))" $(PY) -m pytest -m real
+	$(PY) benchmarks/real.py --data "$(REAL)" --out build/real
 
 gallery: $(VENV)/.notebooks ## Write every notebook, executed, to build/gallery/
 	$(PY) docs/export_notebook.py notebooks/*.ipynb --out build/gallery

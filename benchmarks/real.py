@@ -32,9 +32,9 @@ import geopeft_kit as gk
 SCRIPTS = Path(__file__).resolve().parents[1] / "data_scripts"
 RATES = {
     "frozen": (5e-4, 1e-3, 3e-3),
-    "lora": (3e-4, 1e-3, 3e-3),
-    "bias": (3e-4, 1e-3, 3e-3),
-    "full": (3e-5, 1e-4, 3e-4),
+    "lora": (1e-3, 3e-3, 1e-2),
+    "bias": (1e-3, 3e-3, 1e-2),
+    "full": (1e-4, 3e-4, 1e-3),
 }
 
 
@@ -48,6 +48,7 @@ def main() -> None:
         "--chips", type=int, default=1000, help="EuroSAT training images"
     )
     parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--trials", type=int, default=3, help="learning rates tried")
     parser.add_argument(
         "--parts", nargs="+", default=["eurosat", "amazon", "terramesh"]
     )
@@ -72,19 +73,24 @@ def eurosat(arguments: argparse.Namespace, seeds: Sequence[int]) -> str:
     data = gk.ChipData(folder, split="index", batch_size=32)
     weights = {"weights": arguments.data / "galileo_nano" / "encoder.pt"}
     random = {"weights": None}
+    rates = {method: all_[: arguments.trials] for method, all_ in RATES.items()}
     candidates = [
-        gk.Candidate("probe", "frozen", learning_rates=RATES["frozen"]),
+        gk.Candidate("probe", "frozen", learning_rates=rates["frozen"]),
         gk.Candidate(
             "LoRA q, v", "lora", {"rank": 8, "targets": ("q", "v")},
-            learning_rates=RATES["lora"],
+            learning_rates=rates["lora"],
         ),
-        gk.Candidate("bias", "bias", learning_rates=RATES["bias"]),
-        gk.Candidate("full", "full", learning_rates=RATES["full"]),
+        gk.Candidate("bias", "bias", learning_rates=rates["bias"]),
+        gk.Candidate("full", "full", learning_rates=rates["full"]),
         gk.Candidate(
-            "random, probe", "frozen", backbone=random, learning_rates=RATES["frozen"]
+            "random, probe", "frozen", backbone=random, learning_rates=rates["frozen"]
         ),
         gk.Candidate(
-            "random, full", "full", backbone=random, learning_rates=RATES["full"]
+            "random, full",
+            "full",
+            backbone=random,
+            fresh_decoder=True,
+            learning_rates=rates["full"],
         ),
     ]  # fmt: skip
     result = gk.compare(
@@ -223,7 +229,7 @@ def draw_map(data: gk.ChipData, trained: dict, path: Path, chips: int = 128) -> 
         for label, candidate in trained.items()
     }
     layers = gk.chip_layers(samples, data.bands, data.classes, data.colours, guesses)
-    gk.save_map(layers, path)
+    gk.show_map(layers, swipe=("image", "LoRA"), title=data.name).save(path)
 
 
 def search_table(searches: pd.DataFrame) -> pd.DataFrame:

@@ -92,6 +92,16 @@ def make_static(notebook: nbformat.NotebookNode) -> None:
                 data.setdefault("text/html", NO_WIDGET)
 
 
+def fold_solutions(page: str) -> str:
+    """Put each solution back inside its <details>.
+
+    The Markdown of nbconvert closes the element at the first blank line, which leaves
+    the code of the solution open below it.
+    """
+    stray = r'(</summary>)\s*</details>\s*(<div class="highlight">.*?</div>)'
+    return re.sub(stray, r"\1\2</details>", page, flags=re.DOTALL)
+
+
 def export(path: Path, out: Path, timeout: int = 1800) -> tuple[Path, list[str]]:
     """Run the notebook in its own folder; return the page and its tables."""
     notebook = nbformat.read(path, as_version=4)
@@ -105,6 +115,7 @@ def export(path: Path, out: Path, timeout: int = 1800) -> tuple[Path, list[str]]
     make_static(notebook)
     exporter = HTMLExporter(raw_template=TEMPLATE, embed_images=True)
     page, _ = exporter.from_notebook_node(notebook, resources)
+    page = fold_solutions(page)
     outside = external_requests(page)
     if outside:
         raise RuntimeError(f"{path.name} would load from the web: {outside[:3]}")

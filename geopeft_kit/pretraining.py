@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from geopeft_kit.backbones.base import Backbone
 from geopeft_kit.training.callbacks import Checkpoint
@@ -224,9 +225,7 @@ def pretrain(
                 f"{checkpoint} does not exist, so there is nothing to resume. Start "
                 "with resume=False."
             )
-    sampler = torch.utils.data.RandomSampler(
-        data, replacement=True, num_samples=steps_per_epoch * batch_size
-    )
+    sampler = _Draws(len(data), steps_per_epoch * batch_size, seed)
     backbone.train()
     with quiet_lightning():
         trainer = L.Trainer(
@@ -241,7 +240,9 @@ def pretrain(
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        loader = DataLoader(data, batch_size, sampler=sampler)
+        # A generator of its own: making an iterator would draw from the masks' state.
+        own = torch.Generator().manual_seed(seed)
+        loader = DataLoader(data, batch_size, sampler=sampler, generator=own)
         resume_from = str(checkpoint) if resume else None
         trainer.fit(task, loader, ckpt_path=resume_from, weights_only=True)
     backbone.eval()
@@ -263,6 +264,24 @@ def save_weights(backbone: Backbone, path: str | Path, half: bool = True) -> Pat
     state = backbone.model.state_dict()
     save_file({k: v.to(dtype).contiguous() for k, v in state.items()}, str(path))
     return Path(path)
+
+
+class _Draws(Sampler):
+    """`count` samples an epoch, drawn with replacement from (seed, epoch) alone."""
+
+    def __init__(self, size: int, count: int, seed: int) -> None:
+        self.size, self.count, self.seed, self.epoch = size, count, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning calls this before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        random = np.random.default_rng([self.seed, self.epoch])
+        return iter(random.integers(self.size, size=self.count).tolist())
 
 
 class _Log(L.Callback):

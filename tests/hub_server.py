@@ -66,8 +66,9 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("ETag", site.etag)
         self.end_headers()
         stop = site.cut_after.pop(0) if site.cut_after else len(body)
-        self.wfile.write(body[:stop])
+        # counted first: the client may be done before this thread runs again
         site.sent += min(stop, len(body))
+        self.wfile.write(body[:stop])
 
 
 @contextlib.contextmanager

@@ -130,3 +130,11 @@ def test_a_failing_notebook_fails_and_leaves_no_page(tmp_path, capsys):
     assert tool.main([str(path), "--out", str(tmp_path / "out")]) == 1
     assert "ZeroDivisionError" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_solution_stays_inside_its_details():
+    code = '<div class="highlight"><pre>\nx = 1\n</pre></div>'
+    page = f"<details>\n<summary>Solution</summary>\n</details>\n{code}\n<p>next</p>"
+    folded = tool.fold_solutions(page)
+    assert folded.index("x = 1") < folded.index("</details>") < folded.index("next")
+    assert tool.fold_solutions(folded) == folded

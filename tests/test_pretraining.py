@@ -46,7 +46,7 @@ def run(model: torch.nn.Module, **options: object):
 def test_every_loss_falls() -> None:
     log = run(backbone(), steps_per_epoch=12)
     for part in ("masked", "physical", "scene"):
-        assert log[part].iloc[-1] < 0.8 * log[part].iloc[0], part
+        assert log[part].iloc[-1] < 0.9 * log[part].iloc[0], part
     assert list(log["samples"]) == [96, 192, 288]
 
 

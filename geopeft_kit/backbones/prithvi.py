@@ -298,11 +298,11 @@ GEOPEFT_TINY = BackboneCard(
     weights={"default": WeightFile("geopeft_tiny.safetensors")},
     architecture={"heads": 3, "metadata": False},
     notes="Small ViT in Prithvi's block layout for teaching. Pretrained by "
-    "data_scripts/pretrain_geopeft_tiny.py on 307,200 crops of simulated scenes of five "
-    "regions (savanna is in none of them) and of 23 unlabelled real Sentinel-2 chips: "
-    "masked patches, cover fractions, height above the river, slope, facts about the "
-    "scene. Cover fractions come close to land cover and building density; flood, burn "
-    "and change were in no target.",
+    "data_scripts/pretrain_geopeft_tiny.py on 307,200 crops of simulated scenes of "
+    "five regions (savanna is in none of them) and of 23 unlabelled real Sentinel-2 "
+    "chips: masked patches, cover fractions, height above the river, slope, facts "
+    "about the scene. Cover fractions come close to land cover and building density; "
+    "flood, burn and change were in no target.",
     cannot="Simulated scenes; not a real geospatial foundation model: draw no "
     "conclusions about Earth from it.",
 )

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from geopeft_kit.data.chips import ChipData
-from geopeft_kit.model import Model
+from geopeft_kit.model import WHOLE_IMAGE_TASKS, Model
 from geopeft_kit.training.feature_cache import FeatureCache
 from geopeft_kit.training.task import batch_target, compute_loss
 
@@ -38,7 +38,7 @@ def start_head(
     data: ChipData,
     device: torch.device,
     steps: int = 400,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     learning_rate: float = 5e-3,
     seed: int = 0,
 ) -> FeatureCache:
@@ -49,7 +49,8 @@ def start_head(
         data: Its training split is read once.
         device: Where to compute.
         steps: Optimiser steps, enough for a linear head to converge.
-        batch_size: Cached samples a step.
+        batch_size: Cached samples a step; None takes 64 whole images, or 8 maps, which
+            have a label for each pixel.
         learning_rate: Highest rate of a one-cycle cosine.
         seed: Order of the samples.
 
@@ -60,6 +61,8 @@ def start_head(
     """
     cache = FeatureCache(model, data.dataloader("train", augment=False), device)
     model.calibrate([level.to(device) for level in cache.maps])
+    if batch_size is None:
+        batch_size = 64 if model.task in WHOLE_IMAGE_TASKS else 8
     order = torch.Generator().manual_seed(seed)
     sampler = torch.utils.data.RandomSampler(
         cache, replacement=True, num_samples=steps * batch_size, generator=order
