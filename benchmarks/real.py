@@ -89,7 +89,6 @@ def eurosat(arguments: argparse.Namespace, seeds: Sequence[int]) -> str:
             "random, full",
             "full",
             backbone=random,
-            fresh_decoder=True,
             learning_rates=rates["full"],
         ),
     ]  # fmt: skip
@@ -254,9 +253,11 @@ def table(frame: pd.DataFrame) -> str:
 
 
 def _cell(value: object) -> str:
+    if pd.isna(value):
+        return "-"
+    if isinstance(value, int):
+        return f"{value:,}"
     if isinstance(value, float):
-        if value != value:
-            return "-"
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
     return str(value)
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from geopeft_kit.model import build_model
     from geopeft_kit.overlays import MapLayer, Raster, chip_layers
     from geopeft_kit.pretraining import pretrain
-    from geopeft_kit.training import evaluate, fit
+    from geopeft_kit.training import evaluate, fit  # type: ignore[no-redef]
 
 __version__ = "0.1.0"
 

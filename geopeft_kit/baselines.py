@@ -103,6 +103,8 @@ class PixelStatistics(nn.Module):
             )
         self.task, self.num_classes = data.task, data.num_classes
         self.bands, self.window = tuple(data.bands), window
+        self.mean: Tensor
+        self.std: Tensor
         features, labels = self._training_table(data, samples, seed)
         self.register_buffer("mean", features.mean(0))
         self.register_buffer("std", features.std(0).clamp(min=1e-6))

@@ -243,8 +243,9 @@ class _Lab:
 
     def start_seed(self, seed: int, train_chips: int | None) -> None:
         self.seed = seed
-        whole = train_chips is None
-        self.data = self.all_data if whole else self.all_data.subset(train_chips, seed)
+        self.data = self.all_data
+        if train_chips is not None:
+            self.data = self.all_data.subset(train_chips, seed)
         self.random: dict[str, Backbone] = {}
         self.starts: dict[tuple[str, str], dict[str, Tensor]] = {}
 

@@ -209,7 +209,7 @@ def plot_errors(
         int(OKABE_ITO["vermillion"][i : i + 2], 16) / 255 for i in (1, 3, 5)
     )
     share = wrong.sum() / max(counted.sum(), 1)
-    _draw(axes[3], grey, place, f"wrong (red): {share:.1%}")
+    _draw(axes[3], grey, place, f"wrong (orange): {share:.1%}")
     figure.suptitle(_plain(sample.get("region", "")))
     return figure
 

@@ -17,16 +17,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import lightning as L
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from geopeft_kit.backbones.base import Backbone
 from geopeft_kit.training.callbacks import Checkpoint
@@ -74,7 +75,7 @@ class PretextTask(L.LightningModule):
         total_steps: int,
     ) -> None:
         super().__init__()
-        if backbone.layout != "vit":
+        if backbone.layout != "vit" or backbone.width is None:
             raise ValueError(
                 f"masked modelling is written for ViTs; {backbone.card.name!r} is a "
                 f"{backbone.layout}. Take a backbone whose layout is 'vit'."
@@ -103,7 +104,9 @@ class PretextTask(L.LightningModule):
             tokens = self.backbone(image)[-1].permute(0, 2, 3, 1)  # (B,h,w,D)
         losses = {"masked": self._masked_loss(tokens, image, mask)}
         if self.physical is not None:
-            losses["physical"] = self._physical_loss(tokens, batch["physical"])
+            losses["physical"] = self._physical_loss(
+                self.physical, tokens, batch["physical"]
+            )
         if self.scene is not None:
             losses["scene"] = known_error(
                 self.scene(tokens.mean((1, 2))), batch["scene"]
@@ -113,7 +116,7 @@ class PretextTask(L.LightningModule):
             getattr(self.objective, name) * loss for name, loss in losses.items()
         )
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         matrices = [p for p in self.parameters() if p.ndim > 1]
         vectors = [p for p in self.parameters() if p.ndim <= 1]
         groups = [
@@ -138,7 +141,7 @@ class PretextTask(L.LightningModule):
             )  # (B,N,1) or (B,h,w,1)
             return torch.where(hidden, self.mask_token.to(tokens.dtype), tokens)
 
-        handle = self.backbone.model.patch_embed.register_forward_hook(replace)
+        handle = self.backbone.module("patch_embed").register_forward_hook(replace)
         try:
             yield
         finally:
@@ -151,12 +154,22 @@ class PretextTask(L.LightningModule):
         error = (self.pixels(tokens) - target).abs().mean(-1)  # (B,h,w)
         return (error * mask).sum() / mask.sum().clamp(min=1)
 
-    def _physical_loss(self, tokens: Tensor, physical: Tensor) -> Tensor:
+    def _physical_loss(
+        self, head: nn.Linear, tokens: Tensor, physical: Tensor
+    ) -> Tensor:
         height, width = tokens.shape[1:3]
         # maps may come at a coarser grid than the image, so they are pooled by ratio
         cells = F.adaptive_avg_pool2d(physical, (2 * height, 2 * width))  # (B,P,2h,2w)
         target = F.pixel_unshuffle(cells, 2).permute(0, 2, 3, 1)  # (B,h,w,4P)
-        return known_error(self.physical(tokens), target)
+        return known_error(head(tokens), target)
+
+
+class SizedSamples(Protocol):
+    """A data set that knows its length."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Mapping[str, Tensor]: ...
 
 
 def known_error(output: Tensor, target: Tensor) -> Tensor:
@@ -168,7 +181,7 @@ def known_error(output: Tensor, target: Tensor) -> Tensor:
 
 def pretrain(
     backbone: Backbone,
-    data: Dataset,
+    data: SizedSamples,
     steps_per_epoch: int,
     epochs: int,
     batch_size: int = 64,
@@ -242,7 +255,12 @@ def pretrain(
         )
         # A generator of its own: making an iterator would draw from the masks' state.
         own = torch.Generator().manual_seed(seed)
-        loader = DataLoader(data, batch_size, sampler=sampler, generator=own)
+        loader: DataLoader = DataLoader(
+            data,  # type: ignore[arg-type]
+            batch_size,
+            sampler=sampler,
+            generator=own,
+        )
         resume_from = str(checkpoint) if resume else None
         trainer.fit(task, loader, ckpt_path=resume_from, weights_only=True)
     backbone.eval()
@@ -297,7 +315,7 @@ class _Log(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rows = list(state_dict["rows"])
 
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: PretextTask) -> None:
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         torch.manual_seed(self.seed * 1_000_003 + trainer.current_epoch)
         self.losses: list[dict[str, Tensor]] = []
         self.samples = 0
@@ -305,7 +323,7 @@ class _Log(L.Callback):
     def on_train_batch_end(
         self,
         trainer: L.Trainer,
-        pl_module: PretextTask,
+        pl_module: Any,
         outputs: Any,
         batch: Mapping[str, Tensor],
         batch_idx: int,
@@ -313,7 +331,7 @@ class _Log(L.Callback):
         self.losses.append(pl_module.losses)
         self.samples += len(batch["image"])
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: PretextTask) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         row: dict[str, float] = {"epoch": trainer.current_epoch + 1}
         row["samples"] = self.samples * row["epoch"]
         for name in self.losses[0]:

@@ -126,11 +126,10 @@ class ChipReader:
             nodata = self.info.nodata
             if nodata is None:
                 nodata = raster.nodata
-        invalid = None
+        invalid: np.ndarray | None = None
         if nodata is not None:
-            invalid = _equals(pixels, nodata).any(
-                axis=0
-            )  # (H, W): a pixel is whole or it is nothing
+            # (H, W): a pixel is whole or it is nothing
+            invalid = np.any(_equals(pixels, nodata), axis=0)
             if not invalid.any():
                 invalid = None
         if pixels.dtype.kind == "f":
@@ -158,7 +157,7 @@ class ChipReader:
         if info.task == "regression":
             values = values.astype(np.float32)
             if nodata is not None:
-                values[_equals(values, np.float32(nodata))] = np.nan
+                values[_equals(values, float(np.float32(nodata)))] = np.nan
             values[~np.isfinite(values)] = np.nan
             return values
         if values.dtype.kind == "f":  # class numbers saved as floats

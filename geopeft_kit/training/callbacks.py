@@ -14,7 +14,7 @@ from torch import Tensor
 
 from geopeft_kit.data.chips import ChipData
 from geopeft_kit.training.evaluate import HEADLINE, evaluate
-from geopeft_kit.training.task import Task, trained_names
+from geopeft_kit.training.task import trained_names
 
 
 class History(L.Callback):
@@ -46,21 +46,21 @@ class History(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rows = list(state_dict["rows"])
 
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Task) -> None:
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.losses = []
         self.began = time.perf_counter()
 
     def on_train_batch_end(
         self,
         trainer: L.Trainer,
-        pl_module: Task,
+        pl_module: Any,
         outputs: Any,
         batch: Any,
         batch_idx: int,
     ) -> None:
         self.losses.append(outputs["loss"].detach())
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Task) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         epoch = trainer.current_epoch + 1
         row: dict[str, Any] = {
             "epoch": epoch,
@@ -103,7 +103,7 @@ class EarlyStop(L.Callback):
         self.waited = state_dict["waited"]
         self.weights = state_dict["weights"]
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Task) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         name, larger = HEADLINE[pl_module.model.task]
         score = self.history.rows[-1].get(f"val_{name}")
         if score is None:
@@ -118,7 +118,7 @@ class EarlyStop(L.Callback):
         self.waited += 1
         trainer.should_stop = trainer.should_stop or self.waited >= self.patience
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: Task) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if self.weights:
             pl_module.model.load_state_dict(self.weights, strict=False)
 
@@ -133,7 +133,7 @@ class Checkpoint(L.Callback):
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Task) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self.path.with_suffix(".part")
         try:

@@ -41,6 +41,7 @@ class FeatureCache(Dataset):
     ) -> None:
         self.samples: list[dict[str, Any]] = []
         self.size: tuple[int, int] = (0, 0)
+        total = len(loader.dataset)  # type: ignore[arg-type]
         training = model.training
         model.eval()
         try:
@@ -48,7 +49,7 @@ class FeatureCache(Dataset):
                 for batch in loader:
                     self._append(model, batch, device)
                     if len(self.samples) == len(batch["region"]):
-                        _check_room(self.samples, len(loader.dataset), limit_mib)
+                        _check_room(self.samples, total, limit_mib)
         finally:
             model.train(training)
 

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from geopeft_kit.data.chips import ChipData
 from geopeft_kit.data.loading import EpochSampler
-from geopeft_kit.methods import list_methods
+from geopeft_kit.methods import Adapter, list_methods
 from geopeft_kit.model import Model
 from geopeft_kit.training.callbacks import Checkpoint, EarlyStop, History
 from geopeft_kit.training.evaluate import evaluate
@@ -123,7 +123,7 @@ def fit(
     place = choose_device(device)
     model.to(place)
     frozen = not any(p.requires_grad for p in model.backbone.parameters())
-    settings = {
+    settings: dict[str, Any] = {
         "epochs": epochs,
         "learning_rate": _learning_rate(model, learning_rate, frozen, progress),
         "decoder_learning_rate": decoder_learning_rate or DECODER_LEARNING_RATE,
@@ -202,7 +202,7 @@ def _check(
         )
     if resume and folder is None:
         raise ValueError("resume=True needs the folder of the run to go on with.")
-    if resume and not (Path(folder) / "last.ckpt").exists():
+    if resume and folder is not None and not (Path(folder) / "last.ckpt").exists():
         raise FileNotFoundError(
             f"{folder} holds no last.ckpt to resume from. Start with resume=False; a "
             "checkpoint is written after each epoch."
@@ -219,11 +219,18 @@ def _learning_rate(
         return asked
     if frozen:
         return 0.0
-    name = model.backbone.adapter.name if model.backbone.adapter else "full"
+    name = _method(model)
     card = next(card for card in list_methods() if card.name == name)
+    rate = card.learning_rate or 0.0
     if progress:
-        print(f"learning_rate {card.learning_rate:g} (default of {name!r})")
-    return card.learning_rate
+        print(f"learning_rate {rate:g} (default of {name!r})")
+    return rate
+
+
+def _method(model: Model) -> str:
+    """Key of the active method; a backbone without one trains in full."""
+    adapter: Adapter | None = getattr(model.backbone, "adapter", None)
+    return "full" if adapter is None else adapter.name
 
 
 def _resolve_head_start(model: Model, head_start: str) -> str:
@@ -238,10 +245,10 @@ def _resolve_cache(
     if asked is None:
         return frozen and not data.augment
     if asked and not frozen:
-        name = model.backbone.adapter.name if model.backbone.adapter else "full"
         raise ValueError(
-            f"cache_features=True needs a frozen backbone, but {name!r} trains inside "
-            "it. Attach 'frozen', or leave cache_features at None."
+            "cache_features=True needs a frozen backbone, but "
+            f"{_method(model)!r} trains inside it. Attach 'frozen', or leave "
+            "cache_features at None."
         )
     if asked and data.augment:
         raise ValueError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 
@@ -25,7 +27,7 @@ def choose_device(device: str = "auto") -> torch.device:
     return torch.device("cuda" if available and device != "cpu" else "cpu")
 
 
-def choose_precision(precision: str, device: torch.device) -> str:
+def choose_precision(precision: str, device: torch.device) -> Any:
     """Lightning's name of the precision to train in.
 
     "auto" is bf16 on GPUs that have it in hardware, 16-bit with loss scaling on older

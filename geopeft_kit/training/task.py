@@ -14,6 +14,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from geopeft_kit.model import Model
@@ -155,7 +156,7 @@ class Task(L.LightningModule):
             self(batch), batch_target(batch), self.model.task, self.ignore_index
         )
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimiser = torch.optim.AdamW(self._parameter_groups())
         factor = cosine_with_warmup(self.total_steps, self.warmup_steps)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
