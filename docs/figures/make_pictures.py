@@ -30,6 +30,7 @@ def shoot_map(page: Page, source: Path, target: Path) -> None:
     choice = inside.locator("#places")
     if choice.count() and choice.locator("option").count() > 2:
         choice.select_option(index=2)
+        inside.locator("#left").select_option(label="image")
         page.wait_for_timeout(1500)
     frame.screenshot(path=target)
 
