@@ -4,9 +4,7 @@ Debian's own Chromium is driven through playwright, so nothing is downloaded. Wi
 it the tests are skipped; with REQUIRE_BROWSER=1 they fail instead. Every request that
 leaves this machine is noted in `Visit.external` and refused.
 
-Import the fixtures that a test needs::
-
-    from browser import chromium, visit  # noqa: F401
+`conftest.py` hands the fixtures `chromium` and `visit` to every test.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
+from browser import chromium, visit  # noqa: F401  (fixtures: one browser for all)
 
 if TYPE_CHECKING:
     import torch

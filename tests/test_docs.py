@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import tomllib
@@ -74,20 +75,31 @@ def test_commands_of_the_pages_exist():
     assert {"tour", "test", "lab"} <= set(re.findall(r"make ([a-z]+)", README))
 
 
+def make(*arguments: str) -> subprocess.CompletedProcess:
+    """Run make in the repository, also where the tests themselves run under make."""
+    outer = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES")
+    environment = {k: v for k, v in os.environ.items() if k not in outer}
+    return subprocess.run(
+        ["make", *arguments],
+        cwd=REPO,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
 def test_every_target_is_phony_and_told_by_help():
     text = (REPO / "Makefile").read_text()
     phony = set(re.search(r"^\.PHONY: (.*)$", text, re.MULTILINE).group(1).split())
     assert phony == make_targets()
-    run = subprocess.run(["make", "help"], cwd=REPO, capture_output=True, text=True)
+    run = make("help")
     assert {line.split()[0] for line in run.stdout.splitlines()} == phony
 
 
 @pytest.mark.parametrize("uv", ["", "uv"])
 def test_both_install_routes_use_pyproject(uv: str, tmp_path: Path):
-    command = ["make", "-n", f"UV={uv}", "PYTHON=python3", f"VENV={tmp_path / 'v'}"]
-    run = subprocess.run(
-        [*command, "test"], cwd=REPO, capture_output=True, text=True, check=True
-    )
+    run = make("-n", f"UV={uv}", "PYTHON=python3", f"VENV={tmp_path / 'v'}", "test")
+    assert run.returncode == 0, run.stderr
     assert '-e ".[dev]"' in run.stdout
     assert ("uv pip install" in run.stdout) == bool(uv)
     assert ("-m pip install" in run.stdout) != bool(uv)
@@ -99,8 +111,7 @@ def test_an_old_interpreter_is_refused(tmp_path: Path):
     old.write_text("#!/bin/sh\necho 'Python 3.11 or newer is needed' >&2; exit 1\n")
     old.chmod(0o755)
     for python in ("", str(old)):
-        command = ["make", f"PYTHON={python}", f"VENV={tmp_path / 'venv'}", "test"]
-        run = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+        run = make(f"PYTHON={python}", f"VENV={tmp_path / 'venv'}", "test")
         assert run.returncode != 0
         assert "3.11 or newer is needed" in run.stdout + run.stderr
     assert not (tmp_path / "venv").exists()

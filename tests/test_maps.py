@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
-from browser import chromium, jupyter_lab, visit, write_notebook  # noqa: F401
+from browser import jupyter_lab, write_notebook
 from PIL import Image
 from rasterio.transform import Affine, from_bounds
 from rasterio.warp import transform as to_crs
@@ -275,7 +275,7 @@ def row(page, name: str):
 
 
 @pytest.mark.browser
-def test_page_in_a_browser(visit, tmp_path):  # noqa: F811
+def test_page_in_a_browser(visit, tmp_path):
     scene = show_map(layers(chips(FAR)), swipe=("truth", "frozen"))
     visit.page.goto(scene.save(tmp_path / "map.html").as_uri())
     page = visit.page
@@ -330,7 +330,7 @@ def test_page_in_a_browser(visit, tmp_path):  # noqa: F811
 
 
 @pytest.mark.browser
-def test_frame_in_another_page(visit, tmp_path):  # noqa: F811
+def test_frame_in_another_page(visit, tmp_path):
     """As an exported notebook carries it: inside an iframe that shares nothing."""
     path = tmp_path / "notebook.html"
     path.write_text(f"<h1>A notebook</h1>{map_html(layers(chips(side=1)), 400)}")
@@ -359,7 +359,7 @@ def overlay_opacity(page, number: int) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.browser
-def test_widget_in_jupyterlab(visit, tmp_path):  # noqa: F811
+def test_widget_in_jupyterlab(visit, tmp_path):
     here = Path(__file__).resolve().parent
     setup = SETUP.format(paths=[str(here), str(here.parent)])
     write_notebook(tmp_path / "map.ipynb", [setup, "scene"])

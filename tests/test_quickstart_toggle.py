@@ -6,7 +6,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from browser import chromium, jupyter_lab, visit, write_notebook  # noqa: F401
+from browser import jupyter_lab, write_notebook
 from PIL import Image
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser, pytest.mark.timeout(600)]
@@ -29,7 +29,7 @@ def toggle_cells(repo: Path) -> list[str]:
     return ['import os\n\nos.environ["GEOPEFT_FAST"] = "1"', *cells]
 
 
-def test_the_toggle_redraws(visit, repo: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_toggle_redraws(visit, repo: Path, tmp_path: Path) -> None:
     write_notebook(tmp_path / "toggle.ipynb", toggle_cells(repo))
     page = visit.page
     with jupyter_lab(tmp_path) as lab:
