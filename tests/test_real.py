@@ -47,8 +47,10 @@ def test_forest_is_found_in_the_unseen_east(outcome: Path) -> None:
     assert (rows.loc[["probe", "LoRA", "full"], "test"] > 0.7).all()
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize("name", ["amazon", "terramesh"])
-def test_maps_stand_alone(outcome: Path, name: str) -> None:
-    page = (outcome / f"{name}.html").read_text(encoding="utf-8")
-    assert "leaflet" in page.lower()
-    assert 'src="http' not in page and 'href="http' not in page
+def test_maps_stand_alone(outcome: Path, name: str, visit) -> None:
+    visit.page.goto((outcome / f"{name}.html").as_uri())
+    visit.page.locator(".leaflet-image-layer").first.wait_for(state="attached")
+    assert visit.page.locator("#legend, .legend").count() > 0
+    visit.clean()
