@@ -28,6 +28,7 @@ import pandas as pd
 import torch
 
 import geopeft_kit as gk
+from geopeft_kit.comparison import Comparison
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "data_scripts"
 RATES = {
@@ -55,7 +56,6 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     parts = {"eurosat": eurosat, "amazon": amazon, "terramesh": terramesh}
-    pages = []
     for name in arguments.parts:
         began = time.perf_counter()
         text = parts[name](arguments, range(arguments.seeds))
@@ -63,7 +63,6 @@ def main() -> None:
         page = f"{text}\n\n{setting(minutes)}\n"
         (arguments.out / f"{name}.md").write_text(page, encoding="utf-8")
         print(page, flush=True)
-        pages.append(page)
     print(f"wrote {', '.join(arguments.parts)} to {arguments.out}")
 
 
@@ -71,7 +70,6 @@ def eurosat(arguments: argparse.Namespace, seeds: Sequence[int]) -> str:
     """Classification across longitudes with Galileo nano."""
     folder = convert("eurosat_rgb", arguments, "--in-region", "0.2")
     data = gk.ChipData(folder, split="index", batch_size=32)
-    weights = {"weights": arguments.data / "galileo_nano" / "encoder.pt"}
     random = {"weights": None}
     rates = {method: all_[: arguments.trials] for method, all_ in RATES.items()}
     candidates = [
@@ -89,18 +87,11 @@ def eurosat(arguments: argparse.Namespace, seeds: Sequence[int]) -> str:
             "random, full",
             "full",
             backbone=random,
+            fresh_decoder=True,
             learning_rates=rates["full"],
         ),
     ]  # fmt: skip
-    result = gk.compare(
-        candidates,
-        data,
-        backbone="galileo_nano",
-        backbone_options={"bands": data.bands, **weights},
-        epochs=arguments.epochs,
-        seeds=seeds,
-        train_chips=min(arguments.chips, len(data.dataset("train"))),
-    )
+    result = compare_on_galileo(candidates, data, arguments, seeds)
     statistics = baseline_rows(data, seeds, arguments.chips)
     result.rows = pd.concat([result.rows, statistics], ignore_index=True)
     result.rows.to_csv(arguments.out / "eurosat.csv", index=False)
@@ -124,7 +115,6 @@ def amazon(arguments: argparse.Namespace, seeds: Sequence[int]) -> str:
     """Forest segmentation: west for training, east unseen."""
     folder = convert("amazon_forest", arguments)
     data = gk.ChipData(folder, test_regions=["east"], batch_size=16)
-    weights = {"weights": arguments.data / "galileo_nano" / "encoder.pt"}
     scratch = {"name": "timm:resnet18", "weights": None}
     candidates = [
         gk.Candidate("probe", "frozen"),
@@ -132,15 +122,7 @@ def amazon(arguments: argparse.Namespace, seeds: Sequence[int]) -> str:
         gk.Candidate("full", "full"),
         gk.Candidate("UNet from scratch", "full", {}, scratch, "unet", {"width": 64}),
     ]
-    result = gk.compare(
-        candidates,
-        data,
-        backbone="galileo_nano",
-        backbone_options={"bands": data.bands, **weights},
-        epochs=arguments.epochs,
-        seeds=seeds[:3],
-        train_chips=min(arguments.chips, len(data.dataset("train"))),
-    )
+    result = compare_on_galileo(candidates, data, arguments, seeds[:3])
     pixels = gk.baselines.PixelStatistics(data)
     scores = {
         split: gk.evaluate(pixels, data, split)["overall"]["miou"]
@@ -189,6 +171,25 @@ GALILEO_BANDS = (
     "BLUE", "GREEN", "RED", "RED_EDGE_1", "RED_EDGE_2", "RED_EDGE_3", "NIR_BROAD",
     "NIR_NARROW", "SWIR_1", "SWIR_2",
 )  # fmt: skip
+
+
+def compare_on_galileo(
+    candidates: Sequence[gk.Candidate],
+    data: gk.ChipData,
+    arguments: argparse.Namespace,
+    seeds: Sequence[int],
+) -> Comparison:
+    """The candidates on Galileo nano's real weights."""
+    weights = arguments.data / "galileo_nano" / "encoder.pt"
+    return gk.compare(
+        candidates,
+        data,
+        backbone="galileo_nano",
+        backbone_options={"bands": data.bands, "weights": weights},
+        epochs=arguments.epochs,
+        seeds=seeds,
+        train_chips=min(arguments.chips, len(data.dataset("train"))),
+    )
 
 
 def convert(name: str, arguments: argparse.Namespace, *options: str) -> Path:

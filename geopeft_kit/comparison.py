@@ -30,7 +30,7 @@ from geopeft_kit.model import Model, build_model
 from geopeft_kit.training.evaluate import HEADLINE, evaluate
 from geopeft_kit.training.fit import DECODER_LEARNING_RATE, Run, fit
 from geopeft_kit.training.hardware import choose_device
-from geopeft_kit.training.head_start import calibrate, start_head
+from geopeft_kit.training.head_start import start_decoder
 
 
 @dataclass(frozen=True)
@@ -314,10 +314,7 @@ class _Lab:
             frozen = attach(backbone, "frozen")
             torch.manual_seed(self.seed)
             model = self._model(backbone, candidate)
-            if model.has_linear_head:
-                start_head(model, self.data, self.place, seed=self.seed)
-            else:
-                calibrate(model, self.data, self.place)
+            start_decoder(model, self.data, self.place, seed=self.seed)
             state = model.state_dict()
             self.starts[key] = {
                 name: value.clone()

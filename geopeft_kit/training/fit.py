@@ -28,7 +28,7 @@ from geopeft_kit.training.callbacks import Checkpoint, EarlyStop, History
 from geopeft_kit.training.evaluate import evaluate
 from geopeft_kit.training.feature_cache import FeatureCache
 from geopeft_kit.training.hardware import choose_device, choose_precision
-from geopeft_kit.training.head_start import calibrate, start_head
+from geopeft_kit.training.head_start import resolve_head_start, start_decoder
 from geopeft_kit.training.task import Task
 from geopeft_kit.training.tracker import Resources, Tracker
 
@@ -128,15 +128,19 @@ def fit(
         "learning_rate": _learning_rate(model, learning_rate, frozen, progress),
         "decoder_learning_rate": decoder_learning_rate or DECODER_LEARNING_RATE,
         "weight_decay": weight_decay,
-        "head_start": _resolve_head_start(model, head_start),
+        "head_start": resolve_head_start(model, head_start),
         "cache_features": _resolve_cache(model, data, cache_features, frozen),
         "precision": choose_precision(precision, place),
         "seed": seed,
     }
     checkpoint = Path(folder) / "last.ckpt" if folder is not None else None
+    cache = None
     if not resume:
-        _start_decoder(model, data, settings["head_start"], place, seed)
-    loader = _train_loader(model, data, settings["cache_features"], place, seed)
+        cache = start_decoder(model, data, place, settings["head_start"], seed)
+    if not settings["cache_features"]:
+        loader = data.dataloader("train", shuffle=True, seed=seed)
+    else:
+        loader = _cached_loader(model, data, cache, place, seed)
     task = _make_task(model, data, loader, settings)
     tracker = Tracker()
     history = History(
@@ -233,12 +237,6 @@ def _method(model: Model) -> str:
     return "full" if adapter is None else adapter.name
 
 
-def _resolve_head_start(model: Model, head_start: str) -> str:
-    if head_start != "auto":
-        return head_start
-    return "probe" if model.has_linear_head else "calibrate"
-
-
 def _resolve_cache(
     model: Model, data: ChipData, asked: bool | None, frozen: bool
 ) -> bool:
@@ -258,21 +256,16 @@ def _resolve_cache(
     return asked
 
 
-def _start_decoder(
-    model: Model, data: ChipData, head_start: str, place: torch.device, seed: int
-) -> None:
-    if head_start == "probe":
-        start_head(model, data, place, seed=seed)
-    elif head_start == "calibrate":
-        calibrate(model, data, place)
-
-
-def _train_loader(
-    model: Model, data: ChipData, cached: bool, place: torch.device, seed: int
+def _cached_loader(
+    model: Model,
+    data: ChipData,
+    cache: FeatureCache | None,
+    place: torch.device,
+    seed: int,
 ) -> DataLoader:
-    if not cached:
-        return data.dataloader("train", shuffle=True, seed=seed)
-    cache = FeatureCache(model, data.dataloader("train", augment=False), place)
+    """Batches of cached maps; those that the head start computed serve again."""
+    if cache is None:
+        cache = FeatureCache(model, data.dataloader("train", augment=False), place)
     sampler = EpochSampler(len(cache), seed, drop_last_of=data.batch_size)
     return DataLoader(cache, data.batch_size, sampler=sampler, collate_fn=cache.collate)
 

@@ -17,6 +17,37 @@ from geopeft_kit.training.feature_cache import FeatureCache
 from geopeft_kit.training.task import batch_target, compute_loss
 
 
+def resolve_head_start(model: Model, how: str) -> str:
+    """What "auto" means for a model: "probe" or "calibrate"; other words stay."""
+    if how != "auto":
+        return how
+    return "probe" if model.has_linear_head else "calibrate"
+
+
+def start_decoder(
+    model: Model, data: ChipData, device: torch.device, how: str = "auto", seed: int = 0
+) -> FeatureCache | None:
+    """Give the decoder what it starts from.
+
+    Args:
+        model: Its decoder changes, its backbone does not.
+        data: The training split is read.
+        device: Where to compute.
+        how: "probe", "calibrate" or "none"; "auto" is "probe" for a linear decoder,
+            else "calibrate".
+        seed: Order of the samples of a probe.
+
+    Returns:
+        The features of all training chips where a probe computed them, else None.
+    """
+    how = resolve_head_start(model, how)
+    if how == "probe":
+        return start_head(model, data, device, seed=seed)
+    if how == "calibrate":
+        calibrate(model, data, device)
+    return None
+
+
 def calibrate(
     model: Model, data: ChipData, device: torch.device, limit: int = 512
 ) -> None:
