@@ -1,4 +1,4 @@
-"""Make the weights of `geopeft_tiny`: a small ViT pretrained on simulated scenes.
+"""Make the weights of `geopeft_tiny` or its RGB twin, pretrained on simulated scenes.
 
 The corpus is five simulated regions without any event (no flood, no burn scar, no
 building site) plus, where a folder of them is given, unlabelled real Sentinel-2 chips.
@@ -8,8 +8,9 @@ the lessons'.
 
     python data_scripts/pretrain_geopeft_tiny.py --real-chips DIR
 
-Writes geopeft_kit/weights/geopeft_tiny.safetensors and its log beside it. A run that
-was cut goes on with --resume. The corpus takes about 1 GiB of memory and is made anew
+Writes geopeft_kit/weights/geopeft_tiny.safetensors and its log beside it;
+`--backbone geopeft_tiny_rgb` makes the twin that sees blue, green and red alone, of the
+same crops with the same targets. A run that was cut goes on with --resume. The corpus takes about 1 GiB of memory and is made anew
 from its seeds each time. Lessons draw other places, so no scene is in both.
 """
 
@@ -96,6 +97,7 @@ class Corpus(Dataset):
         scenes: Simulated scenes per region.
         real: Paths of real chips; `real_share` of the samples come from them.
         workers: Processes that generate.
+        channels: How many of the six bands a sample keeps, from blue on.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class Corpus(Dataset):
         real: Sequence[Path],
         real_share: float = 0.1,
         workers: int = 2,
+        channels: int = 6,
     ) -> None:
         names = [name for name in REGIONS if name != HELD_OUT]
         if scenes > LESSON_PLACES:
@@ -111,8 +114,9 @@ class Corpus(Dataset):
         jobs = [(name, place) for place in range(scenes) for name in names]
         with ProcessPoolExecutor(workers) as pool:
             samples = list(pool.map(make_sample, jobs, chunksize=16))
-        self.images, self.physical, self.facts = map(list, zip(*samples, strict=True))
-        self.real = [real_chip(path) for path in real]
+        images, self.physical, self.facts = map(list, zip(*samples, strict=True))
+        self.images = [image[:channels] for image in images]
+        self.real = [real_chip(path)[:channels] for path in real]
         self.real_share = real_share if self.real else 0.0
 
     def __len__(self) -> int:
@@ -147,6 +151,11 @@ class Corpus(Dataset):
 def main() -> None:
     """Make the corpus, pretrain, and write the weights."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--backbone",
+        choices=("geopeft_tiny", "geopeft_tiny_rgb"),
+        default="geopeft_tiny",
+    )
     parser.add_argument("--epochs", type=int, default=80)
     parser.add_argument("--steps", type=int, default=60, help="steps an epoch")
     parser.add_argument("--batch", type=int, default=64)
@@ -156,23 +165,21 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16-mixed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--real-chips", type=Path, default=None)
-    parser.add_argument(
-        "--out", type=Path, default=WEIGHTS / "geopeft_tiny.safetensors"
-    )
+    parser.add_argument("--out", type=Path, default=None, help="a .safetensors file")
     parser.add_argument("--folder", type=Path, default=Path("build/pretrain"))
     parser.add_argument("--resume", action="store_true")
     arguments = parser.parse_args()
 
     began = time.perf_counter()
     real = sorted(arguments.real_chips.glob("*.tif")) if arguments.real_chips else []
-    corpus = Corpus(arguments.scenes, real)
+    torch.manual_seed(arguments.seed)
+    backbone = gk.load_backbone(arguments.backbone, weights=None)
+    corpus = Corpus(arguments.scenes, real, channels=len(backbone.bands))
     print(
         f"{len(corpus)} scenes, {len(real)} real chips, "
         f"{time.perf_counter() - began:.0f} s",
         flush=True,
     )
-    torch.manual_seed(arguments.seed)
-    backbone = gk.load_backbone("geopeft_tiny", weights=None)
     log = pretrain(
         backbone,
         corpus,
@@ -183,13 +190,14 @@ def main() -> None:
         objective=Objective(mask_ratio=arguments.mask),
         precision=arguments.precision,
         seed=arguments.seed,
-        folder=arguments.folder,
+        folder=arguments.folder / arguments.backbone,
         resume=arguments.resume,
     )
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    save_weights(backbone, arguments.out)
-    log.to_csv(arguments.out.with_suffix(".log.csv"), index=False, float_format="%.6g")
-    print(f"wrote {arguments.out} after {time.perf_counter() - began:.0f} s")
+    out = arguments.out or WEIGHTS / f"{arguments.backbone}.safetensors"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_weights(backbone, out)
+    log.to_csv(out.with_suffix(".log.csv"), index=False, float_format="%.6g")
+    print(f"wrote {out} after {time.perf_counter() - began:.0f} s")
 
 
 if __name__ == "__main__":

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import functools
-import itertools
 import time
 from typing import Any
 
 import pytest
 import torch
+from method_table import BACKBONES, CARDS, READY, ROWS, Row, image, make, output, stir
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,63 +16,7 @@ import geopeft_kit as gk
 from geopeft_kit.backbones import Backbone
 from geopeft_kit.methods import Adapter, method_table
 
-BACKBONES = {
-    "fused": "geopeft_tiny",
-    "split": "galileo_nano",
-    "convnext": "timm:convnext_atto",
-    "resnet": "timm:resnet10t",
-}
-METHODS: list[tuple[str, dict[str, Any]]] = [
-    ("frozen", {}),
-    ("full", {}),
-    ("last_blocks", {"number": 1}),
-    ("bias", {}),
-    ("norm", {}),
-    ("lora", {"rank": 2}),
-    ("dora", {"rank": 2}),
-    ("vpt", {"tokens": 3, "dropout": 0.0}),
-    ("vpt", {"tokens": 3, "deep": False, "dropout": 0.0}),
-]
-CARDS = {card.name: card for card in gk.list_methods()}
-TOKEN_MODELS = ("fused", "split")
-
-
-@functools.cache
-def _made(kind: str) -> Backbone:
-    torch.manual_seed(0)
-    backbone = gk.load_backbone(BACKBONES[kind], weights=None)
-    with torch.no_grad():
-        for name, parameter in backbone.named_parameters():
-            # Fresh networks have zero biases, unit gains and tiny layer scales, where
-            # a swapped or forgotten tensor would not show.
-            if parameter.ndim == 1:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-            if "gamma" in name:
-                parameter.fill_(0.5)
-    return backbone.eval()
-
-
-def make(kind: str) -> Backbone:
-    """The same small backbone every time; drawing random weights is the slow part."""
-    return copy.deepcopy(_made(kind))
-
-
-def stir(adapter: Adapter) -> None:
-    """Move every trained tensor away from its start."""
-    generator = torch.Generator().manual_seed(2)
-    for parameter in adapter.parameters():
-        parameter.data.add_(0.03 * torch.randn(parameter.shape, generator=generator))
-
-
-def image(backbone: Backbone, seed: int = 1) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    size = 2 * max(backbone.strides)
-    return torch.rand(2, len(backbone.bands), size, size, generator=generator)
-
-
-def output(backbone: Backbone) -> Tensor:
-    with torch.no_grad():
-        return torch.cat([m.flatten() for m in backbone(image(backbone))])
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 
 def train(backbone: Backbone, adapter: Adapter, steps: int = 2) -> dict[str, Tensor]:
@@ -130,27 +73,54 @@ def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
     assert before["active"] is after["active"]
 
 
-def cases() -> list[Any]:
-    return [
-        pytest.param(kind, name, options, id="-".join([kind, name, *map(str, options)]))
-        for kind, (name, options) in itertools.product(BACKBONES, METHODS)
-        if name != "vpt" or kind in TOKEN_MODELS
-    ]
+def differ(first: Tensor, second: Tensor) -> bool:
+    """True if two outputs differ by more than rounding; other shapes differ."""
+    return first.shape != second.shape or not torch.allclose(first, second, **CLOSE)
 
 
-@pytest.mark.parametrize(("kind", "name", "options"), cases())
-def test_identity_gradients_and_detach(kind: str, name: str, options: dict) -> None:
-    backbone = make(kind)
+CASES = [
+    pytest.param(kind, row, id=f"{kind}-{row}") for row in READY for kind in row.serves
+]
+
+
+TRAINED = [case for case in CASES if case.values[1].name != "frozen"]
+
+
+def test_the_table_holds_every_method() -> None:
+    assert {row.name for row in ROWS} == set(CARDS)
+
+
+@pytest.mark.parametrize("row", READY, ids=str)
+def test_each_method_serves_what_the_table_says_and_refuses_the_rest(row: Row) -> None:
+    for kind in BACKBONES:
+        backbone = make(kind)
+        if kind in row.serves:
+            backbone = make(kind, row.load)
+            assert CARDS[row.name].why_not(backbone) is None, kind
+        elif not CARDS[row.name].supports(backbone):
+            before = snapshot(backbone)
+            with pytest.raises(ValueError, match="does not fit.*Methods that fit: "):
+                gk.attach(backbone, row.name, **row.options)
+            assert_same(before, snapshot(backbone))
+        else:  # the method serves it, and only these options do not
+            with pytest.raises((ValueError, TypeError)):
+                gk.attach(backbone, row.name, **row.options)
+
+
+@pytest.mark.parametrize(("kind", "row"), CASES)
+def test_identity_gradients_and_detach(kind: str, row: Row) -> None:
+    backbone = make(kind, row.load)
     before, start = snapshot(backbone), output(backbone)
-    adapter = gk.attach(backbone, name, **options)
+    adapter = gk.attach(backbone, row.name, **row.options)
 
-    assert torch.equal(output(backbone), start) is CARDS[name].identity_at_start
+    assert differ(output(backbone), start) is not adapter.identity_at_start
+    untrained = output(backbone)
     largest = train(backbone, adapter)
     assert set(largest) == dict(adapter.named_parameters()).keys()
     still = [tensor for tensor, size in largest.items() if not size > 0]
     assert not still
     if adapter.num_parameters:
-        assert not torch.equal(output(backbone), start)
+        assert not torch.equal(output(backbone), untrained)
 
     adapter.deactivate()
     assert torch.equal(output(backbone), start)
@@ -159,24 +129,78 @@ def test_identity_gradients_and_detach(kind: str, name: str, options: dict) -> N
     assert_same(before, snapshot(backbone))
 
 
-@pytest.mark.parametrize(("kind", "name", "options"), cases())
-def test_merge_equals_unmerged(kind: str, name: str, options: dict) -> None:
-    backbone = make(kind)
+@pytest.mark.parametrize(("kind", "row"), CASES)
+def test_merge_equals_unmerged(kind: str, row: Row) -> None:
+    backbone = make(kind, row.load)
     keys, hash_before = list(backbone.state_dict()), backbone.weights_hash()
-    adapter = gk.attach(backbone, name, **options)
+    adapter = gk.attach(backbone, row.name, **row.options)
     stir(adapter)
     unmerged = output(backbone)
-    if not CARDS[name].mergeable:
+    if not adapter.mergeable:
         with pytest.raises(ValueError, match=r"cannot be merged.*lora"):
             adapter.merge()
         assert torch.equal(output(backbone), unmerged)
         return
     adapter.merge()
-    torch.testing.assert_close(output(backbone), unmerged, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output(backbone), unmerged, **CLOSE)
     assert backbone.adapter is None
     assert list(backbone.state_dict()) == keys
     assert all(p.requires_grad for p in backbone.parameters())
-    assert (backbone.weights_hash() != hash_before) is (name != "frozen")
+    assert (backbone.weights_hash() != hash_before) is (row.name != "frozen")
+
+
+@pytest.mark.parametrize(("kind", "row"), CASES)
+def test_a_saved_adapter_gives_the_same_maps(kind: str, row: Row, tmp_path) -> None:
+    backbone = make(kind, row.load)
+    adapter = gk.attach(backbone, row.name, **row.options)
+    stir(adapter)
+    expected = output(backbone)
+    folder = adapter.save(tmp_path / "adapter")
+    on_disk = sum(path.stat().st_size for path in folder.iterdir())
+    assert on_disk <= adapter.num_bytes + 20_000
+
+    other = make(kind, row.load)
+    torch.manual_seed(99)  # a random start must not matter
+    loaded = gk.load_adapter(other, folder)
+    assert torch.equal(output(other), expected)
+    assert loaded.config == adapter.config
+    assert loaded.num_parameters == adapter.num_parameters
+    assert loaded.num_bytes == adapter.num_bytes
+
+
+@pytest.mark.parametrize(("kind", "row"), TRAINED)
+def test_autocast_keeps_trained_tensors_in_float32(kind: str, row: Row) -> None:
+    backbone = make(kind, row.load).train()
+    adapter = gk.attach(backbone, row.name, **row.options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        maps = backbone(image(backbone))
+    sum(m.float().square().mean() for m in maps).backward()
+    for tensor, parameter in adapter.named_parameters():
+        assert parameter.dtype == parameter.grad.dtype == torch.float32, tensor
+        assert torch.isfinite(parameter.grad).all(), tensor
+
+
+@pytest.mark.parametrize(("kind", "row"), TRAINED)
+def test_recomputed_blocks_give_the_same_gradients(kind: str, row: Row) -> None:
+    """Gradient checkpointing, block by block."""
+    backbone = make(kind, row.load)
+    adapter = gk.attach(backbone, row.name, **row.options)
+    stir(adapter)
+    gradients = []
+    for recompute in (False, True):
+        for _, block in backbone.blocks:
+            if recompute:
+                block.forward = _recomputed(block.forward)
+        sum(m.square().mean() for m in backbone(image(backbone))).backward()
+        gradients.append([p.grad.clone() for p in adapter.parameters()])
+        for parameter in adapter.parameters():
+            parameter.grad = None
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed, **CLOSE)
+
+
+def _recomputed(forward: Any) -> Any:
+    return lambda *inputs: checkpoint(forward, *inputs, use_reentrant=False)
 
 
 @pytest.mark.parametrize("kind", BACKBONES)
@@ -184,9 +208,9 @@ def test_adapters_on_one_backbone_do_not_see_each_other(kind: str) -> None:
     backbone = make(kind)
     before, plain = snapshot(backbone), output(backbone)
     adapters = [
-        gk.attach(backbone, name, **options)
-        for name, options in METHODS
-        if CARDS[name].supports(backbone)
+        gk.attach(backbone, row.name, **row.options)
+        for row in READY
+        if kind in row.serves and not row.load
     ]
     outputs = {}
     for adapter in adapters:
@@ -418,8 +442,8 @@ def test_outputs_and_gradients_equal_those_of_peft(kind: str, dora: bool) -> Non
     backbone = make(kind)
     twin = copy.deepcopy(backbone)
     adapter = gk.attach(backbone, "dora" if dora else "lora", rank=3, alpha=5)
-    if kind == "fused":
-        for block in twin.model.blocks:
+    if kind in ("fused", "swin"):
+        for _, block in twin.blocks:
             block.attn.qkv = SplitQkv(block.attn.qkv)
     paths = {
         name.rpartition(".lora_")[0] for name in adapter.tensors() if "lora_A" in name
@@ -623,9 +647,9 @@ def test_swapping_gives_batch_norms_their_mode() -> None:
 def test_a_moved_backbone_takes_all_its_adapters_along(kind: str) -> None:
     backbone = make(kind)
     adapters = [
-        gk.attach(backbone, name, **options)
-        for name, options in METHODS
-        if CARDS[name].supports(backbone)
+        gk.attach(backbone, row.name, **row.options)
+        for row in READY
+        if kind in row.serves and not row.load
     ]
     single = {}
     for adapter in adapters:
@@ -667,18 +691,6 @@ def test_a_deep_copy_has_adapters_of_its_own() -> None:
     assert backbone.adapter is lora
 
 
-@pytest.mark.parametrize("name", ["lora", "dora", "vpt", "bias"])
-def test_bf16_autocast_keeps_trained_tensors_in_float32(name: str) -> None:
-    backbone = make("fused")
-    adapter = gk.attach(backbone, name)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        maps = backbone(image(backbone))
-    sum(m.float().square().mean() for m in maps).backward()
-    for tensor, parameter in adapter.named_parameters():
-        assert parameter.dtype == parameter.grad.dtype == torch.float32, tensor
-        assert torch.isfinite(parameter.grad).all(), tensor
-
-
 @pytest.mark.parametrize("name", ["lora", "dora"])
 def test_half_precision_backbones_get_float32_adapters(name: str) -> None:
     backbone = make("fused").to(torch.bfloat16)
@@ -688,30 +700,6 @@ def test_half_precision_backbones_get_float32_adapters(name: str) -> None:
     assert all(m.dtype == torch.bfloat16 for m in maps)
     adapter.merge()
     assert all(p.dtype == torch.bfloat16 for p in backbone.parameters())
-
-
-@pytest.mark.parametrize("name", ["lora", "dora", "vpt", "full"])
-def test_gradient_checkpointing_gives_the_same_gradients(name: str) -> None:
-    backbone = make("fused")
-    adapter = gk.attach(backbone, name)
-    if name in ("lora", "dora"):
-        for parameter in adapter.parameters():
-            nn.init.normal_(parameter, std=0.1)
-    gradients = []
-    for recompute in (False, True):
-        for _, block in backbone.blocks:
-            if recompute:
-                block.forward = _recomputed(block.forward)
-        sum(m.square().mean() for m in backbone(image(backbone))).backward()
-        gradients.append([p.grad.clone() for p in adapter.parameters()])
-        for parameter in adapter.parameters():
-            parameter.grad = None
-    for plain, recomputed in zip(*gradients, strict=True):
-        assert torch.equal(plain, recomputed)
-
-
-def _recomputed(forward: Any) -> Any:
-    return lambda tokens: checkpoint(forward, tokens, use_reentrant=False)
 
 
 # --- the end of an adapter, and its card --------------------------------------------

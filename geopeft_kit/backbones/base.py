@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -47,6 +48,37 @@ class SelectBands(nn.Module):
         return f"positions={self.positions}"
 
 
+@dataclass
+class TokenGrid:
+    """Where the patch tokens of the last forward pass lie, for methods that need it.
+
+    A transformer block sees a sequence only; a convolution over its tokens must know
+    the rows and columns behind it. The patch tokens are the last `cells * groups` of
+    the sequence, in the order row, column, group.
+
+    Attributes:
+        height: rows h of patches.
+        width: columns w of patches.
+        groups: tokens N per patch (Galileo: one per channel group).
+    """
+
+    height: int = 0
+    width: int = 0
+    groups: int = 1
+
+    def split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B, P + h*w*N, D) -> the first P of them, and maps (B*N, D, h, w)."""
+        count = self.height * self.width * self.groups
+        patches = tokens[:, -count:]  # (B, h*w*N, D)
+        maps = patches.unflatten(1, (self.height, self.width, self.groups))
+        return tokens[:, :-count], maps.permute(0, 3, 4, 1, 2).flatten(0, 1)
+
+    def join(self, first: Tensor, maps: Tensor) -> Tensor:
+        """The opposite of `split`: (B, P, D) and (B*N, D, h, w) -> (B, P + h*w*N, D)."""
+        maps = maps.unflatten(0, (-1, self.groups))  # (B, N, D, h, w)
+        return torch.cat([first, maps.permute(0, 3, 4, 1, 2).flatten(1, 3)], dim=1)
+
+
 class Backbone(nn.Module):
     """A geospatial foundation model as a source of four feature maps.
 
@@ -57,17 +89,20 @@ class Backbone(nn.Module):
         normalise: apply the card's normalisation; False hands values through.
 
     Attributes:
-        channels: channels C_i of the four maps.
-        strides: pixels per cell of the four maps.
+        channels: channels C_i of the four maps, those of an active adapter that makes
+            its own.
+        strides: pixels per cell of the four maps, likewise.
+        select: sees the normalised image first; a method may take its place.
+        refine: sees the four maps last, and hands them on as they are; what takes its
+            place may have `channels` and `strides` of its own.
         layout: ``"vit"``, ``"convnext"``, ``"resnet"``, ``"swin"``.
         width: token width of a ViT, else None.
         num_prefix_tokens: tokens before the patch tokens (class, registers).
         image_size: height and width in pixels that it was loaded for.
         adapter: the active PEFT adapter, or None.
+        grid: of a ViT, where the tokens of the last forward pass lie.
     """
 
-    channels: list[int]
-    strides: list[int]
     layout: str
     width: int | None = None
     num_prefix_tokens: int = 0
@@ -87,8 +122,12 @@ class Backbone(nn.Module):
         self.normalise = normalise
         self.image_size = card.image_size
         self.model = model
+        self.grid = TokenGrid()
         everything = plan.read == tuple(range(len(plan.bands)))
-        self.select = nn.Identity() if everything else SelectBands(plan.read)
+        self.select: nn.Module = (
+            nn.Identity() if everything else SelectBands(plan.read)
+        )
+        self.refine: nn.Module = nn.Identity()
         # Not persistent: the card holds the numbers, the state dict the weights.
         mean = torch.tensor(plan.mean).view(-1, 1, 1)  # (C, 1, 1)
         std = torch.tensor(plan.std).view(-1, 1, 1)  # (C, 1, 1)
@@ -115,7 +154,30 @@ class Backbone(nn.Module):
             ValueError: if its shape does not fit.
         """
         image = self.normalised(self._check(image))
-        return self.forward_maps(self.select(image), meta)
+        return self.refine(self.forward_maps(self.select(image), meta))
+
+    @property
+    def channels(self) -> list[int]:
+        """Channels C_i of the four maps, as they leave the backbone now."""
+        return list(getattr(self.refine, "channels", self._channels))
+
+    @channels.setter
+    def channels(self, channels: Sequence[int]) -> None:
+        self._channels = list(channels)
+
+    @property
+    def strides(self) -> list[int]:
+        """Pixels per cell of the four maps, as they leave the backbone now."""
+        return list(getattr(self.refine, "strides", self._strides))
+
+    @strides.setter
+    def strides(self, strides: Sequence[int]) -> None:
+        self._strides = list(strides)
+
+    @property
+    def adapter_makes_maps(self) -> bool:
+        """Whether the maps are an adapter's own, at strides of its own."""
+        return hasattr(self.refine, "strides")
 
     def normalised(self, image: Tensor) -> Tensor:
         """Reflectance 0-1 as the network wants it, (B, C, H, W) both."""

@@ -251,6 +251,7 @@ class GalileoBackbone(Backbone):
             dim=3,
         )  # (B, h, w, N, D)
         grid = patches.shape[1:4]
+        self.grid.height, self.grid.width, self.grid.groups = grid
         month = self._months(meta, image)
         step = self.patch * self.resolution / 10
         added = self.model.encodings(grid[0], grid[1], month, step)

@@ -12,6 +12,7 @@ Taught in notebook 01 (load a geospatial foundation model).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -307,4 +308,16 @@ GEOPEFT_TINY = BackboneCard(
     "conclusions about Earth from it.",
 )
 
-CARDS = (GEOPEFT_TINY, *(_prithvi_card(*row) for row in _PUBLISHED))
+GEOPEFT_TINY_RGB = replace(
+    GEOPEFT_TINY,
+    name="geopeft_tiny_rgb",
+    bands=("BLUE", "GREEN", "RED"),
+    parameters=2_706_816,
+    normalisation=Normalisation(1.0, (0.080, 0.100, 0.110), (0.060, 0.065, 0.085)),
+    weights={"default": WeightFile("geopeft_tiny_rgb.safetensors")},
+    notes="geopeft_tiny's twin for the visible bands: same network, same scenes, same "
+    "targets, and it has seen red, green and blue alone. What methods that add "
+    "spectral bands (DEFLECT-style, SLR) start from in the lessons.",
+)
+
+CARDS = (GEOPEFT_TINY, GEOPEFT_TINY_RGB, *(_prithvi_card(*row) for row in _PUBLISHED))

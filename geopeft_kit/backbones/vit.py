@@ -50,6 +50,7 @@ class ViTBackbone(Backbone):
         """Normalised image (B, C, H, W) -> four maps (B, D, h, w)."""
         patches = self.model.patch_embed(image)  # (B, h, w, D)
         height, width = patches.shape[1:3]
+        self.grid.height, self.grid.width = height, width
         tokens = self.add_positions(patches)  # (B, prefix + h*w, D)
         tokens = self.model.norm_pre(tokens)
         maps = []

@@ -190,6 +190,14 @@ class Method(ABC):
         """
         return options
 
+    def starts_as_identity(self, config: Mapping[str, Any]) -> bool:
+        """Return whether these options leave the untrained network's output alone."""
+        return self.identity_at_start
+
+    def can_merge(self, config: Mapping[str, Any]) -> bool:
+        """Return whether these options can be folded into plain weights."""
+        return self.mergeable
+
     def folded(self, replacement: Replacement) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (original tensor, the values that merging writes into it).
 
