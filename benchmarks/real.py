@@ -17,20 +17,17 @@ Writes the raw rows as CSV, the tables as Markdown, and the maps as HTML.
 from __future__ import annotations
 
 import argparse
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 import torch
+from shared import convert, pixel_rows, search_table, setting, table
 
 import geopeft_kit as gk
 from geopeft_kit.comparison import Comparison
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "data_scripts"
 RATES = {
     "frozen": (5e-4, 1e-3, 3e-3),
     "lora": (1e-3, 3e-3, 1e-2),
@@ -92,7 +89,7 @@ def eurosat(arguments: argparse.Namespace, seeds: Sequence[int]) -> str:
         ),
     ]  # fmt: skip
     result = compare_on_galileo(candidates, data, arguments, seeds)
-    statistics = baseline_rows(data, seeds, arguments.chips)
+    statistics = pixel_rows(data, seeds, arguments.chips)
     result.rows = pd.concat([result.rows, statistics], ignore_index=True)
     result.rows.to_csv(arguments.out / "eurosat.csv", index=False)
     result.searches.to_csv(arguments.out / "eurosat_search.csv", index=False)
@@ -192,27 +189,6 @@ def compare_on_galileo(
     )
 
 
-def convert(name: str, arguments: argparse.Namespace, *options: str) -> Path:
-    """Run a data script on what is on disk and return the chip folder."""
-    source, root = arguments.data / name, arguments.out / "data"
-    command = [sys.executable, str(SCRIPTS / f"{name}.py"), "--from", str(source)]
-    subprocess.run([*command, "--root", str(root), *options], check=True)
-    return root / name
-
-
-def baseline_rows(data: gk.ChipData, seeds: Sequence[int], chips: int) -> pd.DataFrame:
-    """Pixel statistics on the same subsets, as rows of the comparison."""
-    rows = []
-    for seed in seeds:
-        subset = data.subset(min(chips, len(data.dataset("train"))), seed)
-        model = gk.baselines.PixelStatistics(subset, seed=seed)
-        row = {"label": "pixel statistics", "method": "pixel_statistics", "seed": seed}
-        for split in ("val", "test", "in_region"):
-            row[split] = gk.evaluate(model, data, split)["overall"]["accuracy"]
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
 def predict(model: torch.nn.Module, samples: Sequence[dict]) -> list[torch.Tensor]:
     """Class maps (H, W) of samples, one by one."""
     model.eval()
@@ -230,47 +206,6 @@ def draw_map(data: gk.ChipData, trained: dict, path: Path, chips: int = 128) -> 
     }
     layers = gk.chip_layers(samples, data.bands, data.classes, data.colours, guesses)
     gk.show_map(layers, swipe=("image", "LoRA"), title=data.name).save(path)
-
-
-def search_table(searches: pd.DataFrame) -> pd.DataFrame:
-    """One row a candidate: rate and score of each trial, the chosen one starred."""
-    shown = {}
-    for label, trials in searches.groupby("label", sort=False):
-        shown[label] = {
-            f"trial {number}": f"{trial.learning_rate:g}: {trial.val:.3f}"
-            + (" *" if trial.chosen else "")
-            for number, trial in enumerate(trials.itertuples(), start=1)
-        }
-        shown[label]["optimum at edge"] = "yes" if trials["at_edge"].any() else "no"
-    return pd.DataFrame(shown).T
-
-
-def table(frame: pd.DataFrame) -> str:
-    """A frame as a Markdown table."""
-    shown = frame.reset_index()
-    cells = [[_cell(value) for value in row] for row in shown.itertuples(index=False)]
-    rows = [list(map(str, shown.columns)), ["---"] * len(shown.columns), *cells]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def _cell(value: object) -> str:
-    if pd.isna(value):
-        return "-"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-    return str(value)
-
-
-def setting(minutes: float) -> str:
-    """Hardware, versions and time of this run."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return (
-        f"{time.strftime('%Y-%m-%d')}, {torch.get_num_threads()} CPU threads "
-        f"({platform.machine()}), {gpu}, torch {torch.__version__.split('+')[0]}, "
-        f"{minutes:.1f} minutes."
-    )
 
 
 if __name__ == "__main__":

@@ -58,7 +58,9 @@ def build_model(
             without effect for regression.
         fusion: only for change: "difference" (default; the absolute difference of the
             two dates' maps, blind to their order) or "concatenate".
-        **options: of the decoder: `dropout`; `width` (all but linear); `steps` (fcn).
+        **options: of the decoder: `dropout`; `width` (all but linear); `steps` (fcn);
+            `all_scales` (linear and fcn: read all four maps, not the last one only;
+            True by itself where an active adapter makes the four maps).
 
     Returns:
         The model. Its decoder has fresh random weights and is not calibrated.
@@ -78,14 +80,15 @@ def build_model(
     dates = 2 if fusion == "concatenate" else 1
     channels = [c * dates for c in backbone.channels]
     strides = list(backbone.strides)
+    decoder = decoder or ("linear" if task in WHOLE_IMAGE_TASKS else "unet")
+    if backbone.adapter_makes_maps and decoder in ("linear", "fcn"):
+        options.setdefault("all_scales", True)
     if task in WHOLE_IMAGE_TASKS:
         part = construct(
             ClassificationDecoder, "linear", channels, strides, num_classes, **options
         )
-        decoder = "linear"
     else:
         outputs = 1 if task == "regression" else num_classes
-        decoder = decoder or "unet"
         part = build_decoder(decoder, channels, strides, outputs, **options)
     config = {"decoder": decoder, "task": task, "num_classes": part.outputs, **options}
     if fusion:
@@ -145,6 +148,7 @@ class Model(nn.Module):
         self.task: str = config["task"]
         self.num_classes: int = config["num_classes"]
         self.fusion: str | None = config.get("fusion")
+        self._built_for = backbone.channels, backbone.strides
 
     @property
     def head(self) -> nn.Module:
@@ -184,8 +188,13 @@ class Model(nn.Module):
 
         Returns:
             Maps (B, C_i, h_i, w_i) of the padded image, before standardisation: four
-            for UNet and UPerNet, the last one for linear and FCN, its mean (B, C, 1, 1)
-            for whole-image tasks. For change the two dates are fused already.
+            for UNet, UPerNet and `all_scales`, else the last one; their means
+            (B, C_i, 1, 1) for whole-image tasks. For change the two dates are fused
+            already.
+
+        Raises:
+            ValueError: an image of another shape, or a backbone whose maps are no
+                longer those that the model was built for.
         """
         _check_image(image)
         if self.task == "change":
@@ -216,12 +225,25 @@ class Model(nn.Module):
         return self.decoder(maps, size)
 
     def _maps(self, image: Tensor, meta: Meta | None) -> list[Tensor]:
+        self._check_maps()
         multiple = math.lcm(*self.backbone.strides)
         maps = self.backbone(pad_to_multiple(image, multiple), meta)
         maps = [maps[i] for i in self.decoder.reads]
         if self.task in WHOLE_IMAGE_TASKS:
             maps = [m.mean(dim=(2, 3), keepdim=True) for m in maps]  # (B, C, 1, 1)
         return maps
+
+    def _check_maps(self) -> None:
+        """An error where an adapter that makes its own maps came or went."""
+        now = self.backbone.channels, self.backbone.strides
+        if now != self._built_for:
+            raise ValueError(
+                f"this model was built for maps with channels {self._built_for[0]} at "
+                f"strides {self._built_for[1]}, and its backbone now gives channels "
+                f"{now[0]} at strides {now[1]}: an adapter that makes its own maps "
+                "(ViT-Adapter) was attached, activated, deactivated or detached since. "
+                "Bring back the adapter of then, or call build_model again."
+            )
 
     def _features_of_pair(self, image: Tensor, meta: Meta | None) -> list[Tensor]:
         """Both dates as one batch through the backbone, then fused."""

@@ -65,15 +65,21 @@ ROWS = [
     Row("lora", {"rank": 2}),
     Row("dora", {"rank": 2}),
     Row("adalora", {"rank": 2}),
-    Row("vera", {"rank": 4}, WITH_MLP),
+    # peft's VeRA and FourierFT are for Linear layers; this ConvNeXt has 1x1 convolutions
+    Row("vera", {"rank": 4}, ("fused", "split", "swin")),
     Row("loha", {"rank": 2}),
     Row("lokr", {"rank": 2}),
-    Row("oft", {"block_size": 4}),
+    # peft's OFT is no identity on convolutions that look at several cells
+    Row("oft", {"block_size": 4}, WITH_MLP),
     Row("boft", {"block_size": 4}),
-    Row("fourierft", {"frequencies": 20}, WITH_MLP),
+    Row("boft", {"block_size": 4, "factors": 2}),
+    Row("fourierft", {"frequencies": 20}, ("fused", "split", "swin")),
     # ours
     Row("slr", {"rank": 2}, WITH_MLP),
-    Row("slr", {"rank": 2, "patch_embedding": True}, ("fused",)),
+    Row("slr", {"rank": 2, "patch_embedding": True}, ("fused", "swin")),
+    Row(
+        "slr", {"rank": 2, "patch_embedding": True, "all_bands": True}, ("fused",), RGB
+    ),
     Row("vpt", {"tokens": 3, "dropout": 0.0}, TOKENS),
     Row("vpt", {"tokens": 3, "deep": False, "dropout": 0.0}, TOKENS),
     Row("houlsby", {"width": 4}, WITH_MLP),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from geopeft_kit.backbones import galileo, prithvi, timm_zoo
+from geopeft_kit.backbones import galileo, prithvi, rgb_vits, timm_zoo, torchgeo
 from geopeft_kit.backbones.base import Backbone
 from geopeft_kit.backbones.card import BackboneCard, NewBands, plan_bands
 from geopeft_kit.backbones.weights import find_weights, read_checkpoint
@@ -18,11 +18,17 @@ from geopeft_kit.backbones.weights import find_weights, read_checkpoint
 __all__ = ["Backbone", "BackboneCard", "find_card", "list_backbones", "load_backbone"]
 
 _BUILDERS: dict[str, Callable[..., Backbone]] = {
+    "cross_scale_mae": rgb_vits.build_cross_scale_mae,
+    "dino_mc": rgb_vits.build_dino_mc,
     "galileo": galileo.build,
     "prithvi": prithvi.build,
+    "scalemae": torchgeo.build_scalemae,
     "timm": timm_zoo.build,
 }
-_CARDS = {card.name: card for card in prithvi.CARDS + galileo.CARDS}
+_CARDS = {
+    card.name: card
+    for card in prithvi.CARDS + galileo.CARDS + torchgeo.CARDS + rgb_vits.CARDS
+}
 
 
 def list_backbones() -> list[BackboneCard]:

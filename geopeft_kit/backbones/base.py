@@ -74,7 +74,7 @@ class TokenGrid:
         return tokens[:, :-count], maps.permute(0, 3, 4, 1, 2).flatten(0, 1)
 
     def join(self, first: Tensor, maps: Tensor) -> Tensor:
-        """The opposite of `split`: (B, P, D) and (B*N, D, h, w) -> (B, P + h*w*N, D)."""
+        """The opposite of `split`: (B, P, D), (B*N, D, h, w) -> (B, P + h*w*N, D)."""
         maps = maps.unflatten(0, (-1, self.groups))  # (B, N, D, h, w)
         return torch.cat([first, maps.permute(0, 3, 4, 1, 2).flatten(1, 3)], dim=1)
 
@@ -124,9 +124,7 @@ class Backbone(nn.Module):
         self.model = model
         self.grid = TokenGrid()
         everything = plan.read == tuple(range(len(plan.bands)))
-        self.select: nn.Module = (
-            nn.Identity() if everything else SelectBands(plan.read)
-        )
+        self.select: nn.Module = nn.Identity() if everything else SelectBands(plan.read)
         self.refine: nn.Module = nn.Identity()
         # Not persistent: the card holds the numbers, the state dict the weights.
         mean = torch.tensor(plan.mean).view(-1, 1, 1)  # (C, 1, 1)

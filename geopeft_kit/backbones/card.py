@@ -82,6 +82,8 @@ class BackboneCard:
         paper: title or arXiv id.
         notes: what it is, in a sentence or two.
         cannot: what it does not do.
+        obtain: the steps to weights that only a person can download; empty where
+            `load_backbone` downloads them.
     """
 
     name: str
@@ -101,6 +103,7 @@ class BackboneCard:
     paper: str = ""
     notes: str = ""
     cannot: str = ""
+    obtain: str = ""
 
     @property
     def wavelengths(self) -> tuple[float | None, ...]:

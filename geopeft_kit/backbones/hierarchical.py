@@ -1,9 +1,11 @@
-"""Hierarchical networks: ConvNeXt, ResNet and Swin as they are in timm.
+"""Hierarchical networks of timm: ConvNeXt, ResNet, Swin, MambaOut, EfficientViM.
 
 Their four stages give four maps of growing stride. The network stays timm's own, with
-timm's names, less its classifier.
+timm's names, less its classifier. EfficientViM is the state-space model among them, and
+MambaOut its control: the same kind of block without a state space.
 
-Source: timm.
+Source: timm; Lee et al. 2024, EfficientViM, arXiv 2411.15241; Yu & Wang 2024, MambaOut,
+arXiv 2405.07992.
 Taught in notebook 01 (load a geospatial foundation model).
 """
 
@@ -23,6 +25,8 @@ _BLOCKS = {
     "convnext": re.compile(r"stages\.\d+\.blocks\.\d+"),
     "resnet": re.compile(r"layer\d+\.\d+"),
     "swin": re.compile(r"layers\.\d+\.blocks\.\d+"),
+    "mambaout": re.compile(r"stages\.\d+\.blocks\.\d+"),
+    "efficientvim": re.compile(r"stages\.\d+\.blocks\.\d+"),
 }
 
 
@@ -43,7 +47,8 @@ class HierarchicalBackbone(Backbone):
         model: timm's network with `forward_intermediates`.
         plan: which kernel each band meets.
         normalise: see `load_backbone`.
-        layout: ``"convnext"``, ``"resnet"`` or ``"swin"``.
+        layout: ``"convnext"``, ``"resnet"``, ``"swin"``, ``"mambaout"`` or
+            ``"efficientvim"``.
     """
 
     model: Any
@@ -72,3 +77,42 @@ class HierarchicalBackbone(Backbone):
         return self.model.forward_intermediates(
             image, indices=4, norm=True, intermediates_only=True
         )
+
+
+class EfficientViMBackbone(HierarchicalBackbone):
+    """EfficientViM: maps of its stem and its three stages, at strides 8, 16, 32, 64.
+
+    The stem's four convolutions halve the image each. The first map is what the third
+    one gives, at stride 8; the others are the stages' own maps. That use of the stem is
+    ours; timm offers the three.
+
+    Args:
+        card: what the model is.
+        model: timm's EfficientViM.
+        plan: which kernel each band meets.
+        normalise: see `load_backbone`.
+        layout: ``"efficientvim"``.
+    """
+
+    def __init__(
+        self,
+        card: BackboneCard,
+        model: Any,
+        plan: BandPlan,
+        normalise: bool,
+        layout: str,
+    ) -> None:
+        super().__init__(card, model, plan, normalise, layout)
+        stem = model.patch_embed.conv[2].conv.out_channels
+        self.channels = [stem, *self.channels]
+        self.strides = [self.strides[0] // 2, *self.strides]
+
+    def forward_maps(self, image: Tensor, meta: Meta | None) -> list[Tensor]:
+        """Normalised image (B, C, H, W) -> four maps (B, C_i, H_i, W_i)."""
+        stem = self.model.patch_embed.conv
+        maps = [stem[:3](image)]  # (B, C_1, H / 8, W / 8)
+        x = stem[3:](maps[0])
+        for stage in self.model.stages:
+            found, x, _ = stage(x)
+            maps.append(found)
+        return maps

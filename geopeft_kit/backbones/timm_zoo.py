@@ -1,4 +1,6 @@
-"""Any ViT, ConvNeXt, ResNet or Swin of timm, by the name ``timm:<name>``.
+"""Networks of timm, by the name ``timm:<name>``.
+
+Any ViT, ConvNeXt, ResNet, Swin, MambaOut or EfficientViM (the state-space model).
 
 The card is made on the fly from what timm knows: statistics, licence, address. The
 networks were trained on RGB photographs; other bands meet them by the `new_bands`
@@ -19,6 +21,8 @@ from typing import Any
 import timm
 import torch
 from timm.models.convnext import ConvNeXt
+from timm.models.efficientvim import EfficientViM
+from timm.models.mambaout import MambaOut
 from timm.models.resnet import ResNet
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
@@ -32,7 +36,11 @@ from geopeft_kit.backbones.card import (
     Normalisation,
     WeightFile,
 )
-from geopeft_kit.backbones.hierarchical import HierarchicalBackbone, block_names
+from geopeft_kit.backbones.hierarchical import (
+    EfficientViMBackbone,
+    HierarchicalBackbone,
+    block_names,
+)
 from geopeft_kit.backbones.vit import ViTBackbone
 from geopeft_kit.backbones.weights import State, load_strictly, strip_prefixes
 
@@ -43,11 +51,15 @@ _LAYOUTS: dict[type[nn.Module], str] = {
     ResNet: "resnet",
     SwinTransformer: "swin",
     SwinTransformerV2: "swin",
+    MambaOut: "mambaout",
+    EfficientViM: "efficientvim",
 }
 # Modules whose models take images of any size on request.
 _PLAIN_VITS = ("timm.models.vision_transformer", "timm.models.deit")
 # Parts that only serve the classifier.
 _CLASSIFIER = ("head", "fc", "fc_norm", "attn_pool", "head_dist")
+# EfficientViM classifies from its hidden states, with norms and weights of their own.
+_STATE_CLASSIFIER = ("norm", "weights", "heads", "weights_dist", "heads_dist")
 
 
 @lru_cache(maxsize=32)
@@ -77,8 +89,8 @@ def make_card(name: str) -> BackboneCard:
         name=name,
         family="timm",
         bands=("RED", "GREEN", "BLUE"),
-        patch=model.feature_info[-4]["reduction"],
-        width=model.num_features,
+        patch=_patch(model, layout),
+        width=model.feature_info[-1]["num_chs"],
         depth=len(block_names(model, layout)),
         parameters=sum(p.numel() for p in model.parameters()),
         image_size=config.input_size[1],
@@ -126,6 +138,8 @@ def build(
     adapt_kernels(model.get_submodule(first), plan.kernels)
     if layout == "vit":
         return ViTBackbone(card, model, plan, normalise)
+    if layout == "efficientvim":
+        return EfficientViMBackbone(card, model, plan, normalise, layout)
     return HierarchicalBackbone(card, model, plan, normalise, layout)
 
 
@@ -159,11 +173,25 @@ def _network(name: str, size: int) -> Any:
     elif "swin" in entry.__module__:
         options["strict_img_size"] = False
     model = timm.create_model(plain, pretrained=False, num_classes=0, **options)
-    for part in _CLASSIFIER:
+    for part in _classifier(model):
         module = getattr(model, part, None)
-        if isinstance(module, nn.Module) and any(True for _ in module.parameters()):
+        if isinstance(module, nn.Parameter):
+            delattr(model, part)
+        elif isinstance(module, nn.Module) and any(True for _ in module.parameters()):
             setattr(model, part, nn.Identity())
     return model
+
+
+def _classifier(model: nn.Module) -> tuple[str, ...]:
+    """Names of the parts that only serve the classifier."""
+    return _STATE_CLASSIFIER if isinstance(model, EfficientViM) else _CLASSIFIER
+
+
+def _patch(model: Any, layout: str) -> int:
+    """Pixels per cell of the finest of the four maps."""
+    if layout == "efficientvim":
+        return model.feature_info[0]["reduction"] // 2  # see EfficientViMBackbone
+    return model.feature_info[-4]["reduction"]
 
 
 def _layout(name: str, model: nn.Module) -> str:
@@ -172,7 +200,8 @@ def _layout(name: str, model: nn.Module) -> str:
             return layout
     raise ValueError(
         f"{name} is a {type(model).__name__}: timm's VisionTransformer, "
-        "SwinTransformer (v1, v2), ConvNeXt and ResNet are supported"
+        "SwinTransformer (v1, v2), ConvNeXt, ResNet, MambaOut and EfficientViM are "
+        "supported"
     )
 
 
@@ -183,4 +212,5 @@ def _timm_state(model: nn.Module, state: Mapping[str, Tensor]) -> State:
     clean: Mapping[str, Tensor] = strip_prefixes(state, ("module.",))
     if convert is not None:
         clean = convert(dict(clean), model)
-    return {k: v for k, v in clean.items() if k.split(".")[0] not in _CLASSIFIER}
+    parts = _classifier(model)
+    return {k: v for k, v in clean.items() if k.split(".")[0] not in parts}

@@ -70,6 +70,12 @@ def find_weights(card: BackboneCard, weights: str | Path | None) -> Path | None:
     if isinstance(weights, str) and weights in card.weights:
         return _find_tagged(card, weights)
     path = Path(weights).expanduser()
+    if card.obtain and weights == "default" and not path.exists():
+        raise ValueError(
+            f"the weights of {card.name} cannot be downloaded from here. {card.obtain}."
+            f" Then load_backbone({card.name!r}, weights=<path of the file>); "
+            "weights=None gives random ones"
+        )
     if path.is_dir():
         names = [file.file for file in card.weights.values()]
         found = [path / name for name in names if (path / name).is_file()]

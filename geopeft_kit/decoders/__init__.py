@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 from geopeft_kit.decoders.base import Decoder
 from geopeft_kit.decoders.plain import (
@@ -37,7 +38,7 @@ def build_decoder(
     channels: Sequence[int],
     strides: Sequence[int],
     outputs: int,
-    **options: float,
+    **options: Any,
 ) -> Decoder:
     """Build a pixel decoder by name.
 
@@ -46,7 +47,8 @@ def build_decoder(
         channels: channels of the backbone's four maps.
         strides: their strides, pixels.
         outputs: output channels K.
-        **options: `dropout`; `width` (all but linear); `steps` (fcn).
+        **options: `dropout`; `width` (all but linear); `steps` (fcn); `all_scales`
+            (linear and fcn, which else read the last map).
 
     Returns:
         The decoder, randomly initialised.
@@ -68,7 +70,7 @@ def construct(
     channels: Sequence[int],
     strides: Sequence[int],
     outputs: int,
-    **options: float,
+    **options: Any,
 ) -> Decoder:
     """Build `kind`, with an error that lists its options where one is not known."""
     known = set(inspect.signature(kind).parameters) - {"channels", "strides", "outputs"}

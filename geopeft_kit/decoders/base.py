@@ -24,6 +24,7 @@ class Decoder(nn.Module):
         strides: their strides, pixels.
         outputs: output channels K.
         dropout: chance of a feature to be zeroed in front of the head.
+        all_scales: read all four maps, also where the decoder needs the last one only.
 
     Attributes:
         reads: which of the four maps the decoder uses.
@@ -40,8 +41,11 @@ class Decoder(nn.Module):
         strides: Sequence[int],
         outputs: int,
         dropout: float = 0.0,
+        all_scales: bool = False,
     ) -> None:
         super().__init__()
+        if all_scales:
+            self.reads = (0, 1, 2, 3)
         self.channels = [channels[i] for i in self.reads]
         self.strides = [strides[i] for i in self.reads]
         self.outputs = outputs

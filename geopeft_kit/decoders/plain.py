@@ -1,4 +1,7 @@
-"""The decoders that read the last map alone: linear, FCN, and the one for whole images.
+"""The decoders that need the last map alone: linear, FCN, and the one for whole images.
+
+With ``all_scales`` they read all four maps, each at its own stride; `build_model` sets
+it for an adapter that makes four scales (ViT-Adapter), so that none is thrown away.
 
 Source: the linear and FCN decoders of the PEFT study, arXiv 2504.17397.
 Notebooks: 02 (the linear probe), 07.
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from geopeft_kit.decoders.base import Decoder, resize, start_small
@@ -19,8 +23,18 @@ class LinearDecoder(Decoder):
 
     The weakest decoder, and so the most honest look at the features. With D channels
     and stride s it trains ``D * s * s * K + K`` weights (98,306 for D=192, s=16, K=2).
+    With `all_scales` each map paints its own patches and the paintings add up: still
+    one linear map, with ``D_i * s_i * s_i * K`` weights more for each finer map.
 
-    Source: the linear decoder of all main tables in arXiv 2504.17397.
+    Args:
+        channels: channels of the backbone's four maps.
+        strides: their strides, pixels.
+        outputs: output channels K.
+        dropout: chance of a feature to be zeroed in front of the head.
+        all_scales: read all four maps.
+
+    Source: the linear decoder of all main tables in arXiv 2504.17397; `all_scales` is
+    ours.
     """
 
     def __init__(
@@ -29,21 +43,32 @@ class LinearDecoder(Decoder):
         strides: Sequence[int],
         outputs: int,
         dropout: float = 0.0,
+        all_scales: bool = False,
     ) -> None:
-        super().__init__(channels, strides, outputs, dropout)
-        stride = self.strides[0]
-        self.head = nn.ConvTranspose2d(self.channels[0], outputs, stride, stride)
-        start_small(self.head)
+        super().__init__(channels, strides, outputs, dropout, all_scales)
+        stride = self.strides[-1]
+        self.head = nn.ConvTranspose2d(self.channels[-1], outputs, stride, stride)
+        self.finer = nn.ModuleList(
+            nn.ConvTranspose2d(c, outputs, s, s, bias=False)
+            for c, s in zip(self.channels[:-1], self.strides[:-1], strict=True)
+        )
+        for layer in (self.head, *self.finer):
+            start_small(layer)
 
     def decode(self, maps: list[Tensor], grid: tuple[int, int]) -> Tensor:
         """(B, D, h, w) -> (B, K, s*h, s*w); no resizing is needed."""
-        return self.head(self.dropout(maps[0]))
+        logits = self.head(self.dropout(maps[-1]))
+        for layer, finer in zip(self.finer, maps, strict=False):
+            logits = logits + layer(self.dropout(finer))
+        return logits
 
 
 class FCNDecoder(Decoder):
     """A few plain upsampling blocks on the last map, then a 1x1 convolution.
 
-    A block is: transposed convolution (x2), 3x3 convolution, normalisation, GELU.
+    A block is: transposed convolution (x2), 3x3 convolution, normalisation, GELU. With
+    `all_scales` each finer map is added by a 1x1 convolution where its stride is
+    reached, as in the paper's skips, and there are blocks enough to reach them all.
 
     Args:
         channels: channels of the backbone's four maps.
@@ -54,6 +79,7 @@ class FCNDecoder(Decoder):
             pixels is bilinear. The PEFT study used 4 of width 512; 2 of width 256 cost
             a small fraction of the memory.
         dropout: chance of a feature to be zeroed in front of the head.
+        all_scales: read all four maps; their strides must be powers of 2 apart.
 
     Source: after FCN (Long et al. 2015, arXiv 1411.4038), in the form of the PEFT study
     (arXiv 2504.17397).
@@ -67,10 +93,18 @@ class FCNDecoder(Decoder):
         width: int = 256,
         steps: int = 2,
         dropout: float = 0.0,
+        all_scales: bool = False,
     ) -> None:
-        super().__init__(channels, strides, outputs, dropout)
-        steps = min(steps, self.strides[0].bit_length() - 1)
-        sizes = [self.channels[0]] + [width] * steps
+        super().__init__(channels, strides, outputs, dropout, all_scales)
+        halvings = [(self.strides[-1] // s).bit_length() - 1 for s in self.strides]
+        steps = min(max(steps, *halvings, 0), self.strides[-1].bit_length() - 1)
+        sizes = [self.channels[-1]] + [width] * steps
+        # The number of blocks after which each finer map has the same stride.
+        self.joins = halvings[:-1]
+        self.skips = nn.ModuleList(
+            nn.Conv2d(c, sizes[n], 1)
+            for c, n in zip(self.channels[:-1], self.joins, strict=True)
+        )
         blocks = [_fcn_block(a, b) for a, b in zip(sizes, sizes[1:], strict=False)]
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Conv2d(sizes[-1], outputs, 1)
@@ -78,8 +112,17 @@ class FCNDecoder(Decoder):
 
     def decode(self, maps: list[Tensor], grid: tuple[int, int]) -> Tensor:
         """(B, D, h, w) -> (B, K, H', W')."""
-        logits = self.head(self.dropout(self.blocks(maps[0])))
-        return resize(logits, grid)
+        features = self._joined(maps[-1], maps, 0)
+        for number, block in enumerate(self.blocks, start=1):
+            features = self._joined(block(features), maps, number)
+        return resize(self.head(self.dropout(features)), grid)
+
+    def _joined(self, features: Tensor, maps: list[Tensor], blocks: int) -> Tensor:
+        """The features with the finer maps that join after so many blocks."""
+        for skip, finer, join in zip(self.skips, maps, self.joins, strict=False):
+            if join == blocks:
+                features = features + skip(finer)
+        return features
 
 
 def _fcn_block(inputs: int, width: int) -> nn.Sequential:
@@ -95,7 +138,8 @@ class ClassificationDecoder(Decoder):
     """Mean over all places of the last map, standardise, one linear layer.
 
     Takes maps that are averaged already ((B, C, 1, 1), see `Model.features`). Trains
-    ``D * K + K`` weights.
+    ``D * K + K`` weights; with `all_scales` it reads the means of all four maps side by
+    side, and D is the sum of their channels.
     """
 
     def __init__(
@@ -104,21 +148,24 @@ class ClassificationDecoder(Decoder):
         strides: Sequence[int],
         outputs: int,
         dropout: float = 0.0,
+        all_scales: bool = False,
     ) -> None:
-        super().__init__(channels, strides, outputs, dropout)
-        self.head = nn.Linear(self.channels[0], outputs)
+        super().__init__(channels, strides, outputs, dropout, all_scales)
+        self.head = nn.Linear(sum(self.channels), outputs)
         start_small(self.head)
 
     def forward(
         self, maps: Sequence[Tensor], size: tuple[int, int] | None = None
     ) -> Tensor:
-        """(B, C, 1, 1) -> logits (B, K); the size does not matter here."""
+        """Means (B, C_i, 1, 1) -> logits (B, K); the size does not matter here."""
         given = [tuple(m.shape[1:]) for m in maps]
-        if given != [(self.channels[0], 1, 1)]:
+        wanted = [(c, 1, 1) for c in self.channels]
+        if given != wanted:
             raise ValueError(
-                f"the classification head reads one averaged map of shape (C, h, w) "
-                f"{(self.channels[0], 1, 1)}, but got {given}. Use model.features, "
-                "and build the model after the adapter is attached."
+                f"the classification head reads averaged maps of shape (C, h, w) "
+                f"{wanted}, but got {given}. Use model.features, and build the model "
+                "after the adapter is attached."
             )
-        pooled = self.standardise[0](maps[0]).flatten(1)  # (B, C)
+        ready = [s(m) for s, m in zip(self.standardise, maps, strict=True)]
+        pooled = torch.cat(ready, dim=1).flatten(1)  # (B, C)
         return self.head(self.dropout(pooled))

@@ -13,19 +13,33 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from geopeft_kit.methods.adalora import AdaLora
 from geopeft_kit.methods.adapter import (
     Adapter,
     original_backbone,
     original_hash,
     register,
 )
+from geopeft_kit.methods.additive import FourierFT, LoHa, LoKr, Vera
 from geopeft_kit.methods.base import Layers, Method, MethodCard, select_blocks
 from geopeft_kit.methods.bias import Bias
+from geopeft_kit.methods.bottleneck import AdaptFormer, Houlsby
+from geopeft_kit.methods.conv_adapter import ConvAdapter
+from geopeft_kit.methods.convolutional import Convpass
+from geopeft_kit.methods.deflect import Deflect
+from geopeft_kit.methods.earth_adapter import EarthAdapter
 from geopeft_kit.methods.full import Frozen, Full, LastBlocks
 from geopeft_kit.methods.hugging_face import Dora, Lora
+from geopeft_kit.methods.mona import Mona
+from geopeft_kit.methods.multiplicative import Boft, Ia3, Oft
 from geopeft_kit.methods.norm import Norm
 from geopeft_kit.methods.prompt import VisualPrompts
+from geopeft_kit.methods.quantised import QuantisedAdapter
+from geopeft_kit.methods.scale_shift import ScaleShiftFeatures
+from geopeft_kit.methods.scaled_low_rank import ScaledLowRankAdapters
 from geopeft_kit.methods.storage import SavedAdapter, read_adapter
+from geopeft_kit.methods.upetu import Upetu
+from geopeft_kit.methods.vit_adapter import VitAdapter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,9 +63,29 @@ _METHODS: dict[str, Method] = {
         LastBlocks(),
         Bias(),
         Norm(),
+        ScaleShiftFeatures(),
         Lora(),
         Dora(),
+        AdaLora(),
+        Vera(),
+        LoHa(),
+        LoKr(),
+        FourierFT(),
+        Ia3(),
+        Oft(),
+        Boft(),
+        ScaledLowRankAdapters(),
         VisualPrompts(),
+        Deflect(),
+        Houlsby(),
+        AdaptFormer(),
+        Convpass(),
+        ConvAdapter(),
+        Mona(),
+        QuantisedAdapter(),
+        Upetu(),
+        VitAdapter(),
+        EarthAdapter(),
     )
 }
 
@@ -123,7 +157,7 @@ def load_adapter(backbone: Backbone, folder: str | Path) -> Adapter:
         options = dict(saved.config)
         layers = options.pop("layers", "all")
         adapter = _build(backbone, saved.method, layers, options)
-        _fill(adapter.tensors(), saved.tensors, folder)
+        _fill(adapter, saved.tensors, folder)
     register(adapter, flags)
     adapter.activate()
     return adapter
@@ -139,7 +173,7 @@ def method_table() -> str:
         facts = (
             f"`{card.name}`: {card.title}",
             card.trained,
-            card.count_formula,
+            card.count_formula.replace("*", r"\*"),  # no italics
             "yes" if card.identity_at_start else "**no**",
             "yes" if card.mergeable else "no",
             card.needs,
@@ -204,26 +238,29 @@ def _check_backbone(
         )
 
 
-def _fill(
-    tensors: dict[str, Tensor], saved: dict[str, Tensor], folder: str | Path
-) -> None:
-    """Copy saved numbers into an adapter's tensors, if names and shapes agree."""
-    missing = sorted(set(tensors) - set(saved))
-    unexpected = sorted(set(saved) - set(tensors))
+def _fill(adapter: Adapter, saved: dict[str, Tensor], folder: str | Path) -> None:
+    """Copy saved numbers into an adapter, if names, shapes and kinds agree."""
+    wanted = adapter.method.packed(adapter)
+    missing = sorted(set(wanted) - set(saved))
+    unexpected = sorted(set(saved) - set(wanted))
     if missing or unexpected:
         raise ValueError(
             f"The tensors in {folder} are not this method's. Missing: {missing}. "
             f"Unexpected: {unexpected}. Save the adapter again."
         )
-    for name, tensor in tensors.items():
+    for name, tensor in wanted.items():
         if tensor.shape != saved[name].shape:
             raise ValueError(
                 f"{folder}: {name} has shape {tuple(saved[name].shape)}, and here it "
                 f"must be {tuple(tensor.shape)}."
             )
+        if tensor.is_floating_point() != saved[name].is_floating_point():
+            raise ValueError(
+                f"{folder}: {name} holds {saved[name].dtype}, and here it must be "
+                f"{tensor.dtype}. Save the adapter again."
+            )
     with torch.no_grad():
-        for name, tensor in tensors.items():
-            tensor.copy_(saved[name])
+        adapter.method.unpack(adapter, saved)
 
 
 def _plain(value: Any) -> Any:

@@ -51,6 +51,8 @@ class Adapter:
         num_parameters: Trained numbers inside the backbone.
         num_bytes: Bytes of the tensors that `save` writes.
         attached: False after `detach` or `merge`.
+        identity_at_start: True if, untrained, it changes no output.
+        mergeable: True if `merge` can fold it into plain weights.
     """
 
     def __init__(
@@ -65,6 +67,8 @@ class Adapter:
         self.config = config
         self.backbone = backbone
         self.attached = True
+        self.identity_at_start = method.starts_as_identity(config)
+        self.mergeable = method.can_merge(config)
         self._replacements = replacements
         self._in_hand: Place = _place(backbone)
         self._mode_in_hand: bool | None = None  # new modules come in train mode
@@ -72,7 +76,7 @@ class Adapter:
             isinstance(entry.owner, _BatchNorm) for entry in replacements
         )
         unique = {id(p): p for p in self._trained().values()}.values()
-        saved = {id(t): t for t in self._tensors().values()}.values()
+        saved = {id(t): t for t in method.packed(self).values()}.values()
         self.num_parameters = sum(p.numel() for p in unique)
         self.num_bytes = sum(t.numel() * t.element_size() for t in saved)
 
@@ -95,6 +99,13 @@ class Adapter:
         """Return every tensor that is saved: trained ones, and buffers that move."""
         self._check("tensors")
         return self._tensors()
+
+    def holders(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield (name of a tensor, new module that holds it)."""
+        self._check("holders")
+        for entry in self._replacements:
+            for leaf, (holder, _) in entry.tensors.items():
+                yield f"{entry.path}.{leaf}", holder
 
     def substitutes(self) -> dict[str, nn.Module | Tensor]:
         """Return path inside `backbone.model` -> what this adapter puts there."""
@@ -153,7 +164,7 @@ class Adapter:
                 that this would change.
         """
         self._check("merge")
-        if not self.method.mergeable:
+        if not self.mergeable:
             from geopeft_kit.methods import list_methods
 
             able = [card.name for card in list_methods() if card.mergeable]
@@ -208,7 +219,7 @@ class Adapter:
                 "name": self.backbone.card.name,
                 "weights_hash": original_hash(self.backbone),
             },
-            tensors=self._tensors(),
+            tensors=self.method.packed(self),
         )
 
     def export(self, folder: str | Path) -> Path:
@@ -229,8 +240,8 @@ class Adapter:
             "trained": self.num_parameters,
             "share of backbone": self.num_parameters / total if total else None,
             "bytes": self.num_bytes,
-            "mergeable": self.method.mergeable,
-            "identity at start": self.method.identity_at_start,
+            "mergeable": self.mergeable,
+            "identity at start": self.identity_at_start,
             "state": "active" if self.active else "inactive",
         }
 

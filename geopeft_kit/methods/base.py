@@ -145,6 +145,30 @@ class Replacement:
             yield self.path, live
 
 
+class TrainingRule(ABC):
+    """What a method does in training besides gradient steps, for one run of `fit`."""
+
+    @abstractmethod
+    def penalty(self) -> Tensor:
+        """Return a scalar that is added to the loss."""
+
+    @abstractmethod
+    def after_step(self, step: int) -> None:
+        """Act after an optimiser step, while its gradients are still there.
+
+        Args:
+            step: Number of steps done, from 1.
+        """
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed run needs: tensors, numbers, lists and dicts."""
+
+    @abstractmethod
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up the state of an interrupted run."""
+
+
 class Method(ABC):
     """One PEFT method. A subclass states the card's facts and builds substitutes.
 
@@ -209,6 +233,29 @@ class Method(ABC):
             return
         for leaf, (holder, attribute) in replacement.tensors.items():
             yield getattr(original, leaf), getattr(holder, attribute)
+
+    def packed(self, adapter: Adapter) -> dict[str, Tensor]:
+        """Return name -> tensor as `save` writes them: here, all as they are."""
+        return adapter.tensors()
+
+    def unpack(self, adapter: Adapter, stored: Mapping[str, Tensor]) -> None:
+        """Fill an adapter from a file: the opposite of `packed`.
+
+        Args:
+            adapter: A new one, with the options that the file names.
+            stored: Names, shapes and kinds of number as `packed` gives them.
+        """
+        for name, tensor in adapter.tensors().items():
+            tensor.copy_(stored[name])
+
+    def training_rule(self, adapter: Adapter, total_steps: int) -> TrainingRule | None:
+        """Return what training needs besides gradient steps; None for most methods.
+
+        Args:
+            adapter: The active adapter.
+            total_steps: Optimiser steps of the whole run.
+        """
+        return None
 
     def export(self, adapter: Adapter, folder: Path) -> None:
         """Write the adapter in another library's format."""

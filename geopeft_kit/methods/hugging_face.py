@@ -1,149 +1,55 @@
-"""LoRA and its family, computed by Hugging Face `peft`. Taught in notebook 03.
+"""LoRA and DoRA, computed by Hugging Face `peft`. Taught in notebook 03.
 
-`peft` wraps layers in place. Here it is given a small container with the target layers
-instead of the backbone, and the wrapped layers are taken out of it as substitutes. On a
-fused qkv matrix, q, k and v are presented to `peft` as layers of their own that read
-their rows of the fused weight.
+Their relatives are in `adalora.py`, `additive.py` and `multiplicative.py`; how layers
+of `peft` get into a backbone is in `peft_layers.py`.
+
+Of peft's further starts of LoRA, those that read data first (EVA, CorDA, LoRA-GA) and
+LoftQ, which needs quantised weights, are left out: `attach` sees no data.
 
 Source: Hu et al. 2021, LoRA, arXiv 2106.09685; Liu et al. 2024, DoRA, arXiv 2402.09353;
-targets and rank as in the PEFT study of GFMs, arXiv 2504.17397.
+targets and rank as in the PEFT study of GFMs, arXiv 2504.17397. Options of LoRA:
+Kalajdzievski 2023, rsLoRA, arXiv 2312.03732; Meng et al. 2024, PiSSA, arXiv 2404.02948;
+Buyukakyuz 2024, OLoRA, arXiv 2406.01775.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from geopeft_kit.methods.base import (
     Block,
-    Method,
     Replacement,
     check_above_zero,
     check_share,
     check_whole,
 )
-from geopeft_kit.methods.targets import Target, default_targets, find_targets
+from geopeft_kit.methods.peft_layers import PeftMethod, wrap
+from geopeft_kit.methods.targets import Kinds, Target, find_targets
 
 if TYPE_CHECKING:
     from geopeft_kit.backbones.base import Backbone
     from geopeft_kit.methods.adapter import Adapter
 
-PeftLayer = Any
-"""A layer that `peft` wrapped; its attributes carry no types."""
-
-ADAPTER = "default"  # the name that peft gives an adapter inside its layers
 INITS: dict[str, Any] = {
     "default": True,
     "gaussian": "gaussian",
+    "orthogonal": "orthogonal",
     "pissa": "pissa",
     "olora": "olora",
 }
 SHIFTING = ("pissa", "olora")  # starts that make peft change the frozen weight
+LINEAR_ONLY = ("orthogonal", *SHIFTING)
 
 
-class Rows(nn.Linear):
-    """Some output rows of a Linear, seen as a Linear of its own.
+class _LowRank(PeftMethod):
+    """What LoRA and DoRA share: options, injection, export."""
 
-    It owns nothing: weight and bias are read from the source at every access, so they
-    follow it to another device and number type.
-
-    Args:
-        source: The fused layer.
-        first: First row.
-        last: One past the last row.
-    """
-
-    def __init__(self, source: nn.Linear, first: int, last: int) -> None:
-        nn.Module.__init__(self)
-        self._source = [source]  # in a list: no child, or state dicts would hold it
-        self.first, self.last = first, last
-        self.in_features, self.out_features = source.in_features, last - first
-
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        """The rows of the source's weight, (last - first, in_features)."""
-        return self._source[0].weight[self.first : self.last]
-
-    @property
-    def bias(self) -> Tensor | None:  # type: ignore[override]
-        """The rows of the source's bias."""
-        bias = self._source[0].bias
-        return None if bias is None else bias[self.first : self.last]
-
-
-class FusedProjection(nn.Module):
-    """A fused qkv Linear of which some parts are adapted.
-
-    Plain LoRA adds its delta to the rows of the fused output, so the large product is
-    computed once and not in three. Other methods compute their rows from the frozen
-    ones, and the parts are put together again.
-
-    Args:
-        base_layer: The frozen fused layer.
-        parts: "q", "k" or "v" -> the layer that `peft` made of those rows.
-    """
-
-    def __init__(self, base_layer: nn.Linear, parts: dict[str, PeftLayer]) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.parts = nn.ModuleDict(parts)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Project (..., in_features) to (..., out_features)."""
-        out = self.base_layer(x)
-        width = out.shape[-1] // 3
-        pieces: dict[int, Tensor] = {}
-        for part, layer in self.parts.items():
-            number = "qkv".index(part)
-            rows = slice(number * width, (number + 1) * width)
-            if _adds_delta(layer):
-                out[..., rows] += _delta(layer, x).to(out.dtype)  # nothing saved
-            else:
-                pieces[number] = _adapted(layer, x, out[..., rows])
-        if not pieces:
-            return out
-        frozen = out.split(width, dim=-1)
-        return torch.cat([pieces.get(i, frozen[i]) for i in range(3)], dim=-1)
-
-
-class _LowRank(Method):
-    """What LoRA and DoRA share: options, injection, merging, export."""
-
-    mergeable = True
-    identity_at_start = True
-    needs = "networks with Linear or ungrouped Conv2d layers in their blocks"
-
-    def why_not(self, backbone: Backbone) -> str | None:
-        """Refuse networks whose blocks hold no layer that peft can wrap."""
-        if default_targets(backbone.blocks):
-            return None
-        return "its blocks hold no Linear and no ungrouped convolution"
-
-    def resolve(
-        self, backbone: Backbone, blocks: list[Block], options: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Put the architecture's default targets, and alpha = rank, in the config."""
-        if options["targets"] is None:
-            options["targets"] = default_targets(blocks)
-        if options["alpha"] is None:
-            options["alpha"] = options["rank"]
-        return options
-
-    def folded(self, replacement: Replacement) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield each frozen weight, or its q, k, v rows, and the merged values."""
-        original: Any = replacement.original
-        substitute: PeftLayer = replacement.substitute
-        if not isinstance(substitute, FusedProjection):
-            yield original.weight, merged_weight(substitute)
-            return
-        thirds = original.weight.chunk(3)  # views: writing into them is enough
-        for part, layer in substitute.parts.items():
-            yield thirds["qkv".index(part)], merged_weight(layer)
+    needs = "networks with Linear or ungrouped convolutions in their blocks"
+    kinds: Kinds = (nn.Linear, nn.Conv2d, nn.Conv1d)
 
     def export(self, adapter: Adapter, folder: Path) -> None:
         """Write `adapter_config.json` and `adapter_model.safetensors` of peft.
@@ -184,9 +90,11 @@ class _LowRank(Method):
             raise ValueError(f"init={init!r}; it can be {', '.join(INITS)}.")
         if not isinstance(rslora, bool):
             raise TypeError(f"rslora={rslora!r}; True or False is needed.")
-        chosen = find_targets(blocks, targets or ())
-        if init in SHIFTING:
+        chosen = find_targets(blocks, targets or (), self.kinds)
+        if init in LINEAR_ONLY:
             _check_linear(chosen, init)
+        if init == "orthogonal" and rank % 2:
+            raise ValueError(f"rank={rank}; init='orthogonal' needs an even rank.")
         scale: Any = alpha  # peft declares whole numbers and computes with any
         config = LoraConfig(
             r=rank,
@@ -196,8 +104,7 @@ class _LowRank(Method):
             use_rslora=rslora,
             use_dora=dora,
         )
-        layers = inject(config, [_presented(t, init in SHIFTING) for t in chosen])
-        return _replacements(backbone.model, chosen, layers)
+        return wrap(backbone, chosen, config, own_copies=init in SHIFTING)
 
 
 class Lora(_LowRank):
@@ -205,11 +112,13 @@ class Lora(_LowRank):
 
     Default targets are q, v, fc1 and fc2 of a transformer block, fc1 and fc2 of a
     ConvNeXt block, the 1x1 convolutions of a ResNet-50 block, the 3x3 ones of a
-    ResNet-18 block. On a fused qkv, q and v have their own A and B.
+    ResNet-18 block, the projections of a state-space block. On a fused qkv, q and v
+    have their own A and B.
 
-    `init`: "default" and "gaussian" start at the frozen network exactly. "pissa" and
-    "olora" start A and B with the strongest directions of W and subtract them from a
-    copy of it, which is the frozen network up to rounding, and costs that copy.
+    `init`: "default" and "gaussian" start at the frozen network exactly. "orthogonal"
+    starts A and B off zero with B A = 0 (peft's; no paper). "pissa" and "olora" start A
+    and B with the strongest directions of W and subtract them from a copy of it, which
+    is the frozen network up to rounding, and costs that copy.
     """
 
     name = "lora"
@@ -242,8 +151,8 @@ class Lora(_LowRank):
             alpha: Scale of the update, alpha / rank; None for alpha = rank.
             dropout: Rate on the input of A.
             rslora: Scale by alpha / sqrt(rank) instead (arXiv 2312.03732).
-            init: "default", "gaussian", "pissa" (arXiv 2404.02948) or "olora"
-                (arXiv 2406.01775).
+            init: "default", "gaussian", "orthogonal", "pissa" (arXiv 2404.02948) or
+                "olora" (arXiv 2406.01775); the last three for Linear layers.
         """
         return self._build(
             backbone,
@@ -303,115 +212,6 @@ class Dora(_LowRank):
         )
 
 
-def inject(config: Any, layers: Sequence[nn.Module]) -> list[PeftLayer]:
-    """Let `peft` wrap layers, and return the wrapped ones.
-
-    Serves any tuner of peft that works layer by layer. The layers stay as they are:
-    only the container they are put into is changed, and thrown away.
-
-    Args:
-        config: A peft configuration; its `target_modules` is set here.
-        layers: Linear or Conv2d layers.
-
-    Returns:
-        One wrapped layer for each layer, in order.
-    """
-    from peft import inject_adapter_in_model
-
-    container = nn.ModuleDict({f"layer_{i}": layer for i, layer in enumerate(layers)})
-    config.target_modules = [f"layer_{i}" for i in range(len(layers))]
-    # peft reads the device from the first parameter, and `Rows` have none of their own.
-    place = torch.empty(0, device=cast(Tensor, layers[0].weight).device)
-    container.register_parameter("place", nn.Parameter(place))
-    inject_adapter_in_model(config, container, adapter_name=ADAPTER)
-    wrapped: list[PeftLayer] = [container[name] for name in config.target_modules]
-    for layer in wrapped:
-        for holder, attribute in trained_tensors(layer).values():
-            # Master weights of a half-precision backbone's adapter are in float32.
-            tensor = getattr(holder, attribute)
-            if tensor.dtype in (torch.float16, torch.bfloat16):
-                tensor.data = tensor.data.float()
-    return wrapped
-
-
-def merged_weight(layer: PeftLayer) -> Tensor:
-    """Return the weight that a wrapped layer amounts to, by peft's own merging.
-
-    Args:
-        layer: A wrapped layer; it stays as it is.
-
-    Raises:
-        ValueError: The merged weight is not finite.
-    """
-    base = layer.get_base_layer()
-    plain = _own_copy(base)
-    layer.base_layer = plain
-    try:
-        layer.merge(safe_merge=True)
-        return cast(Tensor, plain.weight.data)
-    finally:
-        layer.base_layer = base
-        layer.merged_adapters.clear()
-
-
-def trained_tensors(layer: PeftLayer) -> dict[str, tuple[nn.Module, str]]:
-    """Return readable name -> (holder, attribute) of what a wrapped layer trains."""
-    tensors = {}
-    for kind in layer.adapter_layer_names:
-        held = getattr(layer, kind, None)
-        if held is None or ADAPTER not in held:
-            continue
-        if isinstance(held, nn.ModuleDict):
-            tensors[kind] = (held[ADAPTER], "weight")
-        else:  # a ParameterDict, as other tuners than LoRA use
-            tensors[kind] = (held, ADAPTER)
-    return tensors
-
-
-def _replacements(
-    model: nn.Module, targets: list[Target], layers: list[PeftLayer]
-) -> list[Replacement]:
-    """Turn wrapped layers into replacements; parts of a fused layer share one."""
-    groups: dict[str, list[tuple[Target, PeftLayer]]] = {}
-    for target, layer in zip(targets, layers, strict=True):
-        groups.setdefault(target.path, []).append((target, layer))
-    replacements = []
-    for path, members in groups.items():
-        target, substitute = members[0]
-        tensors = trained_tensors(substitute)
-        if target.part is not None:
-            parts = {str(t.part): layer for t, layer in members}
-            substitute = FusedProjection(cast(nn.Linear, target.layer), parts)
-            tensors = {
-                f"{part}.{leaf}": place
-                for part, layer in parts.items()
-                for leaf, place in trained_tensors(layer).items()
-            }
-        replacements.append(Replacement.at(model, path, substitute, tensors))
-    return replacements
-
-
-def _presented(target: Target, changed: bool) -> nn.Module:
-    """Return the layer that peft gets to see; a copy if peft is going to change it."""
-    layer: nn.Module = target.layer
-    if target.part is not None:
-        layer = Rows(cast(nn.Linear, layer), *target.rows)
-    return _own_copy(layer) if changed else layer
-
-
-def _own_copy(layer: nn.Module) -> nn.Module:
-    if not isinstance(layer, Rows):
-        return copy.deepcopy(layer)
-    bias = layer.bias
-    plain = nn.Linear(
-        layer.in_features, layer.out_features, bias=bias is not None, device="meta"
-    )
-    plain.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
-    if bias is not None:
-        plain.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
-    return plain
-
-
 def _check_linear(targets: list[Target], init: str) -> None:
     for target in targets:
         if not isinstance(target.layer, nn.Linear):
@@ -419,26 +219,3 @@ def _check_linear(targets: list[Target], init: str) -> None:
                 f"init={init!r} is for Linear layers, and {target.path} is a "
                 f"{type(target.layer).__name__}. Use init='default' or 'gaussian'."
             )
-
-
-def _adds_delta(layer: PeftLayer) -> bool:
-    """True for plain LoRA on rows of the frozen weight itself."""
-    variants = getattr(layer, "lora_variant", None)
-    return variants == {} and isinstance(layer.get_base_layer(), Rows)
-
-
-def _delta(layer: PeftLayer, x: Tensor) -> Tensor:
-    """What plain LoRA adds to the output of its rows."""
-    down, up = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
-    x = layer.lora_dropout[ADAPTER](x.to(down.weight.dtype))
-    return up(down(x)) * layer.scaling[ADAPTER]
-
-
-def _adapted(layer: PeftLayer, x: Tensor, frozen: Tensor) -> Tensor:
-    """The output of an adapted part, from the frozen output where that is of use."""
-    variant = getattr(layer, "lora_variant", {}).get(ADAPTER)
-    if variant is None or not isinstance(layer.get_base_layer(), Rows):
-        return layer(x)
-    x = x.to(layer.lora_A[ADAPTER].weight.dtype)
-    adapted = variant.forward(layer, active_adapter=ADAPTER, x=x, result=frozen)
-    return adapted.to(frozen.dtype)

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from geopeft_kit.methods.hugging_face import ADAPTER, FusedProjection, PeftLayer
+from geopeft_kit.methods.peft_layers import ADAPTER, FusedProjection, PeftLayer
 
 PREFIX = "base_model.model."  # of every key in a peft file
 

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from geopeft_kit.methods.base import Block
 
-Layer = nn.Linear | nn.Conv2d
+Layer = nn.Linear | nn.Conv2d | nn.Conv1d
+Kinds = tuple[type[nn.Module], ...]
+"""Types of layer that a method can work on."""
+
+LINEAR_CONV2D: Kinds = (nn.Linear, nn.Conv2d)
 FUSED = ("qkv", "to_qkv")
 _ATTENTION = ("q", "k", "v")
 _TOKEN_DEFAULTS = ("q", "v", "fc1", "fc2")
@@ -25,7 +30,7 @@ class Target:
 
     Attributes:
         path: Dotted path of the layer inside `backbone.model`.
-        layer: The Linear or Conv2d.
+        layer: The Linear or convolution.
         part: "q", "k" or "v" where only these rows of a fused layer are meant.
     """
 
@@ -43,75 +48,90 @@ class Target:
         return number * third, (number + 1) * third
 
 
-def default_targets(blocks: Sequence[Block]) -> tuple[str, ...]:
+def default_targets(
+    blocks: Sequence[Block], kinds: Kinds = LINEAR_CONV2D
+) -> tuple[str, ...]:
     """Return the targets that suit an architecture.
 
     Transformers get q, v, fc1, fc2 (as in the PEFT study, arXiv 2504.17397), networks
-    with an MLP only (ConvNeXt) its fc1 and fc2, other convolutional ones their 1x1
-    convolutions (conv1 and conv3 of a ResNet-50 block), and where a block has none
-    (ResNet-18) all its ungrouped convolutions. Shortcuts are left alone.
+    with an MLP only (ConvNeXt) its fc1 and fc2, other ones their Linear layers and 1x1
+    convolutions (conv1 and conv3 of a ResNet-50 block, the projections of a state-space
+    block), and where a block has none (ResNet-18) all its ungrouped convolutions.
+    Shortcuts and squeeze-excite layers are left alone.
+
+    Args:
+        blocks: The chosen blocks.
+        kinds: Types of layer that the method can work on.
+
+    Returns:
+        Short names; none where no layer fits.
     """
-    layers = _layers_of(blocks)
+    layers = _layers_of(blocks, kinds)
     known = {_short(name) for name in layers if _in_attention_or_mlp(name)}
     if known & set(FUSED):
         known |= set(_ATTENTION)
     names = tuple(name for name in _TOKEN_DEFAULTS if name in known)
     if names:
         return names
-    convolutions = {
+    plain = {
         name: layer
         for name, layer in layers.items()
-        if isinstance(layer, nn.Conv2d)
-        and layer.groups == 1
-        and "downsample" not in name
+        if not _grouped(layer) and not _aside(name)
     }
-    pointwise = [n for n, conv in convolutions.items() if conv.kernel_size == (1, 1)]
-    return tuple(dict.fromkeys(_short(name) for name in pointwise or convolutions))
+    pointwise = [name for name, layer in plain.items() if _pointwise(layer)]
+    return tuple(dict.fromkeys(_unmistakable(n, layers) for n in pointwise or plain))
 
 
-def find_targets(blocks: Sequence[Block], targets: Sequence[str]) -> list[Target]:
+def find_targets(
+    blocks: Sequence[Block], targets: Sequence[str], kinds: Kinds = LINEAR_CONV2D
+) -> list[Target]:
     """Find the layers that short names mean, in every block.
 
     Args:
         blocks: The chosen blocks.
         targets: "q", "k", "v" (own layers, or rows of a fused one), "qkv" (the fused
             matrix as one), or the end of a layer's path in the block, as "mlp.fc1".
+        kinds: Types of layer that the method can work on.
 
     Returns:
         The targets, block by block. A block without a layer of that name is skipped.
 
     Raises:
-        ValueError: A name that no block has, that is given twice, or a grouped
-            convolution.
+        ValueError: A name that no block has for a layer of these kinds, that is given
+            twice, or a grouped convolution.
         TypeError: Not a list of names.
     """
     names = _checked(targets)
     found: dict[str, list[Target]] = {name: [] for name in names}
     in_order = []
     for path, block in blocks:
-        layers = _layers_of([(path, block)])
+        layers = _layers_of([(path, block)], kinds)
         for name in names:
             for target in _in_block(path, layers, name):
                 found[name].append(target)
                 in_order.append(target)
     missing = [name for name in names if not found[name]]
     if missing:
+        words = ", ".join(kind.__name__ for kind in kinds)
         raise ValueError(
-            f"targets {missing} are in none of the chosen blocks, which have: "
-            f"{', '.join(available_targets(blocks))}."
+            f"targets {missing} are in none of the chosen blocks. Of the layers that "
+            f"the method works on ({words}) these blocks have: "
+            f"{', '.join(available_targets(blocks, kinds)) or 'none'}."
         )
     _check_overlap(in_order)
     return in_order
 
 
-def available_targets(blocks: Sequence[Block]) -> list[str]:
+def available_targets(
+    blocks: Sequence[Block], kinds: Kinds = LINEAR_CONV2D
+) -> list[str]:
     """Return every name that `find_targets` understands for these blocks."""
-    layers = _layers_of(blocks)
+    layers = _layers_of(blocks, kinds)
     parts = list(_ATTENTION) if {_short(name) for name in layers} & set(FUSED) else []
     return list(dict.fromkeys(parts + [name for name in layers]))
 
 
-def _in_block(path: str, layers: Mapping[str, Layer], name: str) -> list[Target]:
+def _in_block(path: str, layers: Mapping[str, Any], name: str) -> list[Target]:
     hits = [rel for rel in layers if rel == name or rel.endswith(f".{name}")]
     if hits:
         return [Target(f"{path}.{rel}", layers[rel]) for rel in hits]
@@ -127,21 +147,21 @@ def _in_block(path: str, layers: Mapping[str, Layer], name: str) -> list[Target]
     return [Target(f"{path}.{rel}", layers[rel], name) for rel in fused]
 
 
-def _layers_of(blocks: Sequence[Block]) -> dict[str, Layer]:
-    """Path inside the block -> Linear or Conv2d, over all blocks.
+def _layers_of(blocks: Sequence[Block], kinds: Kinds) -> dict[str, Any]:
+    """Path inside the block -> layer of one of the kinds, over all blocks.
 
     Layers whose weight is read without calling them are left out: a substitute would
     stand there with no effect. That is `out_proj` of torch's MultiheadAttention, and
     the qkv of attentions with separate q and v biases (BEiT, Swin V2).
     """
-    layers: dict[str, Layer] = {}
+    layers: dict[str, Any] = {}
     for _, block in blocks:
         for name, module in block.named_modules():
             parent = block.get_submodule(name.rpartition(".")[0])
             bypassed = isinstance(parent, nn.MultiheadAttention) or (
                 _short(name) in FUSED and getattr(parent, "q_bias", None) is not None
             )
-            if name and not bypassed and isinstance(module, nn.Linear | nn.Conv2d):
+            if name and not bypassed and isinstance(module, kinds):
                 layers[name] = module
     return layers
 
@@ -172,12 +192,36 @@ def _check_overlap(targets: list[Target]) -> None:
                 "or its q, k, v parts, and one name for a layer."
             )
         parts.add(target.part)
-        groups = getattr(target.layer, "groups", 1)
-        if groups > 1:
+        if _grouped(target.layer):
             raise ValueError(
-                f"{target.path} is a convolution with {groups} groups; low-rank "
-                "methods serve ungrouped ones. Leave it out of targets."
+                f"{target.path} is a convolution with {target.layer.groups} groups; "
+                "this method serves ungrouped ones. Leave it out of targets."
             )
+
+
+def _grouped(layer: Any) -> bool:
+    return getattr(layer, "groups", 1) > 1
+
+
+def _pointwise(layer: Any) -> bool:
+    """A Linear, or a convolution that looks at one cell only."""
+    return set(getattr(layer, "kernel_size", (1,))) == {1}
+
+
+def _aside(name: str) -> bool:
+    """Shortcuts (downsample) and squeeze-excite layers (se)."""
+    return bool({"downsample", "se"} & set(name.split(".")))
+
+
+def _unmistakable(name: str, layers: Mapping[str, Any]) -> str:
+    """The shortest end of a path that means no grouped convolution as well."""
+    parts = name.split(".")
+    for count in range(1, len(parts)):
+        end = ".".join(parts[-count:])
+        meant = [n for n in layers if n == end or n.endswith(f".{end}")]
+        if not any(_grouped(layers[n]) for n in meant):
+            return end
+    return name
 
 
 def _short(name: str) -> str:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
+from geopeft_kit.methods.base import TrainingRule
 from geopeft_kit.model import Model
 
 
@@ -139,6 +140,10 @@ class Task(L.LightningModule):
         self.total_steps = total_steps
         self.warmup_steps = warmup_steps
         self.seed = seed
+        adapter = getattr(model.backbone, "adapter", None)
+        self.rule: TrainingRule | None = None
+        if adapter is not None:
+            self.rule = adapter.method.training_rule(adapter, total_steps)
 
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
         """Logits or values for a batch of images, or of cached feature maps."""
@@ -152,9 +157,14 @@ class Task(L.LightningModule):
         torch.manual_seed(self.seed * 1_000_003 + self.current_epoch)
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        return compute_loss(
+        loss = compute_loss(
             self(batch), batch_target(batch), self.model.task, self.ignore_index
         )
+        return loss if self.rule is None else loss + self.rule.penalty()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.rule is not None:  # the gradients stay until the next step's backward
+            self.rule.after_step(self.global_step)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimiser = torch.optim.AdamW(self._parameter_groups())
@@ -169,6 +179,8 @@ class Task(L.LightningModule):
         keep = {f"model.{name}" for name in trained_names(self.model)}
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {k: v for k, v in state.items() if k in keep}
+        if self.rule is not None:
+            checkpoint["training_rule"] = self.rule.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         expected = {f"model.{name}" for name in trained_names(self.model)}
@@ -180,6 +192,8 @@ class Task(L.LightningModule):
                 "top. Resume with the same backbone, method, options and decoder, or "
                 "pass another folder."
             )
+        if self.rule is not None:
+            self.rule.restore(checkpoint["training_rule"])
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}

@@ -1,0 +1,120 @@
+"""Write docs/methods.md: every method, from the cards that the package itself shows.
+
+    python docs/write_methods.py
+
+The page is not edited by hand: change the card of a method, and write it again.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+import geopeft_kit as gk
+from geopeft_kit.backbones import Backbone
+from geopeft_kit.methods import MethodCard, method_table
+
+PAGE = Path(__file__).with_name("methods.md")
+# One network for each kind; the tables hold for its relatives.
+ARCHITECTURES = {
+    "ViT": "geopeft_tiny",
+    "Galileo": "galileo_nano",
+    "Swin": "timm:swin_tiny_patch4_window7_224",
+    "ConvNeXt": "timm:convnext_tiny",
+    "ResNet": "timm:resnet50",
+}
+ESCAPED = r"\|"
+TEXT = """\
+# Every method
+
+Written by `python docs/write_methods.py` from the cards that `gk.list_methods()` gives. `gk.attach(backbone, name)` puts
+a method on a frozen backbone; an error says why one does not fit, and which do.
+
+## What each one trains
+
+D width, L blocks, r rank, h bottleneck width, n prompts. "Identity at start" and "mergeable" are meant for the default
+options; an adapter says of itself what holds for its own: `adapter.identity_at_start`, `adapter.mergeable`.
+
+{methods}
+## Which method serves which architecture
+
+{serves}
+Where it says no, this is the reason that `attach` gives:
+
+{reasons}
+## Options
+
+Every method also takes `layers`: `"all"`, `"last:4"`, or a list of block numbers.
+
+{options}"""
+
+
+def page() -> str:
+    """Return the whole page as Markdown."""
+    cards, backbones = gk.list_methods(), load_backbones()
+    refusals = {card.name: refused(card, backbones) for card in cards}
+    text = TEXT.format(
+        methods=method_table(),
+        serves=serving_table(refusals),
+        reasons=reason_list(refusals),
+        options=option_table(cards),
+    )
+    link = r"[arXiv \1](https://arxiv.org/abs/\1)"
+    return re.sub(r"arXiv (\d{4}\.\d{5})", link, text)
+
+
+def load_backbones() -> dict[str, Backbone]:
+    """Load each architecture without memory for its weights."""
+    with torch.device("meta"):
+        return {
+            kind: gk.load_backbone(name, weights=None)
+            for kind, name in ARCHITECTURES.items()
+        }
+
+
+def refused(card: MethodCard, backbones: dict[str, Backbone]) -> dict[str, str]:
+    """Architecture -> why the method does not fit it; empty where it fits them all."""
+    reasons = {kind: card.why_not(backbone) for kind, backbone in backbones.items()}
+    return {kind: reason for kind, reason in reasons.items() if reason is not None}
+
+
+def serving_table(refusals: dict[str, dict[str, str]]) -> str:
+    """Methods against architectures."""
+    lines = [row("method", *ARCHITECTURES), row(*["---"] * (1 + len(ARCHITECTURES)))]
+    for name, reasons in refusals.items():
+        words = ("no" if kind in reasons else "yes" for kind in ARCHITECTURES)
+        lines.append(row(f"`{name}`", *words))
+    return "\n".join(lines) + "\n"
+
+
+def reason_list(refusals: dict[str, dict[str, str]]) -> str:
+    """One line for each method and reason."""
+    lines = []
+    for name, reasons in refusals.items():
+        for reason in dict.fromkeys(reasons.values()):
+            kinds = ", ".join(
+                kind for kind, other in reasons.items() if other == reason
+            )
+            lines.append(f"- `{name}`, {kinds}: {reason}.")
+    return "\n".join(lines) + "\n"
+
+
+def option_table(cards: list[MethodCard]) -> str:
+    """The options that each method spells out in its signature."""
+    lines = [row("method", "options"), row("---", "---")]
+    for card in cards:
+        options = (f"`{name}: {kind}`" for name, kind in card.options.items())
+        lines.append(row(f"`{card.name}`", ", ".join(options) or "none"))
+    return "\n".join(lines) + "\n"
+
+
+def row(*cells: str) -> str:
+    """One line of a Markdown table; a type such as `str | None` holds its sign."""
+    return f"| {' | '.join(cell.replace('|', ESCAPED) for cell in cells)} |"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"wrote {PAGE}")

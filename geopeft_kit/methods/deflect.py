@@ -1,0 +1,267 @@
+"""A DEFLECT-style method: spectral bands for a network that learnt on RGB alone.
+
+Confirmed from the paper (Thoreau, Marsocci, Derksen, ICCV 2025, arXiv 2503.09493:
+abstract, captions and the repository's README): an RGB-pretrained network is a prior
+for the *spatial* structure of multispectral images; its three elements are the
+untangled patch embedding (UPE, with spectral indices), untangled attention (uAtt) and
+the deflection of embeddings; it competes with LoRA, scaled LoRA, norm tuning, BitFit
+and full fine-tuning. Reported by third parties, not confirmed: the auxiliary part is a
+pixel-set encoding of indices and statistics; the deflection's size is bounded; the
+auxiliary stream's norm is matched to the principal one's.
+
+Neither the paper's equations nor its code could be read. **Every formula here is
+ours**: the pixel-set network, how the two streams share an attention map, the
+additive and polar deflection, the sizes and the learning rate. This is therefore no
+reproduction, and its accuracy says nothing about the paper's. Taught in notebook 05.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from geopeft_kit.indices import available_indices, index_bands
+from geopeft_kit.methods.base import (
+    Block,
+    Method,
+    Replacement,
+    check_above_zero,
+    check_whole,
+)
+from geopeft_kit.methods.pixel_sets import (
+    Handover,
+    JoinStreams,
+    PixelSetEmbedding,
+    UntangledSelect,
+)
+from geopeft_kit.methods.two_streams import Deflection, Form, UntangledBlock
+
+if TYPE_CHECKING:
+    from geopeft_kit.backbones.base import Backbone
+
+STAGES = ("embedding", "attention", "unbounded", "bounded")
+DEFAULT_INDICES = ("NDVI", "NDWI", "NDMI", "NBR")
+
+
+class Deflect(Method):
+    """An RGB network that reads any bands: two streams, one attention, a small turn.
+
+    1. Embedding: a second token a patch from the set of its multispectral pixels
+       (`pixel_sets.py`), with the norm of the RGB token.
+    2. Attention: the second stream passes the frozen blocks with the attention map of
+       the first.
+    3. Deflection: what it gathered there, a, turns the principal tokens s (after the
+       attention residual) into the direction e = U ReLU(V a), n = e / |e|:
+       additive s + rho |s| n, or polar, |s| (cos(theta) s/|s| + sin(theta) n_orth).
+    4. Bound: rho = rho_max tanh(g), theta = theta_max tanh(g), g = 0 at the start.
+
+    `stage` says how far to go, for ablations (ours; each keeps all above it):
+
+    - "embedding": no block is touched; zP + g zA once, before the first block. Leaves
+      out 2 to 4. Trains the embedding and one scalar.
+    - "attention": in each block, s + g a. Leaves out 3 and 4: no V and U, no bound.
+    - "unbounded": s + g U ReLU(V a), or in polar form the angle theta = g. Leaves
+      out 4.
+    - "bounded": everything.
+
+    With g = 0, only g receives a gradient in the first step; the rest moves from the
+    second on. `start=0.01` avoids that and gives up the exact identity.
+
+    Blocks outside `layers` work on the principal stream alone while the auxiliary one
+    waits; the embedding trains in any case. Where the network reads all bands already
+    (`new_bands` other than "ignore", or no band is new), it works as well: the second
+    stream then adds the indices and a reading without geometry, and no new band.
+    """
+
+    name = "deflect"
+    title = "DEFLECT-style (formulas ours)"
+    paper = (
+        "Idea: Thoreau, Marsocci, Derksen 2025, Deflecting Embeddings for Finetuning "
+        "Latent representations for Earth and Climate Tasks, arXiv 2503.09493"
+    )
+    trained = (
+        "pixel-set embedding (C bands, K indices, m features), V, U and a scalar g a "
+        "block"
+    )
+    count_formula = "(C+K+1)*m + (2m+1)*D + L*(2*h*D + 1)"
+    mergeable = False
+    identity_at_start = True
+    learning_rate = 1e-3  # ours
+    needs = "plain timm ViTs, best loaded with new_bands='ignore'"
+
+    def why_not(self, backbone: Backbone) -> str | None:
+        """Refuse what has no two streams: only timm's pre-norm ViT blocks do."""
+        from timm.models.vision_transformer import Attention, Block, VisionTransformer
+
+        if not isinstance(backbone.model, VisionTransformer):
+            kind = type(backbone.model).__name__
+            return f"two streams need timm's VisionTransformer, and this is a {kind}"
+        for path, block in backbone.blocks:
+            attention = getattr(block, "attn", None)
+            if type(block) is not Block or type(attention) is not Attention:
+                return f"{path} is no plain pre-norm block with one fused qkv"
+            if getattr(attention, "gate", None) is not None:
+                return f"the attention of {path} is gated"
+        return None
+
+    def starts_as_identity(self, config: Mapping[str, Any]) -> bool:
+        """True if g starts at 0."""
+        return config["start"] == 0
+
+    def resolve(
+        self, backbone: Backbone, blocks: list[Block], options: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Name the indices; by default those of the four whose bands are at hand."""
+        bands, names = backbone.bands, options["indices"]
+        if names is None:
+            at_hand = available_indices(bands)
+            names = [name for name in DEFAULT_INDICES if name in at_hand]
+        if isinstance(names, str) or not isinstance(names, Sequence):
+            raise TypeError(f"indices={names!r}; a list is needed, as ('NDVI',).")
+        for name in names:
+            index_bands(name, bands)
+        if names and not backbone.normalise:
+            raise ValueError(
+                "indices need reflectance, and a backbone loaded with normalise=False "
+                "does not know it. Give it reflectance 0-1 and normalise=True, or "
+                "indices=()."
+            )
+        return {**options, "indices": list(names)}
+
+    def build(
+        self,
+        backbone: Backbone,
+        blocks: list[Block],
+        *,
+        width: int = 8,
+        features: int = 32,
+        form: Form = "additive",
+        rho_max: float = 0.3,
+        theta_max: float = 0.3,
+        indices: Sequence[str] | None = None,
+        stage: str = "bounded",
+        start: float = 0.0,
+        auxiliary_mlp: bool = True,
+    ) -> list[Replacement]:
+        """Make the second stream.
+
+        Args:
+            backbone: A plain ViT.
+            blocks: The blocks whose principal tokens are deflected.
+            width: h, numbers between V and U.
+            features: m, width of the pixel-set MLP.
+            form: "additive" or "polar".
+            rho_max: Largest displacement of the additive form, as a share of |s|.
+            theta_max: Largest angle of the polar form in radians, below pi / 2.
+            indices: Spectral indices, by name; None for those of NDVI, NDWI, NDMI and
+                NBR whose bands are at hand.
+            stage: "embedding", "attention", "unbounded" or "bounded".
+            start: g at the start.
+            auxiliary_mlp: Whether the second stream passes the blocks' MLPs too;
+                False saves almost half of its time.
+        """
+        _check_options(backbone, blocks, form, stage, start)
+        check_whole("width", width)
+        check_whole("features", features)
+        check_above_zero("rho_max", rho_max)
+        if not check_above_zero("theta_max", theta_max) < math.pi / 2:
+            raise ValueError(f"theta_max={theta_max}; it must be below pi / 2 (1.57).")
+        if not isinstance(auxiliary_mlp, bool):
+            raise TypeError(
+                f"auxiliary_mlp={auxiliary_mlp!r}; True or False is needed."
+            )
+        handover = Handover()
+        replacements = [
+            _select(backbone, features, indices or (), handover),
+            _join(backbone, start if stage == "embedding" else None, handover),
+        ]
+        if stage == "embedding":
+            return replacements
+        hidden = 0 if stage == "attention" else width
+        limit = rho_max if form == "additive" else theta_max
+        bound = limit if stage == "bounded" else None
+        final, tokens = blocks[-1][0], cast(int, backbone.width)
+        for path, block in backbone.blocks:
+            deflection = None
+            if path in dict(blocks):
+                g = _scalar(block, start)
+                deflection = Deflection(g, tokens, hidden, form, bound)
+            two = UntangledBlock(block, deflection, path == final, auxiliary_mlp)
+            tensors = _tensors(deflection)
+            replacements.append(Replacement.at(backbone.model, path, two, tensors))
+            if path == final:
+                break
+        return replacements
+
+
+def _select(
+    backbone: Backbone, features: int, indices: Sequence[str], handover: Handover
+) -> Replacement:
+    """What stands at the shell's own `select`, in front of the network."""
+    patch_embed = cast(Any, backbone.model).patch_embed
+    embedding = PixelSetEmbedding(
+        inputs=len(backbone.bands) + len(indices),
+        features=features,
+        width=cast(int, backbone.width),
+        patch=patch_embed.patch_size,
+        device=next(patch_embed.parameters()).device,
+    )
+    select = UntangledSelect(backbone, embedding, indices, handover)
+    tensors = {
+        f"{layer}.{kind}": (embedding.get_submodule(layer), kind)
+        for layer in ("pixel", "token")
+        for kind in ("weight", "bias")
+    }
+    return Replacement("select", backbone, "select", select, tensors)
+
+
+def _join(backbone: Backbone, gate: float | None, handover: Handover) -> Replacement:
+    """What stands at `norm_pre`, between the patch embedding and the first block."""
+    model = cast(Any, backbone.model)
+    scalar = None if gate is None else _scalar(model, gate)
+    join = JoinStreams(model.norm_pre, handover, scalar)
+    tensors: dict[str, tuple[nn.Module, str]] = {}
+    if scalar is not None:
+        tensors["gate"] = (join, "gate")
+    return Replacement.at(model, "norm_pre", join, tensors)
+
+
+def _tensors(deflection: Deflection | None) -> dict[str, tuple[nn.Module, str]]:
+    if deflection is None:
+        return {}
+    tensors: dict[str, tuple[nn.Module, str]] = {"g": (deflection, "g")}
+    for name, layer in deflection.named_children():
+        tensors[name] = (layer, "weight")
+    return tensors
+
+
+def _scalar(module: nn.Module, value: float) -> nn.Parameter:
+    """A trained scalar where the module is."""
+    device = next(module.parameters()).device
+    return nn.Parameter(torch.full((), float(value), device=device))
+
+
+def _check_options(
+    backbone: Backbone, blocks: list[Block], form: str, stage: str, start: float
+) -> None:
+    if form not in ("additive", "polar"):
+        raise ValueError(f'form={form!r}; "additive" or "polar" is needed.')
+    if stage not in STAGES:
+        raise ValueError(f"stage={stage!r}; allowed are {', '.join(STAGES)}.")
+    if form == "polar" and stage in ("embedding", "attention"):
+        raise ValueError(
+            f"stage={stage!r} ends before the deflection, so form='polar' has no "
+            "effect. Leave form out."
+        )
+    if stage == "embedding" and len(blocks) < len(backbone.blocks):
+        raise ValueError(
+            "stage='embedding' touches no block, so layers has no effect. Leave it "
+            'at "all".'
+        )
+    number = isinstance(start, int | float) and not isinstance(start, bool)
+    if not number or not math.isfinite(start):
+        raise TypeError(f"start={start!r}; a finite number is needed, as 0 or 0.01.")

@@ -1,0 +1,116 @@
+"""Multi-scale deformable attention in plain PyTorch, with no compiled operator.
+
+Source: Zhu et al. 2021, Deformable DETR, arXiv 2010.04159, section 4.1 and equation 3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Size = tuple[int, int]
+"""(rows h, columns w) of a map."""
+
+
+class DeformableAttention(nn.Module):
+    """Each query looks at a few points of each map, and chooses them itself.
+
+    A head h of a query at place p reads level l at K points p + offset, bilinearly and
+    zero outside the map, and adds them up with weights that sum to 1 over levels and
+    points. Offsets are counted in cells of the level. They start as a ring around the
+    place (one direction a head, one step further a point) with almost equal weights.
+    Almost, where the source says equal: a layer behind a gate that starts at zero would
+    else have no gradient before the third step.
+
+    With H heads, L levels, K points and values of r*D channels it trains
+    ``2r D^2 + (r + 1) D + 3HLK (D + 1)`` numbers.
+
+    Args:
+        width: Channels D of queries and values.
+        levels: Maps L to look at.
+        heads: Heads H.
+        points: Points K of a head in a level.
+        inner: Channels r*D of the values inside, a multiple of the heads.
+    """
+
+    def __init__(
+        self, width: int, levels: int, heads: int, points: int, inner: int
+    ) -> None:
+        super().__init__()
+        self.shape = (heads, levels, points)
+        self.offsets = nn.Linear(width, heads * levels * points * 2)
+        self.weights = nn.Linear(width, heads * levels * points)
+        self.value = nn.Linear(width, inner)
+        self.out = nn.Linear(inner, width)
+        for layer in (self.offsets, self.weights):
+            nn.init.normal_(layer.weight, std=1e-3)
+        nn.init.zeros_(self.weights.bias)
+        for layer in (self.value, self.out):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        with torch.no_grad():
+            self.offsets.bias.copy_(_ring(heads, levels, points).flatten())
+
+    def forward(
+        self, queries: Tensor, places: Tensor, values: Tensor, sizes: Sequence[Size]
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            queries: (B, Q, D).
+            places: (Q, 2) of each query: x and y, from 0 to 1 across the image.
+            values: (B, S, D): the cells of all levels, one level after the other, each
+                row by row.
+            sizes: (h, w) of each level; the products add up to S.
+
+        Returns:
+            (B, Q, D).
+        """
+        heads = self.shape[0]
+        # Places need float32: bfloat16 has no more than 256 steps between 0.5 and 1.
+        offsets = self.offsets(queries).float().unflatten(2, (*self.shape, 2))
+        weights = self.weights(queries).float().unflatten(2, (heads, -1)).softmax(-1)
+        weights = weights.unflatten(3, self.shape[1:])  # (B, Q, H, L, K)
+        cells = self.value(values).float().unflatten(2, (heads, -1))  # (B, S, H, d)
+        levels = cells.split([h * w for h, w in sizes], dim=1)
+        mixed: Tensor | float = 0.0
+        for level, (height, width) in enumerate(sizes):
+            steps = offsets.new_tensor([width, height])  # cells across the image
+            points = places[:, None, None] + offsets[:, :, :, level] / steps
+            grid = 2 * points - 1  # (B, Q, H, K, 2), -1 to 1 as grid_sample counts
+            maps = levels[level].permute(0, 2, 3, 1).flatten(0, 1)  # (B*H, d, h*w)
+            sampled = F.grid_sample(
+                maps.unflatten(2, (height, width)),
+                grid.transpose(1, 2).flatten(0, 1),
+                align_corners=False,
+            )  # (B*H, d, Q, K)
+            share = weights[:, :, :, level].transpose(1, 2).flatten(0, 1)  # (B*H, Q, K)
+            mixed = mixed + (sampled * share[:, None]).sum(3)  # (B*H, d, Q)
+        assert isinstance(mixed, Tensor)
+        heads_apart = mixed.unflatten(0, (-1, heads)).flatten(1, 2)  # (B, r*D, Q)
+        return self.out(heads_apart.transpose(1, 2).to(self.out.weight.dtype))
+
+
+def centres(sizes: Sequence[Size], device: torch.device) -> Tensor:
+    """Centres of the cells of maps, (S, 2): x and y from 0 to 1, float32."""
+    places = []
+    for height, width in sizes:
+        y = (torch.arange(height, device=device) + 0.5) / height
+        x = (torch.arange(width, device=device) + 0.5) / width
+        rows, columns = torch.meshgrid(y, x, indexing="ij")
+        places.append(torch.stack([columns, rows], dim=2).flatten(0, 1))  # (h*w, 2)
+    return torch.cat(places)
+
+
+def _ring(heads: int, levels: int, points: int) -> Tensor:
+    """Offsets to start from, (H, L, K, 2): a direction a head, a distance a point."""
+    angles = torch.arange(heads) * (2 * math.pi / heads)
+    ring = torch.stack([angles.cos(), angles.sin()], dim=1)  # (H, 2)
+    ring = ring / ring.abs().amax(dim=1, keepdim=True)  # onto a square of side 2
+    far = torch.arange(1, points + 1, dtype=torch.float32)
+    steps = ring[:, None, None] * far[:, None]  # (H, 1, K, 2)
+    return steps.expand(heads, levels, points, 2)

@@ -1,0 +1,288 @@
+"""Factors on a frozen W: scaled by (IA)^3, rotated by OFT and BOFT.
+
+The layers are those of Hugging Face `peft`, less four faults of version 0.21.2: its OFT
+takes the channels-last maps of a Linear (B, H, W, C) for images, and is no identity on
+convolutions that look at more than one cell; its BOFT tries to compile a CUDA extension
+and silently goes on with one factor where that fails, and keeps an (in, in) permutation
+matrix per layer. Taught in notebook 03.
+
+Source: Liu et al. 2022, (IA)^3, arXiv 2205.05638; Qiu et al. 2023, OFT, arXiv
+2306.07280; Liu et al. 2023, BOFT, arXiv 2311.06243.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from geopeft_kit.methods.base import Block, Replacement, check_whole
+from geopeft_kit.methods.peft_layers import PeftLayer, PeftMethod, slot, wrap
+from geopeft_kit.methods.targets import Target, available_targets, find_targets
+
+if TYPE_CHECKING:
+    from geopeft_kit.backbones.base import Backbone
+
+
+class Ia3(PeftMethod):
+    """One trained factor per channel, 1 at the start: l * (W x + b), or W (l * x) + b.
+
+    Factors stand on the output of a target. Those of an MLP's second layer, fc2, stand
+    on its input, the activations between the two layers, as in the paper. Its
+    targets k, v and these activations are the default where there are such layers.
+    """
+
+    name = "ia3"
+    title = "(IA)^3"
+    paper = "Liu et al. 2022, (IA)^3, arXiv 2205.05638"
+    trained = "one factor per output channel of each target, or input channel of fc2"
+    count_formula = "out per target (in for fc2); 6D per ViT block by default"
+    learning_rate = 5e-3  # ours
+
+    def default_targets(self, blocks: Sequence[Block]) -> tuple[str, ...]:
+        """Return k, v and fc2, or what the architecture has instead."""
+        usual = super().default_targets(blocks)
+        if "fc2" not in usual:
+            return usual
+        present = available_targets(blocks)
+        return (*(name for name in ("k", "v") if _found(name, present)), "fc2")
+
+    def build(
+        self,
+        backbone: Backbone,
+        blocks: list[Block],
+        *,
+        targets: Sequence[str] | None = None,
+    ) -> list[Replacement]:
+        """Wrap the target layers with peft's (IA)^3.
+
+        Args:
+            backbone: The backbone.
+            blocks: The blocks to look for targets in.
+            targets: Short names of layers; None for the architecture's default.
+        """
+        from peft import IA3Config
+
+        chosen = find_targets(blocks, targets or (), self.kinds)
+        config = IA3Config(feedforward_modules=[])
+        config.feedforward_modules = [
+            slot(i)
+            for i, target in enumerate(chosen)
+            if "fc2" in target.path.split(".")
+        ]
+        return wrap(backbone, chosen, config)
+
+
+class Oft(PeftMethod):
+    """W R: the input of W is rotated, block by block of its channels.
+
+    R is block-diagonal and orthogonal, R = (I + S)^-1 (I - S) (Cayley) of a trained
+    skew-symmetric S that starts at 0. The inverse is exact (ours; peft's default is a
+    series of five terms, which is orthogonal for small S only).
+    """
+
+    name = "oft"
+    title = "OFT"
+    paper = "Qiu et al. 2023, OFT, arXiv 2306.07280"
+    trained = "a rotation of each block of b input channels of each target"
+    count_formula = "in * (b - 1) / 2 per target"
+    learning_rate = 1e-3  # ours
+    needs = "networks with Linear layers or 1x1 convolutions in their blocks"
+
+    def why_not(self, backbone: Backbone) -> str | None:
+        """Refuse networks whose convolutions look at more than one cell."""
+        reason = super().why_not(backbone)
+        if reason is None and _beyond_pointwise(
+            find_targets(backbone.blocks, self.default_targets(backbone.blocks))
+        ):
+            return "it rotates channels, and its convolutions look at several cells"
+        return reason
+
+    def build(
+        self,
+        backbone: Backbone,
+        blocks: list[Block],
+        *,
+        targets: Sequence[str] | None = None,
+        block_size: int = 32,
+    ) -> list[Replacement]:
+        """Wrap the target layers with peft's OFT.
+
+        Args:
+            backbone: The backbone.
+            blocks: The blocks to look for targets in.
+            targets: Short names of layers; None for the architecture's default.
+            block_size: Channels b that rotate together; must divide all inputs.
+        """
+        from peft import OFTConfig
+
+        chosen = find_targets(blocks, targets or (), self.kinds)
+        if wide := _beyond_pointwise(chosen):
+            raise ValueError(
+                f"targets: {wide[0].path} looks at several cells, which peft's OFT "
+                "cannot rotate. Choose Linear layers or 1x1 convolutions, or 'boft'."
+            )
+        _check_block_size(block_size, chosen)
+        config = OFTConfig(r=0, oft_block_size=block_size, use_cayley_neumann=False)
+        return wrap(backbone, chosen, config, refine=_flattened)
+
+
+class Boft(PeftMethod):
+    """s * (W R): a product R of m sparse rotations, and a factor s per output channel.
+
+    Each of the m factors rotates blocks of b channels; between them the channels change
+    blocks (a butterfly), so that with enough factors every channel reaches every other.
+    With one factor it is OFT with s. A convolution's input is in * kernel area.
+    """
+
+    name = "boft"
+    title = "BOFT"
+    paper = "Liu et al. 2023, BOFT, arXiv 2311.06243"
+    trained = "m rotations of all blocks of b input channels, and s, of each target"
+    count_formula = "m * in * b + out per target"
+    learning_rate = 1e-3  # ours
+
+    def build(
+        self,
+        backbone: Backbone,
+        blocks: list[Block],
+        *,
+        targets: Sequence[str] | None = None,
+        block_size: int = 4,
+        factors: int = 1,
+    ) -> list[Replacement]:
+        """Wrap the target layers with peft's BOFT.
+
+        Args:
+            backbone: The backbone.
+            blocks: The blocks to look for targets in.
+            targets: Short names of layers; None for the architecture's default.
+            block_size: Channels b that rotate together; must divide all inputs, and
+                with more than one factor b * 2^(m - 1) must, with an even b.
+            factors: Number m of rotations.
+        """
+        from peft import BOFTConfig
+
+        chosen = find_targets(blocks, targets or (), self.kinds)
+        check_whole("factors", factors)
+        _check_block_size(block_size, chosen, factors)
+        config = BOFTConfig(boft_block_size=block_size, boft_n_butterfly_factor=factors)
+        with _without_compiler():
+            return wrap(backbone, chosen, config, refine=_plain_butterfly)
+
+
+class FlattenedOft:
+    """Mixed into peft's OFT of a Linear: takes inputs with any leading axes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        out = super().forward(x.flatten(0, -2))  # type: ignore[misc]
+        return out.unflatten(0, x.shape[:-1])
+
+
+class PlainButterfly:
+    """Mixed into peft's BOFT layers: the product in plain PyTorch, on any device.
+
+    Attributes:
+        boft_P: (m, in) whole numbers: the order of the channels for each factor, where
+            peft has permutation matrices (m, in, in).
+    """
+
+    boft_P: Tensor
+    boft_R: Any
+    boft_s: Any
+    cayley_batch: Any
+    get_base_layer: Any
+
+    def get_delta_weight(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """Return the rotation (in, in) and the factors (out, 1)."""
+        parameters = self.boft_R[adapter]  # (m, blocks, b, b)
+        blocks = self.cayley_batch(parameters.flatten(0, 1)).view_as(parameters)
+        steps = [
+            torch.block_diag(*factor)[order][:, order]  # (in, in)
+            for factor, order in zip(blocks, self.boft_P, strict=True)
+        ]
+        rotation = functools.reduce(lambda done, step: step @ done, steps)
+        return rotation, self.boft_s[adapter].view(-1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer with its rotated and scaled weight."""
+        from geopeft_kit.methods.peft_layers import ADAPTER
+
+        base = self.get_base_layer()
+        rotation, scale = self.get_delta_weight(ADAPTER)
+        weight = base.weight.flatten(1).to(rotation.dtype) @ rotation.T * scale
+        weight = weight.view(base.weight.shape).to(x.dtype)
+        bias = None if base.bias is None else base.bias.to(x.dtype)
+        if isinstance(base, nn.Linear):
+            return F.linear(x, weight, bias)
+        return base._conv_forward(x, weight, bias)
+
+
+def _flattened(layer: PeftLayer) -> PeftLayer:
+    if isinstance(layer.get_base_layer(), nn.Linear):
+        layer.__class__ = _mixed(FlattenedOft, type(layer))
+    return layer
+
+
+def _plain_butterfly(layer: PeftLayer) -> PeftLayer:
+    layer.__class__ = _mixed(PlainButterfly, type(layer))
+    order = layer.boft_P.argmax(-1)  # (m, in, in) -> (m, in)
+    layer.boft_P = order.to(layer.get_base_layer().weight.device)
+    return layer
+
+
+@functools.cache
+def _mixed(mixin: type, kind: type) -> type:
+    return type(f"{mixin.__name__}{kind.__name__}", (mixin, kind), {})
+
+
+@contextmanager
+def _without_compiler() -> Iterator[None]:
+    """Keep peft from compiling its CUDA extension, and from dropping factors."""
+    from peft.tuners.boft import layer
+
+    before = layer._FBD_CUDA
+    layer._FBD_CUDA = True  # stands for the extension; `PlainButterfly` needs none
+    try:
+        yield
+    finally:
+        layer._FBD_CUDA = before
+
+
+def _beyond_pointwise(targets: Sequence[Target]) -> list[Target]:
+    kernels = ((t, getattr(t.layer, "kernel_size", (1,))) for t in targets)
+    return [target for target, kernel in kernels if set(kernel) != {1}]
+
+
+def _check_block_size(size: Any, targets: Sequence[Target], factors: int = 1) -> None:
+    """Refuse block sizes that peft would change, or fail on, with the ones that fit."""
+    check_whole("block_size", size, minimum=2)
+    reach = 2 ** (factors - 1)
+    for target in targets:
+        kernel = getattr(target.layer, "kernel_size", (1,))
+        inputs = target.layer.weight[0].numel()
+        fitting = [
+            b
+            for b in range(2, inputs // reach + 1)
+            if inputs % (b * reach) == 0 and (factors == 1 or b % 2 == 0)
+        ]
+        if len(set(kernel)) > 1:
+            raise ValueError(
+                f"targets: {target.path} has a {kernel} kernel; square ones are "
+                "served. Leave it out of targets."
+            )
+        if size not in fitting:
+            raise ValueError(
+                f"block_size={size}; {target.path} has {inputs} inputs, which take "
+                f"{fitting or 'none'} with factors={factors}."
+            )
+
+
+def _found(name: str, present: Sequence[str]) -> bool:
+    return any(p == name or p.endswith(f".{name}") for p in present)

@@ -1,0 +1,312 @@
+"""How layers of Hugging Face `peft` get into a backbone: shared by its family.
+
+`peft` wraps layers in place. Here it is given a small container with the target layers
+instead of the backbone, and the wrapped layers are taken out of it as substitutes. On a
+fused qkv matrix, q, k and v are presented to `peft` as layers of their own that read
+their rows of the fused weight. Taught in notebook 03.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from geopeft_kit.methods.base import Block, Method, Replacement
+from geopeft_kit.methods.targets import (
+    LINEAR_CONV2D,
+    Kinds,
+    Target,
+    default_targets,
+)
+
+if TYPE_CHECKING:
+    from geopeft_kit.backbones.base import Backbone
+
+PeftLayer = Any
+"""A layer that `peft` wrapped; its attributes carry no types."""
+
+ADAPTER = "default"  # the name that peft gives an adapter inside its layers
+
+
+class Rows(nn.Linear):
+    """Some output rows of a Linear, seen as a Linear of its own.
+
+    It owns nothing: weight and bias are read from the source at every access, so they
+    follow it to another device and number type. They are frozen, whatever the source
+    is: peft sets their flags, which a part of a trainable weight does not allow.
+
+    Args:
+        source: The fused layer.
+        first: First row.
+        last: One past the last row.
+    """
+
+    def __init__(self, source: nn.Linear, first: int, last: int) -> None:
+        nn.Module.__init__(self)
+        self._source = [source]  # in a list: no child, or state dicts would hold it
+        self.first, self.last = first, last
+        self.in_features, self.out_features = source.in_features, last - first
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The rows of the source's weight, (last - first, in_features)."""
+        return self._source[0].weight.detach()[self.first : self.last]
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        """The rows of the source's bias."""
+        bias = self._source[0].bias
+        return None if bias is None else bias.detach()[self.first : self.last]
+
+
+class FusedProjection(nn.Module):
+    """A fused qkv Linear of which some parts are adapted.
+
+    Plain LoRA adds its delta to the rows of the fused output, so the large product is
+    computed once and not in three. Other methods compute their rows themselves, beside
+    the frozen rows of the other parts.
+
+    Args:
+        base_layer: The frozen fused layer.
+        parts: "q", "k" or "v" -> the layer that `peft` made of those rows.
+    """
+
+    def __init__(self, base_layer: nn.Linear, parts: dict[str, PeftLayer]) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.parts = nn.ModuleDict(parts)
+        third = base_layer.out_features // 3
+        self.frozen = nn.ModuleDict(
+            {
+                part: Rows(base_layer, i * third, (i + 1) * third)
+                for i, part in enumerate("qkv")
+                if part not in parts
+            }
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Project (..., in_features) to (..., out_features)."""
+        if all(_adds_delta(layer) for layer in self.parts.values()):
+            out = self.base_layer(x)
+            for layer in self.parts.values():
+                rows = layer.get_base_layer()
+                delta = _delta(layer, x).to(out.dtype)
+                out[..., rows.first : rows.last] += delta  # nothing saved for backward
+            return out
+        layers = {**self.frozen._modules, **self.parts._modules}
+        return torch.cat([cast(nn.Module, layers[part])(x) for part in "qkv"], dim=-1)
+
+
+class PeftMethod(Method):
+    """What the methods around `peft` share: default targets, merging.
+
+    Attributes:
+        kinds: Types of layer that the method's peft layers exist for.
+    """
+
+    mergeable = True
+    identity_at_start = True
+    needs = "networks with Linear or ungrouped Conv2d layers in their blocks"
+    kinds: ClassVar[Kinds] = LINEAR_CONV2D
+
+    def why_not(self, backbone: Backbone) -> str | None:
+        """Refuse networks whose blocks hold no layer that peft can wrap."""
+        if self.default_targets(backbone.blocks):
+            return None
+        words = " or ".join(kind.__name__ for kind in self.kinds)
+        return f"its blocks hold no {words} layer for it (grouped ones do not count)"
+
+    def default_targets(self, blocks: Sequence[Block]) -> tuple[str, ...]:
+        """Return the short names of the layers that suit the method."""
+        return default_targets(blocks, self.kinds)
+
+    def resolve(
+        self, backbone: Backbone, blocks: list[Block], options: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Put the architecture's default targets, and alpha = rank, in the config."""
+        if options["targets"] is None:
+            options["targets"] = self.default_targets(blocks)
+        if "alpha" in options and options["alpha"] is None:
+            options["alpha"] = options["rank"]
+        return options
+
+    def folded(self, replacement: Replacement) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each frozen tensor, or its q, k, v rows, and the merged values."""
+        original: Any = replacement.original
+        substitute: PeftLayer = replacement.substitute
+        if not isinstance(substitute, FusedProjection):
+            for name, values in merged_tensors(substitute).items():
+                yield getattr(original, name), values
+            return
+        for part, layer in substitute.parts.items():
+            for name, values in merged_tensors(layer).items():
+                thirds = getattr(original, name).chunk(3)  # views: written through
+                yield thirds["qkv".index(part)], values
+
+
+def wrap(
+    backbone: Backbone,
+    targets: Sequence[Target],
+    config: Any,
+    own_copies: bool = False,
+    inject_with: Callable[..., Any] | None = None,
+    refine: Callable[[PeftLayer], PeftLayer] | None = None,
+) -> list[Replacement]:
+    """Let `peft` wrap target layers, and return the replacements.
+
+    Args:
+        backbone: The backbone; not touched.
+        targets: From `find_targets`.
+        config: A peft configuration.
+        own_copies: Give peft copies of the frozen layers, because it changes them.
+        inject_with: See `inject`.
+        refine: Applied to each wrapped layer.
+    """
+    layers = inject(config, [_presented(t, own_copies) for t in targets], inject_with)
+    if refine is not None:
+        layers = [refine(layer) for layer in layers]
+    return _replacements(backbone.model, targets, layers)
+
+
+def inject(
+    config: Any,
+    layers: Sequence[nn.Module],
+    inject_with: Callable[..., Any] | None = None,
+) -> list[PeftLayer]:
+    """Let `peft` wrap layers, and return the wrapped ones.
+
+    The layers stay as they are: only the container they are put into is changed, and
+    thrown away.
+
+    Args:
+        config: A peft configuration; its `target_modules` is set here.
+        layers: Linear or convolution layers.
+        inject_with: A tuner's class, called with (container, config, name); needed
+            where layers share state, else peft's `inject_adapter_in_model`.
+
+    Returns:
+        One wrapped layer for each layer, in order.
+    """
+    from peft import inject_adapter_in_model
+
+    container = nn.ModuleDict({slot(i): layer for i, layer in enumerate(layers)})
+    config.target_modules = list(container)
+    # peft reads the device from the first parameter, and `Rows` have none of their own.
+    place = torch.empty(0, device=cast(Tensor, layers[0].weight).device)
+    container.register_parameter("place", nn.Parameter(place))
+    if inject_with is None:
+        inject_adapter_in_model(config, container, adapter_name=ADAPTER)
+    else:
+        inject_with(container, config, ADAPTER)
+    wrapped: list[PeftLayer] = [container[name] for name in config.target_modules]
+    for layer in wrapped:
+        for name, child in layer.named_children():
+            if name != "base_layer":
+                # Master weights of a half-precision backbone's adapter are in float32.
+                child._apply(_at_least_float32)
+    return wrapped
+
+
+def slot(number: int) -> str:
+    """Return the name that `inject` gives a layer by its place in the list."""
+    return f"layer_{number}"
+
+
+def merged_tensors(layer: PeftLayer) -> dict[str, Tensor]:
+    """Return the weight and bias that a wrapped layer amounts to, by peft's merging.
+
+    Args:
+        layer: A wrapped layer; it stays as it is.
+
+    Raises:
+        ValueError: A merged number is not finite.
+    """
+    base = layer.get_base_layer()
+    plain = _own_copy(base)
+    layer.base_layer = plain
+    try:
+        layer.merge(safe_merge=True)
+        return {name: tensor.data for name, tensor in plain.named_parameters()}
+    finally:
+        layer.base_layer = base
+        layer.merged_adapters.clear()
+
+
+def trained_tensors(layer: PeftLayer) -> dict[str, tuple[nn.Module, str]]:
+    """Return readable name -> (holder, attribute) of what a wrapped layer trains."""
+    tensors = {}
+    for kind in layer.adapter_layer_names:
+        held = getattr(layer, kind, None)
+        if held is None or ADAPTER not in held:
+            continue
+        if isinstance(held, nn.ModuleDict):
+            tensors[kind] = (held[ADAPTER], "weight")
+        else:  # a ParameterDict, as other tuners than LoRA use
+            tensors[kind] = (held, ADAPTER)
+    return tensors
+
+
+def _replacements(
+    model: nn.Module, targets: Sequence[Target], layers: list[PeftLayer]
+) -> list[Replacement]:
+    """Turn wrapped layers into replacements; parts of a fused layer share one."""
+    groups: dict[str, list[tuple[Target, PeftLayer]]] = {}
+    for target, layer in zip(targets, layers, strict=True):
+        groups.setdefault(target.path, []).append((target, layer))
+    replacements = []
+    for path, members in groups.items():
+        target, substitute = members[0]
+        tensors = trained_tensors(substitute)
+        if target.part is not None:
+            parts = {str(t.part): layer for t, layer in members}
+            substitute = FusedProjection(cast(nn.Linear, target.layer), parts)
+            tensors = {
+                f"{part}.{leaf}": place
+                for part, layer in parts.items()
+                for leaf, place in trained_tensors(layer).items()
+            }
+        replacements.append(Replacement.at(model, path, substitute, tensors))
+    return replacements
+
+
+def _presented(target: Target, own_copy: bool) -> nn.Module:
+    """Return the layer that peft gets to see; a copy if peft is going to change it."""
+    layer: nn.Module = target.layer
+    if target.part is not None:
+        layer = Rows(cast(nn.Linear, layer), *target.rows)
+    return _own_copy(layer) if own_copy else layer
+
+
+def _own_copy(layer: nn.Module) -> nn.Module:
+    if not isinstance(layer, Rows):
+        return copy.deepcopy(layer)
+    bias = layer.bias
+    plain = nn.Linear(
+        layer.in_features, layer.out_features, bias=bias is not None, device="meta"
+    )
+    plain.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+    if bias is not None:
+        plain.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    return plain
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _adds_delta(layer: PeftLayer) -> bool:
+    """True for plain LoRA on rows of the frozen weight itself."""
+    variants = getattr(layer, "lora_variant", None)
+    rows = isinstance(layer.get_base_layer(), Rows)
+    return rows and variants == {} and isinstance(layer.lora_A, nn.ModuleDict)
+
+
+def _delta(layer: PeftLayer, x: Tensor) -> Tensor:
+    """What plain LoRA adds to the output of its rows."""
+    down, up = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+    x = layer.lora_dropout[ADAPTER](x.to(down.weight.dtype))
+    return up(down(x)) * layer.scaling[ADAPTER]

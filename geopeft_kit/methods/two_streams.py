@@ -1,0 +1,198 @@
+"""Two token streams in one frozen ViT: a shared attention map, and the deflection.
+
+The parts of the DEFLECT-style method behind the embedding; all formulas are ours, see
+`deflect.py`. Taught in notebook 05.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Form = Literal["additive", "polar"]
+EPSILON = 1e-6
+
+
+def add_bounded(tokens: Tensor, direction: Tensor, rho: Tensor | float) -> Tensor:
+    """Additive form: move tokens by a share of their own length.
+
+    s + rho |s| n, with n the unit vector along `direction` (ours). The displacement is
+    exactly |rho| |s|, and the angle between old and new obeys sin(angle) <= |rho|.
+
+    Args:
+        tokens: s, (..., D).
+        direction: (..., D), of any length; where it is zero nothing moves.
+        rho: Signed size.
+    """
+    length = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True)
+    return tokens + rho * length * F.normalize(direction, dim=-1, eps=EPSILON)
+
+
+def turn(tokens: Tensor, direction: Tensor, theta: Tensor) -> Tensor:
+    """Polar form: turn tokens towards a direction and keep their length.
+
+    |s| (cos(theta) s/|s| + sin(theta) m), with m the unit part of `direction` that is
+    orthogonal to s (ours). The norm is kept and the angle is exactly |theta|.
+
+    Args:
+        tokens: s, (..., D).
+        direction: (..., D); where it is zero or along s, nothing turns.
+        theta: Signed angle in radians.
+    """
+    length = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True)
+    ahead = tokens / length.clamp(min=EPSILON)
+    aside = F.normalize(direction, dim=-1, eps=EPSILON)
+    aside = aside - (aside * ahead).sum(-1, keepdim=True) * ahead
+    aside = F.normalize(aside, dim=-1, eps=EPSILON)
+    turned = torch.cos(theta) * tokens + torch.sin(theta) * length * aside
+    # The norm is kept already; this also covers tokens that have nowhere to turn.
+    norm = torch.linalg.vector_norm(turned, dim=-1, keepdim=True)
+    return turned * (length / norm.clamp(min=EPSILON))
+
+
+class Deflection(nn.Module):
+    """Moves principal tokens into a direction read from what the auxiliary ones saw.
+
+    e = U ReLU(V a) through h numbers, no bias; the size is limit * tanh(g), with one
+    learnt scalar g a block.
+
+    Args:
+        g: The scalar; V and U are made where it is.
+        width: Token width D.
+        hidden: h; 0 for the ablation "attention", which adds g * a itself.
+        form: "additive" or "polar".
+        limit: Largest size (rho or theta); None for the ablation "unbounded".
+    """
+
+    def __init__(
+        self,
+        g: nn.Parameter,
+        width: int,
+        hidden: int,
+        form: Form,
+        limit: float | None,
+    ) -> None:
+        super().__init__()
+        self.form, self.limit = form, limit
+        self.g = g
+        if hidden:
+            self.V = nn.Linear(width, hidden, bias=False, device=g.device)
+            self.U = nn.Linear(hidden, width, bias=False, device=g.device)
+
+    @property
+    def size(self) -> Tensor:
+        """The signed rho (additive) or theta in radians (polar), a scalar."""
+        return self.g if self.limit is None else self.limit * torch.tanh(self.g)
+
+    def forward(self, tokens: Tensor, attended: Tensor) -> Tensor:
+        """Deflect.
+
+        Args:
+            tokens: s, principal tokens after the attention residual, (B, N, D).
+            attended: a, output of the shared attention for the auxiliary stream.
+
+        Returns:
+            (B, N, D), in the number type of the tokens.
+        """
+        direction = attended.to(self.g.dtype)
+        if hasattr(self, "U"):
+            direction = self.U(torch.relu(self.V(direction)))
+        # Lengths and angles need single precision, under autocast too.
+        precise = torch.promote_types(tokens.dtype, torch.float32)
+        s, direction, size = (x.to(precise) for x in (tokens, direction, self.size))
+        if self.form == "polar":
+            moved = turn(s, direction, size)
+        elif self.limit is None:
+            moved = s + size * direction
+        else:
+            moved = add_bounded(s, direction, size)
+        return moved.to(tokens.dtype)
+
+
+class UntangledBlock(nn.Module):
+    """A frozen timm block with two streams, auxiliary tokens in front.
+
+    All weights of the block serve both streams. The attention map comes from the
+    principal stream alone: where to look is the prior that was learnt on RGB.
+
+    Args:
+        block: timm's pre-norm `Block`.
+        deflection: What moves the principal stream; None where the block is not
+            chosen: it then works on the principal stream, and the other waits.
+        last: True if the auxiliary stream ends here.
+        auxiliary_mlp: Whether the auxiliary stream passes the block's MLP too.
+    """
+
+    def __init__(
+        self,
+        block: Any,
+        deflection: Deflection | None,
+        last: bool,
+        auxiliary_mlp: bool,
+    ) -> None:
+        super().__init__()
+        self.block = block
+        self.deflection = deflection
+        self.last = last
+        self.auxiliary_mlp = auxiliary_mlp
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, 2n, D), n auxiliary tokens first -> the same; (B, n, D) if last."""
+        block = self.block
+        if self.deflection is None:
+            auxiliary, principal = tokens.chunk(2, dim=1)  # (B, n, D) each
+            return torch.cat([auxiliary, block(principal)], dim=1)
+        attended = shared_attention(block.attn, block.norm1(tokens))
+        attended = block.drop_path1(block.ls1(attended))
+        auxiliary, principal = (tokens + attended).chunk(2, dim=1)  # (B, n, D) each
+        principal = self.deflection(principal, attended.chunk(2, dim=1)[0])
+        if self.last:
+            return self._mlp(principal)
+        if self.auxiliary_mlp:
+            return self._mlp(torch.cat([auxiliary, principal], dim=1))
+        return torch.cat([auxiliary, self._mlp(principal)], dim=1)
+
+    def _mlp(self, tokens: Tensor) -> Tensor:
+        block = self.block
+        return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
+
+
+def shared_attention(attention: Any, tokens: Tensor) -> Tensor:
+    """Run timm's attention on two streams with one map, softmax(q k^T / sqrt(d)).
+
+    Queries and keys come from the principal tokens, values from both; the values of
+    the two streams lie side by side, so that the map is computed once.
+
+    Args:
+        attention: timm's `Attention`.
+        tokens: (B, 2n, D) after the block's first norm, auxiliary first.
+
+    Returns:
+        (B, 2n, D), after the output projection.
+    """
+    auxiliary, principal = tokens.chunk(2, dim=1)  # (B, n, D) each
+    heads = attention.num_heads
+    qkv = attention.qkv(principal)  # (B, n, 3 * A)
+    q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(
+        2, 0, 3, 1, 4
+    )  # (B, heads, n, d)
+    q, k = attention.q_norm(q), attention.k_norm(k)
+    first = 2 * attention.qkv.out_features // 3
+    bias = None if attention.qkv.bias is None else attention.qkv.bias[first:]
+    other = F.linear(auxiliary, attention.qkv.weight[first:], bias)
+    other = other.unflatten(2, (heads, -1)).transpose(1, 2)  # (B, heads, n, d)
+    seen = F.scaled_dot_product_attention(
+        q,
+        k,
+        torch.cat([other, v], dim=-1),  # (B, heads, n, 2 * d)
+        dropout_p=attention.attn_drop.p if attention.training else 0.0,
+        scale=attention.scale,
+    )
+    # (B, heads, n, 2 * d) -> (B, 2, n, heads, d) -> (B, 2n, A)
+    seen = seen.unflatten(3, (2, -1)).permute(0, 3, 2, 1, 4).flatten(3).flatten(1, 2)
+    norm = getattr(attention, "norm", None)  # only with timm's scale_norm
+    seen = seen if norm is None else norm(seen)
+    return attention.proj_drop(attention.proj(seen))

@@ -1,0 +1,105 @@
+"""The benchmark's own arithmetic: what is chosen, compared, kept and taken up again."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+import geopeft_kit as gk
+from tests.toy import toy_data
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _path() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        yield
+    for name in ("paired", "shared", "methods"):
+        sys.modules.pop(name, None)
+
+
+def trial(label: str, rate: float, val: float, problem: str | None = None) -> dict:
+    row = {"label": label, "kind": "search", "seed": 100, "learning_rate": rate}
+    return {**row, "val": val, "problem": problem}
+
+
+def score(label: str, seed: int, test: float, rate: float = 0.01) -> dict:
+    row = {"label": label, "kind": "score", "seed": seed, "learning_rate": rate}
+    return {**row, "test": test, "problem": None}
+
+
+def test_the_best_trial_is_taken_and_an_optimum_at_the_edge_is_flagged() -> None:
+    from paired import chosen_rates, mark_searches
+
+    trials = [trial("a", 0.1, 0.5), trial("a", 0.01, 0.7), trial("a", 0.001, 0.6)]
+    trials += [trial("b", 0.1, 0.9, "diverged"), trial("b", 0.01, 0.2)]
+    trials += [trial("b", 0.001, 0.4)]
+    rows = pd.DataFrame(trials)
+    assert chosen_rates(rows) == {"a": 0.01, "b": 0.001}
+    edges = mark_searches(rows).groupby("label")["at_edge"].first()
+    assert not edges["a"] and edges["b"]
+
+
+def test_rows_of_a_rate_no_longer_chosen_are_left_out() -> None:
+    from paired import final_rows
+
+    rows = pd.DataFrame(
+        [trial("a", 0.1, 0.5), trial("a", 0.01, 0.7)]
+        + [score("a", 0, 0.3, rate=0.1), score("a", 0, 0.4, rate=0.01)]
+    )
+    assert final_rows(rows)["test"].to_list() == [0.4]
+
+
+def test_differences_are_paired_over_the_seeds_that_both_have() -> None:
+    from paired import difference
+
+    base, gain = [0.5, 0.7, 0.6], [0.031, 0.042, 0.036]
+    rows = [score("full", seed, value) for seed, value in enumerate([*base, 0.9])]
+    rows += [
+        score("lora", seed, value + more)
+        for seed, (value, more) in enumerate(zip(base, gain, strict=True))
+    ]
+    shown = difference(pd.DataFrame(rows), "lora", "full", "test")
+    low, high = stats.t.interval(0.95, 2, np.mean(gain), stats.sem(gain))
+    expected = f"{100 * np.mean(gain):+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    assert shown == f"{expected} better"
+
+
+def test_a_cut_study_goes_on_and_a_failure_is_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from paired import Journal, Study, final_rows
+
+    data = toy_data(tmp_path / "toy")
+
+    def study(writer: int) -> Study:
+        journal = Journal(tmp_path, "toy", writer)
+        return Study(data, "geopeft_tiny", {"weights": None}, 1, 8, journal)
+
+    lora = gk.Candidate("lora", "lora", {"rank": 2}, learning_rates=(1e-4, 1e-3))
+    wrong = gk.Candidate("wrong", "lora", {"rank": -1}, learning_rates=(1e-4, 1e-3))
+    study(0).run([lora, wrong], seeds=[0])
+    rows = study(0).journal.rows()
+    assert rows["kind"].value_counts().to_dict() == {"search": 4, "score": 1}
+    assert rows[rows["label"] == "wrong"]["problem"].str.contains("rank").all()
+    assert rows[rows["kind"] == "search"]["test"].isna().all()
+
+    began = []
+    train = Study._train
+
+    def watch(self: Study, candidate: gk.Candidate, seed: int, rate: float) -> dict:
+        began.append((candidate.label, seed))
+        return train(self, candidate, seed, rate)
+
+    monkeypatch.setattr(Study, "_train", watch)
+    study(1).run([lora, wrong], seeds=[0, 1])  # another process, one more seed
+    assert began == [("lora", 1)]
+    assert sorted(final_rows(study(0).journal.rows())["seed"]) == [0, 1]
