@@ -262,8 +262,9 @@ def final_rows(rows: pd.DataFrame) -> pd.DataFrame:
     """The scored rows at the chosen rates: what the tables are made of."""
     rates = chosen_rates(rows)
     scored = rows[rows["kind"] == "score"]
-    wanted = scored["label"].map(rates)
-    return scored[(scored["learning_rate"] - wanted).abs() < 1e-12]
+    wanted = scored["label"].map(rates).astype(float)
+    chosen = scored[(scored["learning_rate"] - wanted).abs() < 1e-12]
+    return chosen.drop_duplicates(["label", "seed"])  # two processes met
 
 
 def difference(rows: pd.DataFrame, label: str, reference: str, column: str) -> str:

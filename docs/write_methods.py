@@ -29,18 +29,24 @@ ESCAPED = r"\|"
 TEXT = """\
 # Every method
 
-Written by `python docs/write_methods.py` from the cards that `gk.list_methods()` gives. `gk.attach(backbone, name)` puts
-a method on a frozen backbone; an error says why one does not fit, and which do.
+Written by `python docs/write_methods.py` from the cards that `gk.list_methods()` gives.
+`gk.attach(backbone, name)` puts a method on a frozen backbone; an error says why one
+does not fit, and which do.
 
 ## What each one trains
 
-D width, L blocks, r rank, h bottleneck width, n prompts. "Identity at start" and "mergeable" are meant for the default
-options; an adapter says of itself what holds for its own: `adapter.identity_at_start`, `adapter.mergeable`.
+D width, L blocks, r rank, h bottleneck width, n prompts. "Identity at start" and
+"mergeable" are meant for the default options. An adapter says what holds for its own:
+`adapter.identity_at_start`, `adapter.mergeable`.
 
 {methods}
 ## Which method serves which architecture
 
 {serves}
+Asked of {asked}.
+Smaller relatives have fewer kinds of layer: ConvNeXt atto to nano no Linear layers
+(`vera`, `fourierft`), ResNet-18 and -34 no 1x1 convolutions (`oft`).
+
 Where it says no, this is the reason that `attach` gives:
 
 {reasons}
@@ -58,6 +64,7 @@ def page() -> str:
     text = TEXT.format(
         methods=method_table(),
         serves=serving_table(refusals),
+        asked=", ".join(f"`{name}`" for name in ARCHITECTURES.values()),
         reasons=reason_list(refusals),
         options=option_table(cards),
     )

@@ -81,7 +81,7 @@ def build_model(
     channels = [c * dates for c in backbone.channels]
     strides = list(backbone.strides)
     decoder = decoder or ("linear" if task in WHOLE_IMAGE_TASKS else "unet")
-    if backbone.adapter_makes_maps and decoder in ("linear", "fcn"):
+    if decoder in ("linear", "fcn") and _adapter_makes_maps(backbone):
         options.setdefault("all_scales", True)
     if task in WHOLE_IMAGE_TASKS:
         part = construct(
@@ -94,6 +94,11 @@ def build_model(
     if fusion:
         config["fusion"] = fusion
     return Model(backbone, part, config)
+
+
+def _adapter_makes_maps(backbone: Backbone) -> bool:
+    """Whether the four maps are an active adapter's own, at strides of its own."""
+    return hasattr(getattr(backbone, "refine", None), "strides")
 
 
 def _check_choices(

@@ -306,22 +306,26 @@ def test_sizes_in_the_network_obey_the_bound(stage: str, form: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "count"), [("base", 197_964), ("large", 460_376), ("small", 99_276)]
+    ("name", "count"),
+    [
+        ("cross_scale_mae_base", 197_964),
+        ("scalemae_large", 460_376),
+        ("dino_mc_small", 99_276),
+    ],
 )
-def test_counts_of_real_sizes(size: str, count: int) -> None:
+def test_counts_and_shapes_of_real_sizes(name: str, count: int) -> None:
+    """ViT-B/16, ViT-L/16 and ViT-S/8 under 13 bands, on the meta device."""
     with torch.device("meta"):
         backbone = gk.load_backbone(
-            f"timm:vit_{size}_patch16_224",
-            weights=None,
-            bands="sentinel2_l1c",
-            new_bands="ignore",
+            name, weights=None, bands="sentinel2_l1c", new_bands="ignore"
         )
     adapter = gk.attach(backbone, "deflect")
+    D, L, patch = backbone.width, len(backbone.blocks), backbone.strides[0]
     assert adapter.num_parameters == count
-    D, L = backbone.width, len(backbone.blocks)
     assert count == (13 + 4 + 1) * 32 + (2 * 32 + 1) * D + L * (2 * 8 * D + 1)
     assert all(p.is_meta for p in adapter.parameters())
-    assert backbone(torch.zeros(1, 13, 32, 32, device="meta"))[-1].shape[1] == D
+    x = torch.zeros(2, 13, 2 * patch, 2 * patch, device="meta")
+    assert [m.shape for m in backbone(x)] == [(2, D, 2, 2)] * 4
 
 
 @pytest.mark.parametrize(("stage", "form"), LADDER)
@@ -515,25 +519,6 @@ def test_other_number_types(form: str) -> None:
         double = flat(exact(image(exact).double()))
     assert double.dtype == torch.float64
     torch.testing.assert_close(double.float(), single, atol=1e-3, rtol=1e-3)
-
-
-SHAPES = ["scalemae_large", "dino_mc_small", "cross_scale_mae_base"]
-
-
-@pytest.mark.parametrize("name", ["timm:vit_small_patch8_224", *SHAPES])
-def test_the_networks_of_the_paper_on_the_meta_device(name: str) -> None:
-    known = [card.name for card in gk.list_backbones()]
-    if not name.startswith("timm:") and name not in known:
-        pytest.skip(f"{name} is no backbone of this version")
-    with torch.device("meta"):
-        backbone = gk.load_backbone(
-            name, weights=None, bands="sentinel2_l1c", new_bands="ignore"
-        )
-    D, L, p = backbone.width, len(backbone.blocks), backbone.strides[0]
-    adapter = gk.attach(backbone, "deflect")
-    assert adapter.num_parameters == 18 * 32 + 65 * D + L * (16 * D + 1)
-    x = torch.zeros(2, 13, 2 * p, 2 * p, device="meta")
-    assert [m.shape for m in backbone(x)] == [(2, D, 2, 2)] * 4
 
 
 BAD = [

@@ -117,7 +117,7 @@ def test_outputs_and_gradients_equal_those_of_peft(
 ) -> None:
     backbone = backbone_of(kind)
     twin = copy.deepcopy(backbone)
-    adapter = gk.attach(backbone, name, layers="last:2", **options)
+    adapter = gk.attach(backbone, name, layers=[0, 1], **options)
     if kind == "fused":
         for block in twin.model.blocks:
             block.attn.qkv = SplitQkv(block.attn.qkv)
@@ -193,8 +193,8 @@ def vit_base() -> Backbone:
     ("name", "options", "formula"), FORMULAS, ids=[f"{f[0]}-{f[1]}" for f in FORMULAS]
 )
 def test_counts_follow_the_formulas(vit_base, name, options, formula) -> None:
-    adapter = gk.attach(vit_base, name, layers=[0, 11], **options)
-    expected = 2 * sum(formula(out * 768, inputs * 768) for out, inputs in SHAPES)
+    adapter = gk.attach(vit_base, name, layers=[11], **options)
+    expected = sum(formula(out * 768, inputs * 768) for out, inputs in SHAPES)
     assert adapter.num_parameters == expected
     assert adapter.num_bytes == 4 * expected  # nothing but what trains is saved
     adapter.detach()
@@ -406,7 +406,7 @@ def test_allocation_and_penalty_are_those_of_peft() -> None:
 
 
 def test_fit_prunes_to_the_budget_and_saving_keeps_it(tmp_path: Path) -> None:
-    data = toy_data(tmp_path / "data")
+    data = toy_data(tmp_path / "data", chips=12, size=16)
     torch.manual_seed(0)
     model = make_model("adalora", rank=2, start_rank=4)
     adapter = model.backbone.adapter
@@ -430,13 +430,13 @@ def test_a_resumed_run_prunes_as_one_never_interrupted(
 ) -> None:
     from geopeft_kit.training.callbacks import Checkpoint
 
-    data = toy_data(tmp_path / "data")
+    data = toy_data(tmp_path / "data", chips=12, size=16)
 
     def train(folder: str, resume: bool = False) -> Any:
         torch.manual_seed(0)
         model = make_model("adalora", rank=2, start_rank=4)
         where = tmp_path / folder
-        gk.fit(model, data, epochs=4, folder=where, resume=resume, progress=False)
+        gk.fit(model, data, epochs=3, folder=where, resume=resume, progress=False)
         return model.backbone.adapter
 
     whole = train("whole")
@@ -497,8 +497,11 @@ def test_efficientvim_gives_its_stem_and_its_stages() -> None:
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("kind", ["efficientvim_m1", "mambaout_femto"])
-@pytest.mark.parametrize("name", ["lora", "loha", "ia3", "bias", "norm"])
+SERVED = [("efficientvim_m1", name) for name in ("lora", "ia3", "bias", "norm")]
+SERVED += [("mambaout_femto", name) for name in ("lora", "norm")]
+
+
+@pytest.mark.parametrize(("kind", "name"), SERVED)
 def test_methods_serve_state_space_models(kind: str, name: str) -> None:
     backbone = backbone_of(kind)
     before = {key: value.clone() for key, value in backbone.state_dict().items()}

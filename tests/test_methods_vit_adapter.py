@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import geopeft_kit as gk
+from geopeft_kit.decoders import build_decoder
 from geopeft_kit.methods.deformable import DeformableAttention, centres
 from geopeft_kit.methods.vit_adapter import Passage, cut
 
@@ -109,7 +110,7 @@ def test_four_strides_and_channels_at_any_size(
         backbone(torch.rand(1, len(backbone.bands), 48, 64))
     adapter.deactivate()
     assert backbone.strides == own
-    assert not backbone.adapter_makes_maps
+    assert gk.build_model(backbone, "linear").decoder.reads == (3,)
 
 
 @pytest.mark.parametrize("kind", ["fused", "split"])
@@ -225,6 +226,25 @@ def test_counts_of_decoders_that_read_all_scales() -> None:
     assert change(torch.rand(2, 6, 2, 32, 32)).shape == (2, 2, 32, 32)
 
 
+@pytest.mark.parametrize("name", ["linear", "fcn"])
+@pytest.mark.parametrize(
+    ("channels", "strides"),
+    [([8, 16, 24, 32], [4, 8, 16, 32]), ([16] * 4, [8] * 4)],
+)
+def test_all_scales_of_other_backbones_can_be_read_too(name, channels, strides) -> None:
+    options = {} if name == "linear" else {"width": 16}
+    decoder = build_decoder(name, channels, strides, 2, all_scales=True, **options)
+    maps = [
+        torch.randn(1, c, 64 // s, 32 // s, requires_grad=True)
+        for c, s in zip(channels, strides, strict=True)
+    ]
+    logits = decoder(maps, (64, 32))
+    assert logits.shape == (1, 2, 64, 32)
+    logits.square().sum().backward()
+    assert all(m.grad.any() for m in maps)
+    assert all(p.grad.any() for p in decoder.parameters())
+
+
 @pytest.mark.parametrize("task", ["segmentation", "classification"])
 def test_a_model_built_for_other_maps_says_so(task: str) -> None:
     backbone = make("fused")
@@ -285,6 +305,8 @@ def test_counts_of_real_sizes(size: str, dim: int, heads: int, count: int) -> No
     assert adapter.num_parameters == formula(64, dim, 3, 4, heads, 4, 0.5, 0.25)
     assert adapter.num_parameters == count
     assert all(p.is_meta for p in adapter.parameters())
+    maps = backbone(torch.zeros(2, 3, 64, 32, device="meta"))
+    assert [m.shape[2:] for m in maps] == [(16, 8), (8, 4), (4, 2), (2, 1)]
 
 
 def test_options_reach_the_network() -> None:

@@ -62,6 +62,11 @@ def main() -> None:
         "plot_resources",
         FIGURES / "02_memory.png",
     )
+    copy_figure(
+        BUILD / "gallery" / "03_lora_by_hand.html",
+        "cividis",
+        FIGURES / "03_moved.png",
+    )
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def find_card(name: str) -> BackboneCard:
     hint = f"did you mean {' or '.join(close)}? " if close else ""
     raise ValueError(
         f"no backbone {name!r}: {hint}There are {', '.join(_CARDS)}, and "
-        "timm:<name> for timm's ViT, Swin, ConvNeXt and ResNet"
+        "timm:<name> for timm's ViT, Swin, ConvNeXt, ResNet, MambaOut, EfficientViM"
     )
 
 

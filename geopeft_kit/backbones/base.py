@@ -95,7 +95,8 @@ class Backbone(nn.Module):
         select: sees the normalised image first; a method may take its place.
         refine: sees the four maps last, and hands them on as they are; what takes its
             place may have `channels` and `strides` of its own.
-        layout: ``"vit"``, ``"convnext"``, ``"resnet"``, ``"swin"``.
+        layout: ``"vit"``, ``"convnext"``, ``"resnet"``, ``"swin"``, ``"mambaout"`` or
+            ``"efficientvim"``.
         width: token width of a ViT, else None.
         num_prefix_tokens: tokens before the patch tokens (class, registers).
         image_size: height and width in pixels that it was loaded for.
@@ -171,11 +172,6 @@ class Backbone(nn.Module):
     @strides.setter
     def strides(self, strides: Sequence[int]) -> None:
         self._strides = list(strides)
-
-    @property
-    def adapter_makes_maps(self) -> bool:
-        """Whether the maps are an adapter's own, at strides of its own."""
-        return hasattr(self.refine, "strides")
 
     def normalised(self, image: Tensor) -> Tensor:
         """Reflectance 0-1 as the network wants it, (B, C, H, W) both."""

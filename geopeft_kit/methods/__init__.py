@@ -30,11 +30,12 @@ from geopeft_kit.methods.deflect import Deflect
 from geopeft_kit.methods.earth_adapter import EarthAdapter
 from geopeft_kit.methods.full import Frozen, Full, LastBlocks
 from geopeft_kit.methods.hugging_face import Dora, Lora
+from geopeft_kit.methods.ia3 import Ia3
 from geopeft_kit.methods.mona import Mona
-from geopeft_kit.methods.multiplicative import Boft, Ia3, Oft
 from geopeft_kit.methods.norm import Norm
 from geopeft_kit.methods.prompt import VisualPrompts
 from geopeft_kit.methods.quantised import QuantisedAdapter
+from geopeft_kit.methods.rotations import Boft, Oft
 from geopeft_kit.methods.scale_shift import ScaleShiftFeatures
 from geopeft_kit.methods.scaled_low_rank import ScaledLowRankAdapters
 from geopeft_kit.methods.storage import SavedAdapter, read_adapter

@@ -23,7 +23,8 @@ from geopeft_kit.methods.base import (
     check_share,
     check_whole,
 )
-from geopeft_kit.methods.peft_layers import ADAPTER, PeftMethod, wrap
+from geopeft_kit.methods.peft_layers import ADAPTER, wrap
+from geopeft_kit.methods.peft_method import PeftMethod
 from geopeft_kit.methods.targets import find_targets
 
 if TYPE_CHECKING:
@@ -89,10 +90,10 @@ class AdaLora(PeftMethod):
         from peft import AdaLoraConfig
 
         check_whole("rank", rank)
-        check_whole("start_rank", start_rank, minimum=rank + 1)
+        most = check_whole("start_rank", start_rank, minimum=rank + 1)
         scale: Any = check_above_zero("alpha", alpha)  # peft declares whole numbers
         config = AdaLoraConfig(
-            init_r=start_rank,
+            init_r=most,
             target_r=rank,
             lora_alpha=scale,
             lora_dropout=check_share("dropout", dropout),

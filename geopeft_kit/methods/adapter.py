@@ -96,7 +96,7 @@ class Adapter:
         yield from self._trained().values()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return every tensor that is saved: trained ones, and buffers that move."""
+        """Return what is saved, unpacked: trained tensors, and buffers that move."""
         self._check("tensors")
         return self._tensors()
 
@@ -168,9 +168,10 @@ class Adapter:
             from geopeft_kit.methods import list_methods
 
             able = [card.name for card in list_methods() if card.mergeable]
+            these = " with these options" if self.method.mergeable else ""
             raise ValueError(
-                f"{self.name!r} cannot be merged: what it adds is no change of a "
-                f"weight. Methods that merge: {', '.join(able)}."
+                f"{self.name!r}{these} cannot be merged: what it adds is no change of "
+                f"a weight. Methods that merge: {', '.join(able)}."
             )
         adapters = attachments_of(self.backbone).adapters
         others = [adapter.name for adapter in adapters if adapter is not self]

@@ -23,7 +23,8 @@ from geopeft_kit.methods.base import (
     check_share,
     check_whole,
 )
-from geopeft_kit.methods.peft_layers import PeftMethod, wrap
+from geopeft_kit.methods.peft_layers import wrap
+from geopeft_kit.methods.peft_method import PeftMethod
 from geopeft_kit.methods.targets import Kinds, find_targets
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Vera(PeftMethod):
     count_formula = "r + out per target"
     learning_rate = 5e-3  # ours
     needs = "networks with Linear layers in their blocks"
-    kinds: Kinds = (nn.Linear,)
+    kinds = (nn.Linear,)
 
     def build(
         self,
@@ -99,7 +100,7 @@ class LoHa(PeftMethod):
     count_formula = "2r * (in + out) per target"
     learning_rate = 8e-4  # as LoRA; ours
     needs = "networks with Linear or ungrouped convolutions in their blocks"
-    kinds: Kinds = WITH_CONV1D
+    kinds = WITH_CONV1D
 
     def build(
         self,
@@ -142,7 +143,7 @@ class LoKr(PeftMethod):
     count_formula = "a*c + r * (b + d) per target, out = a*b, in = c*d"
     learning_rate = 8e-4  # as LoRA; ours
     needs = "networks with Linear or ungrouped convolutions in their blocks"
-    kinds: Kinds = WITH_CONV1D
+    kinds = WITH_CONV1D
 
     def build(
         self,
@@ -191,7 +192,7 @@ class FourierFT(PeftMethod):
     count_formula = "n per target"
     learning_rate = 5e-2  # ours: a coefficient moves a weight by scale / (in * out)
     needs = "networks with Linear layers in their blocks"
-    kinds: Kinds = (nn.Linear,)
+    kinds = (nn.Linear,)
 
     def build(
         self,

@@ -1,7 +1,7 @@
 """LoRA and DoRA, computed by Hugging Face `peft`. Taught in notebook 03.
 
-Their relatives are in `adalora.py`, `additive.py` and `multiplicative.py`; how layers
-of `peft` get into a backbone is in `peft_layers.py`.
+Their relatives are in `adalora.py`, `additive.py`, `rotations.py` and `ia3.py`; how
+layers of `peft` get into a backbone is in `peft_layers.py`.
 
 Of peft's further starts of LoRA, those that read data first (EVA, CorDA, LoRA-GA) and
 LoftQ, which needs quantised weights, are left out: `attach` sees no data.
@@ -27,8 +27,9 @@ from geopeft_kit.methods.base import (
     check_share,
     check_whole,
 )
-from geopeft_kit.methods.peft_layers import PeftMethod, wrap
-from geopeft_kit.methods.targets import Kinds, Target, find_targets
+from geopeft_kit.methods.peft_layers import wrap
+from geopeft_kit.methods.peft_method import PeftMethod
+from geopeft_kit.methods.targets import Target, find_targets
 
 if TYPE_CHECKING:
     from geopeft_kit.backbones.base import Backbone
@@ -49,7 +50,7 @@ class _LowRank(PeftMethod):
     """What LoRA and DoRA share: options, injection, export."""
 
     needs = "networks with Linear or ungrouped convolutions in their blocks"
-    kinds: Kinds = (nn.Linear, nn.Conv2d, nn.Conv1d)
+    kinds = (nn.Linear, nn.Conv2d, nn.Conv1d)
 
     def export(self, adapter: Adapter, folder: Path) -> None:
         """Write `adapter_config.json` and `adapter_model.safetensors` of peft.

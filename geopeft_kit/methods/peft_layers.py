@@ -9,19 +9,14 @@ their rows of the fused weight. Taught in notebook 03.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from geopeft_kit.methods.base import Block, Method, Replacement
-from geopeft_kit.methods.targets import (
-    LINEAR_CONV2D,
-    Kinds,
-    Target,
-    default_targets,
-)
+from geopeft_kit.methods.base import Replacement
+from geopeft_kit.methods.targets import Target
 
 if TYPE_CHECKING:
     from geopeft_kit.backbones.base import Backbone
@@ -92,60 +87,14 @@ class FusedProjection(nn.Module):
         """Project (..., in_features) to (..., out_features)."""
         if all(_adds_delta(layer) for layer in self.parts.values()):
             out = self.base_layer(x)
-            for layer in self.parts.values():
+            parts: Any = self.parts.values()
+            for layer in parts:
                 rows = layer.get_base_layer()
                 delta = _delta(layer, x).to(out.dtype)
                 out[..., rows.first : rows.last] += delta  # nothing saved for backward
             return out
-        layers = {**self.frozen._modules, **self.parts._modules}
-        return torch.cat([cast(nn.Module, layers[part])(x) for part in "qkv"], dim=-1)
-
-
-class PeftMethod(Method):
-    """What the methods around `peft` share: default targets, merging.
-
-    Attributes:
-        kinds: Types of layer that the method's peft layers exist for.
-    """
-
-    mergeable = True
-    identity_at_start = True
-    needs = "networks with Linear or ungrouped Conv2d layers in their blocks"
-    kinds: ClassVar[Kinds] = LINEAR_CONV2D
-
-    def why_not(self, backbone: Backbone) -> str | None:
-        """Refuse networks whose blocks hold no layer that peft can wrap."""
-        if self.default_targets(backbone.blocks):
-            return None
-        words = " or ".join(kind.__name__ for kind in self.kinds)
-        return f"its blocks hold no {words} layer for it (grouped ones do not count)"
-
-    def default_targets(self, blocks: Sequence[Block]) -> tuple[str, ...]:
-        """Return the short names of the layers that suit the method."""
-        return default_targets(blocks, self.kinds)
-
-    def resolve(
-        self, backbone: Backbone, blocks: list[Block], options: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Put the architecture's default targets, and alpha = rank, in the config."""
-        if options["targets"] is None:
-            options["targets"] = self.default_targets(blocks)
-        if "alpha" in options and options["alpha"] is None:
-            options["alpha"] = options["rank"]
-        return options
-
-    def folded(self, replacement: Replacement) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield each frozen tensor, or its q, k, v rows, and the merged values."""
-        original: Any = replacement.original
-        substitute: PeftLayer = replacement.substitute
-        if not isinstance(substitute, FusedProjection):
-            for name, values in merged_tensors(substitute).items():
-                yield getattr(original, name), values
-            return
-        for part, layer in substitute.parts.items():
-            for name, values in merged_tensors(layer).items():
-                thirds = getattr(original, name).chunk(3)  # views: written through
-                yield thirds["qkv".index(part)], values
+        layers: dict[str, Any] = {**self.frozen, **self.parts}
+        return torch.cat([layers[part](x) for part in "qkv"], dim=-1)
 
 
 def wrap(

@@ -88,11 +88,9 @@ class Passage:
                 "A block of a ViT-Adapter was called outside a forward pass of its "
                 "backbone. Call backbone(image), not backbone.model."
             )
-        first = self._seen.setdefault(place, tokens.detach())
-        if first.data_ptr() != tokens.data_ptr() and not (
-            first.shape == tokens.shape
-            and torch.allclose(first, tokens, equal_nan=True)
-        ):
+        if place not in self._seen:
+            self._seen[place] = tokens.detach()
+        elif not _same(self._seen[place], tokens):
             raise RuntimeError(
                 "A block of a ViT-Adapter was called again with other tokens, after "
                 "its forward pass. With recomputed blocks (gradient checkpointing), "
@@ -483,6 +481,10 @@ def _convolution(inputs: int, outputs: int, stride: int) -> nn.Sequential:
 
 def _ordinal(number: int) -> str:
     return "extractor" if number == 0 else f"extractor_{number + 1}"
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    return first.shape == second.shape and torch.allclose(first, second, equal_nan=True)
 
 
 def _share(width: int, option: str, ratio: float) -> int:

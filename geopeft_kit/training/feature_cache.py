@@ -72,10 +72,7 @@ class FeatureCache(Dataset):
         return batch
 
     def _append(self, model: Model, batch: Mapping[str, Any], device: Any) -> None:
-        meta = batch_meta(batch)
-        if meta is not None:
-            meta = {key: value.to(device) for key, value in meta.items()}
-        maps = model.features(batch["image"].to(device), meta)
+        maps = batch_features(model, batch, device)
         self.size = tuple(batch["image"].shape[-2:])
         target = "mask" if "mask" in batch else "label"
         for index, region in enumerate(batch["region"]):
@@ -88,6 +85,16 @@ class FeatureCache(Dataset):
                     "region": region,
                 }
             )
+
+
+def batch_features(
+    model: Model, batch: Mapping[str, Any], device: torch.device | str
+) -> list[Tensor]:
+    """Return the feature maps of a batch's images, computed on a device."""
+    meta = batch_meta(batch)
+    if meta is not None:
+        meta = {key: value.to(device) for key, value in meta.items()}
+    return model.features(batch["image"].to(device), meta)
 
 
 def _check_room(samples: list[dict[str, Any]], total: int, limit_mib: float) -> None:

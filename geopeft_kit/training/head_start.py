@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from geopeft_kit.data.chips import ChipData
 from geopeft_kit.model import WHOLE_IMAGE_TASKS, Model
-from geopeft_kit.training.feature_cache import FeatureCache
+from geopeft_kit.training.feature_cache import FeatureCache, batch_features
 from geopeft_kit.training.task import batch_target, compute_loss
 
 
@@ -60,8 +60,9 @@ def calibrate(
         limit: Chips that are enough for a mean and a spread per channel.
     """
     chosen = data.subset(limit) if len(data.dataset("train")) > limit else data
-    cache = FeatureCache(model, chosen.dataloader("train", augment=False), device)
-    model.calibrate([level.to(device) for level in cache.maps])
+    loader = chosen.dataloader("train", augment=False)
+    # One batch at a time: four large maps of many chips would fill the memory.
+    model.calibrate(batch_features(model, batch, device) for batch in loader)
 
 
 def start_head(

@@ -1,13 +1,12 @@
-"""Factors on a frozen W: scaled by (IA)^3, rotated by OFT and BOFT.
+"""Rotations of a frozen W: OFT and BOFT. Taught in notebook 03.
 
 The layers are those of Hugging Face `peft`, less four faults of version 0.21.2: its OFT
 takes the channels-last maps of a Linear (B, H, W, C) for images, and is no identity on
 convolutions that look at more than one cell; its BOFT tries to compile a CUDA extension
-and silently goes on with one factor where that fails, and keeps an (in, in) permutation
-matrix per layer. Taught in notebook 03.
+and goes on with one factor where that fails, and keeps an (in, in) permutation matrix
+per factor and layer.
 
-Source: Liu et al. 2022, (IA)^3, arXiv 2205.05638; Qiu et al. 2023, OFT, arXiv
-2306.07280; Liu et al. 2023, BOFT, arXiv 2311.06243.
+Source: Qiu et al. 2023, OFT, arXiv 2306.07280; Liu et al. 2023, BOFT, arXiv 2311.06243.
 """
 
 from __future__ import annotations
@@ -22,60 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geopeft_kit.methods.base import Block, Replacement, check_whole
-from geopeft_kit.methods.peft_layers import PeftLayer, PeftMethod, slot, wrap
-from geopeft_kit.methods.targets import Target, available_targets, find_targets
+from geopeft_kit.methods.peft_layers import ADAPTER, PeftLayer, wrap
+from geopeft_kit.methods.peft_method import PeftMethod
+from geopeft_kit.methods.targets import Target, find_targets
 
 if TYPE_CHECKING:
     from geopeft_kit.backbones.base import Backbone
-
-
-class Ia3(PeftMethod):
-    """One trained factor per channel, 1 at the start: l * (W x + b), or W (l * x) + b.
-
-    Factors stand on the output of a target. Those of an MLP's second layer, fc2, stand
-    on its input, the activations between the two layers, as in the paper. Its
-    targets k, v and these activations are the default where there are such layers.
-    """
-
-    name = "ia3"
-    title = "(IA)^3"
-    paper = "Liu et al. 2022, (IA)^3, arXiv 2205.05638"
-    trained = "one factor per output channel of each target, or input channel of fc2"
-    count_formula = "out per target (in for fc2); 6D per ViT block by default"
-    learning_rate = 5e-3  # ours
-
-    def default_targets(self, blocks: Sequence[Block]) -> tuple[str, ...]:
-        """Return k, v and fc2, or what the architecture has instead."""
-        usual = super().default_targets(blocks)
-        if "fc2" not in usual:
-            return usual
-        present = available_targets(blocks)
-        return (*(name for name in ("k", "v") if _found(name, present)), "fc2")
-
-    def build(
-        self,
-        backbone: Backbone,
-        blocks: list[Block],
-        *,
-        targets: Sequence[str] | None = None,
-    ) -> list[Replacement]:
-        """Wrap the target layers with peft's (IA)^3.
-
-        Args:
-            backbone: The backbone.
-            blocks: The blocks to look for targets in.
-            targets: Short names of layers; None for the architecture's default.
-        """
-        from peft import IA3Config
-
-        chosen = find_targets(blocks, targets or (), self.kinds)
-        config = IA3Config(feedforward_modules=[])
-        config.feedforward_modules = [
-            slot(i)
-            for i, target in enumerate(chosen)
-            if "fc2" in target.path.split(".")
-        ]
-        return wrap(backbone, chosen, config)
 
 
 class Oft(PeftMethod):
@@ -199,39 +150,42 @@ class PlainButterfly:
     cayley_batch: Any
     get_base_layer: Any
 
-    def get_delta_weight(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """Return the rotation (in, in) and the factors (out, 1)."""
-        parameters = self.boft_R[adapter]  # (m, blocks, b, b)
+    def rotate(self, weight: Tensor, adapter: str) -> Tensor:
+        """Return W R of a matrix W, (rows, in), factor by factor and block by block."""
+        parameters = self.boft_R[adapter]  # (m, n, b, b)
         blocks = self.cayley_batch(parameters.flatten(0, 1)).view_as(parameters)
-        steps = [
-            torch.block_diag(*factor)[order][:, order]  # (in, in)
-            for factor, order in zip(blocks, self.boft_P, strict=True)
-        ]
-        rotation = functools.reduce(lambda done, step: step @ done, steps)
-        return rotation, self.boft_s[adapter].view(-1, 1)
+        for factor, order in zip(blocks, self.boft_P, strict=True):
+            sorted_in = weight[:, order.argsort()].unflatten(1, factor.shape[:2])
+            turned = torch.einsum("rnk,njk->rnj", sorted_in, factor)  # (rows, n, b)
+            weight = turned.flatten(1)[:, order]
+        return weight
+
+    def get_delta_weight(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """Return the rotation (in, in) and the factors (out, 1), for peft's merging."""
+        kept = self.boft_R[adapter]
+        identity = torch.eye(self.boft_P.shape[1], device=kept.device, dtype=kept.dtype)
+        return self.rotate(identity, adapter).T, self.boft_s[adapter].view(-1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer with its rotated and scaled weight."""
-        from geopeft_kit.methods.peft_layers import ADAPTER
-
         base = self.get_base_layer()
-        rotation, scale = self.get_delta_weight(ADAPTER)
-        weight = base.weight.flatten(1).to(rotation.dtype) @ rotation.T * scale
-        weight = weight.view(base.weight.shape).to(x.dtype)
+        scale = self.boft_s[ADAPTER].view(-1, 1)
+        weight = base.weight.flatten(1).to(scale.dtype)
+        weight = (self.rotate(weight, ADAPTER) * scale).view(base.weight.shape)
         bias = None if base.bias is None else base.bias.to(x.dtype)
         if isinstance(base, nn.Linear):
-            return F.linear(x, weight, bias)
-        return base._conv_forward(x, weight, bias)
+            return F.linear(x, weight.to(x.dtype), bias)
+        return base._conv_forward(x, weight.to(x.dtype), bias)
 
 
 def _flattened(layer: PeftLayer) -> PeftLayer:
     if isinstance(layer.get_base_layer(), nn.Linear):
-        layer.__class__ = _mixed(FlattenedOft, type(layer))
+        layer.__class__ = _mixed(FlattenedOft, layer.__class__)
     return layer
 
 
 def _plain_butterfly(layer: PeftLayer) -> PeftLayer:
-    layer.__class__ = _mixed(PlainButterfly, type(layer))
+    layer.__class__ = _mixed(PlainButterfly, layer.__class__)
     order = layer.boft_P.argmax(-1)  # (m, in, in) -> (m, in)
     layer.boft_P = order.to(layer.get_base_layer().weight.device)
     return layer
@@ -245,8 +199,9 @@ def _mixed(mixin: type, kind: type) -> type:
 @contextmanager
 def _without_compiler() -> Iterator[None]:
     """Keep peft from compiling its CUDA extension, and from dropping factors."""
-    from peft.tuners.boft import layer
+    from peft.tuners.boft import layer as module
 
+    layer: Any = module
     before = layer._FBD_CUDA
     layer._FBD_CUDA = True  # stands for the extension; `PlainButterfly` needs none
     try:
@@ -282,7 +237,3 @@ def _check_block_size(size: Any, targets: Sequence[Target], factors: int = 1) ->
                 f"block_size={size}; {target.path} has {inputs} inputs, which take "
                 f"{fitting or 'none'} with factors={factors}."
             )
-
-
-def _found(name: str, present: Sequence[str]) -> bool:
-    return any(p == name or p.endswith(f".{name}") for p in present)
