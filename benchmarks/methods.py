@@ -203,7 +203,9 @@ def report(
     if study.data.task == "classification":
         draw(finals, "accuracy", study.journal.folder / f"{study.journal.study}.png")
     labels = [c.label for c in candidates] + list(rivals["label"].unique())
-    return [table(summary(finals, rows, labels)), table(search_table(searches))]
+    trials = search_table(searches)
+    trials = trials.loc[[label for label in labels if label in trials.index]]
+    return [table(summary(finals, rows, labels)), table(trials)]
 
 
 def summary(

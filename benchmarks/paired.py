@@ -146,9 +146,9 @@ class Study:
         start = self._start(key, backbone, data, seed)
         with attached(backbone, candidate, seed) as adapter:
             model = self._model(backbone)
-            if fits(start, model):
+            if adapter.identity_at_start:
                 model.load_state_dict(start, strict=False)
-            else:  # maps of another size (ViT-Adapter) cannot share the start
+            else:  # the frozen features' start would not fit what the decoder sees
                 start_decoder(model, data, CPU, seed=seed)
             frozen = adapter.num_parameters == 0
             run = gk.fit(
@@ -221,15 +221,6 @@ def attached(
         yield adapter
     finally:
         adapter.detach()
-
-
-def fits(start: Mapping[str, torch.Tensor], model: Model) -> bool:
-    """Whether a saved decoder has the shapes of this model's."""
-    state = model.state_dict()
-    return all(
-        name in state and state[name].shape == value.shape
-        for name, value in start.items()
-    )
 
 
 def chosen_rates(rows: pd.DataFrame) -> dict[str, float]:

@@ -10,8 +10,9 @@ the lessons'.
 
 Writes geopeft_kit/weights/geopeft_tiny.safetensors and its log beside it;
 `--backbone geopeft_tiny_rgb` makes the twin that sees blue, green and red alone, of the
-same crops with the same targets. A run that was cut goes on with --resume. The corpus takes about 1 GiB of memory and is made anew
-from its seeds each time. Lessons draw other places, so no scene is in both.
+same crops with the same targets. A run that was cut goes on with --resume. The corpus
+takes about 1 GiB of memory and is made anew from its seeds each time. Lessons draw
+other places, so no scene is in both.
 """
 
 from __future__ import annotations

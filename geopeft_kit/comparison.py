@@ -169,8 +169,10 @@ def compare(
     """Train every candidate with every seed and score it on seen and unseen regions.
 
     For each seed the decoder is started once (see `head_start`), and every candidate on
-    the same weights begins with that decoder. Learning rates are searched with the
-    first seed, on the validation split. The test split is read once per trained model.
+    the same weights begins with that decoder. A method that is no identity at the start
+    hands other features to it, and gets a start by the same recipe on those. Learning
+    rates are searched with the first seed, on the validation split. The test split is
+    read once per trained model.
 
     Args:
         candidates: The rows of the table; labels must differ.
@@ -257,7 +259,10 @@ class _Lab:
         torch.manual_seed(self.seed)
         adapter = attach(backbone, candidate.method, **candidate.options)
         model = self._model(backbone, candidate)
-        model.load_state_dict(start, strict=False)
+        if adapter.identity_at_start or candidate.fresh_decoder:
+            model.load_state_dict(start, strict=False)
+        else:  # other features, or even other maps: the same recipe, on those
+            start_decoder(model, self.data, self.place, seed=self.seed)
         frozen = adapter.num_parameters == 0
         run = fit(
             model,

@@ -65,7 +65,7 @@ ROWS = [
     Row("lora", {"rank": 2}),
     Row("dora", {"rank": 2}),
     Row("adalora", {"rank": 2}),
-    # peft's VeRA and FourierFT are for Linear layers; this ConvNeXt has 1x1 convolutions
+    # peft's VeRA and FourierFT are for Linear layers; this ConvNeXt has convolutions
     Row("vera", {"rank": 4}, ("fused", "split", "swin")),
     Row("loha", {"rank": 2}),
     Row("lokr", {"rank": 2}),

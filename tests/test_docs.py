@@ -161,17 +161,11 @@ def test_readme_lists_every_notebook():
         assert f"notebooks/{path.name}" in README
 
 
-def test_readme_tells_of_the_methods_what_their_cards_tell():
-    rows = re.findall(
-        r"^\| `(\w+)` \|.*\| (yes|no|-) \| (.*) \|$", README, re.MULTILINE
-    )
-    cards = {card.name: card for card in gk.list_methods()}
-    assert {name for name, _, _ in rows} == set(cards)
-    for name, merges, paper in rows:
-        if merges != "-":
-            assert (merges == "yes") == cards[name].mergeable, name
-        for number in re.findall(r"arxiv.org/abs/([0-9.]+)", paper):
-            assert number in cards[name].paper, name
+def test_readme_names_every_method():
+    table = README[README.index("| group | methods |") :].split("\n\n", 1)[0]
+    methods = [line.split("|")[2] for line in table.splitlines()]
+    named = re.findall(r"`(\w+)`", " ".join(methods))
+    assert sorted(named) == sorted({card.name for card in gk.list_methods()})
 
 
 def test_readme_begins_with_a_picture_of_a_real_run():

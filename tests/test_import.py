@@ -31,7 +31,7 @@ LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 # Rooms that serve the ones above and stand on their floors.
 LEVEL |= dict.fromkeys(["pictures", "rasters"], LEVEL["plots"])
 LEVEL |= dict.fromkeys(["map_page", "overlays"], LEVEL["maps"])
-LEVEL |= {"baselines": LEVEL["comparison"]}
+LEVEL |= {"baselines": LEVEL["comparison"], "indices": LEVEL["bands"]}
 
 
 def modules_after(code: str) -> set[str]:

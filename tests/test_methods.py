@@ -142,7 +142,7 @@ def test_merge_equals_unmerged(kind: str, row: Row) -> None:
         assert torch.equal(output(backbone), unmerged)
         return
     adapter.merge()
-    torch.testing.assert_close(output(backbone), unmerged, **CLOSE)
+    torch.testing.assert_close(output(backbone), unmerged, atol=5e-5, rtol=1e-4)
     assert backbone.adapter is None
     assert list(backbone.state_dict()) == keys
     assert all(p.requires_grad for p in backbone.parameters())
@@ -658,11 +658,10 @@ def test_a_moved_backbone_takes_all_its_adapters_along(kind: str) -> None:
     identities = {a: [id(p) for p in a.parameters()] for a in adapters}
     adapters[1].activate()  # full: its originals are all in hand
     backbone.double()
-    x = image(backbone).double()
     for adapter in adapters:
         adapter.activate()
         with torch.no_grad():
-            maps = torch.cat([m.flatten() for m in backbone(x)])
+            maps = torch.cat([m.flatten() for m in backbone(image(backbone).double())])
         assert maps.dtype == torch.float64
         torch.testing.assert_close(maps.float(), single[adapter], atol=1e-3, rtol=1e-3)
         assert all(p.dtype == torch.float64 for p in adapter.parameters())
