@@ -240,7 +240,8 @@ def draw(finals: pd.DataFrame, score: str, path: Path) -> None:
     """Unseen score against trained numbers, a point a method, beside full fine-tuning.
 
     Bars are 95 % intervals of the paired difference to full fine-tuning: seeds draw
-    their own training chips, and that common part is not a difference of methods.
+    their own training chips, and that common part is not a difference of methods. A
+    point with fewer than three seeds has no bar.
     """
     from matplotlib.figure import Figure
 
@@ -256,6 +257,8 @@ def draw(finals: pd.DataFrame, score: str, path: Path) -> None:
         method = first.loc[name, "method"]
         gap = 100 * (wide[name] - wide["full"]).dropna()
         half = stats.t.ppf(0.975, len(gap) - 1) * gap.std(ddof=1) / len(gap) ** 0.5
+        if len(gap) < 3:
+            half = float("nan")  # an interval over two seeds fills the whole picture
         place = first.loc[name, "backbone_trainable"] or least / 3
         axis.errorbar(
             place,
