@@ -17,9 +17,18 @@ LESSONS = {
     "03_lora_by_hand": ("rank = widgets.IntSlider", ()),
     "04_adapters_and_prompts": (
         "method = widgets.ToggleButtons",
-        ("by_hand", "rows = []", "results.", "attention", "why_not", "axes", "axis"),
+        (
+            "by_hand",
+            "assert",
+            "rows = []",
+            "results.",
+            "attention",
+            "why_not",
+            "axes",
+            "axis",
+        ),
     ),
-    "05_deflect_style": ("form = widgets.ToggleButtons", ("show_chip", "subplots(\n")),
+    "05_deflect_style": ("form = widgets.ToggleButtons", ("show_chip", "BrBG")),
     "06_upetu_style": ("slider = widgets.SelectionSlider", ()),
 }
 
@@ -31,7 +40,7 @@ def cells(repo: Path, name: str) -> list[str]:
     kept = ['import os\n\nos.environ["GEOPEFT_FAST"] = "1"']
     for cell in notebook.cells:
         tags = set(cell.metadata.get("tags", []))
-        if cell.cell_type != "code" or tags & {"setup", "check", "table"}:
+        if cell.cell_type != "code" or tags & {"setup", "table"}:
             continue
         if last in cell.source:
             return [*kept, cell.source]
