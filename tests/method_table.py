@@ -96,8 +96,6 @@ ROWS = [
     Row("earth_adapter", {"width": 4}, ("fused", "split")),
 ]
 CARDS = {card.name: card for card in gk.list_methods()}
-# A row whose method is not registered would be skipped in silence: see test_methods.
-READY = [row for row in ROWS if row.name in CARDS]
 
 
 @functools.cache

@@ -8,14 +8,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from method_table import READY, Row, image, make
+from method_table import ROWS, Row, image, make
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import geopeft_kit as gk
 from geopeft_kit.backbones import Backbone
 
-ROWS = [row for row in READY if row.name != "frozen"]
+TRAINED = [row for row in ROWS if row.name != "frozen"]
 STEPS = 3
 
 
@@ -61,7 +61,7 @@ def work(rank: int, folder: str) -> None:
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
     )
     results = {}
-    for row in ROWS:
+    for row in TRAINED:
         for kind in row.serves:
             results[f"{kind}-{row}"] = train(attached(kind, row), [rank], wrap=True)
     torch.save(results, f"{folder}/{rank}.pt")
@@ -79,7 +79,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "row"),
-    [pytest.param(k, row, id=f"{k}-{row}") for row in ROWS for k in row.serves],
+    [pytest.param(k, row, id=f"{k}-{row}") for row in TRAINED for k in row.serves],
 )
 def test_two_processes_train_as_one(trained: list[dict], kind: str, row: Row) -> None:
     """Equal weights in both, and those of one process that sees both batches."""

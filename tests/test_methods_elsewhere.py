@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from method_table import READY, make, output, stir
+from method_table import ROWS, make, output, stir
 
 import geopeft_kit as gk
 
-CASES = {f"{kind}-{row}": (kind, row) for row in READY for kind in row.serves}
+CASES = {f"{kind}-{row}": (kind, row) for row in ROWS for kind in row.serves}
 LOAD = """
 import sys
 import torch
