@@ -138,9 +138,12 @@ def _rgb_study(
         ("copied bands: probe", "frozen", {}, copied),
         ("copied bands: LoRA", "lora", {}, copied),
         ("copied bands: full", "full", {}, copied),
+        ("random bands: LoRA", "lora", {}, drawn),
         ("random bands: full", "full", {}, drawn),
         ("SLR with patch embedding", "slr", {"patch_embedding": True}, {}),
         ("DEFLECT-style", "deflect", {}, {}),
+        ("DEFLECT-style, unbounded", "deflect", {"stage": "unbounded"}, {}),
+        ("DEFLECT-style, attention", "deflect", {"stage": "attention"}, {}),
         ("DEFLECT-style, embedding alone", "deflect", {"stage": "embedding"}, {}),
     ]
     candidates = [
