@@ -8,6 +8,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 UV     ?= $(shell uv --version >/dev/null 2>&1 && echo uv)
 
 PY     := $(VENV)/bin/python
+# One process a core; tests that share a notebook's run or a file stay together.
+PARALLEL ?= -n auto --dist loadgroup
 REAL   := $(or $(GEOPEFT_REAL_DATA),../shared/data)
 
 .DEFAULT_GOAL := help
@@ -20,10 +22,10 @@ tour: $(VENV)/.notebooks ## Install, run the quickstart, write build/tour/00_qui
 	$(PY) docs/export_notebook.py notebooks/00_quickstart.ipynb --out build/tour
 
 test: $(VENV)/.dev ## Install, run the whole test suite
-	$(PY) -m pytest
+	$(PY) -m pytest $(PARALLEL)
 
 quick: $(VENV)/.dev ## Run the everyday tests only (a few minutes)
-	$(PY) -m pytest -m "not slow and not real"
+	$(PY) -m pytest $(PARALLEL) -m "not slow and not real"
 
 lab: $(VENV)/.notebooks ## Open JupyterLab in notebooks/
 	cd notebooks && "$(abspath $(PY))" -m jupyterlab

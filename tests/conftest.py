@@ -22,8 +22,28 @@ if TYPE_CHECKING:
 REPO = Path(__file__).resolve().parent.parent
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip `gpu` tests where there is no CUDA device, and say so."""
+    """Group the tests for pytest-xdist, and skip `gpu` tests without a CUDA device."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(_group(item)))
+    _skip_gpu(items)
+
+
+def _group(item: pytest.Item) -> str:
+    """Tests of one group share a process: those of a notebook, or of a file.
+
+    Whatever looks at a notebook's one run must be where that run is.
+    """
+    chosen = getattr(item, "callspec", None)
+    path = chosen.params.get("path") if chosen else None
+    if isinstance(path, Path) and path.suffix == ".ipynb":
+        return path.stem
+    return item.path.stem
+
+
+def _skip_gpu(items: list[pytest.Item]) -> None:
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return

@@ -41,6 +41,7 @@ def test_notebook_says_that_it_ran_in_fast_mode(path: Path, run_folder):
     assert "fast" in printed.lower(), "print the mode near the top"
 
 
+@pytest.mark.xdist_group("00_quickstart")
 def test_the_quickstart_shows_a_table_and_a_map(run_folder):
     path = next(p for p in NOTEBOOKS if p.stem == "00_quickstart")
     notebook = run_once(path, run_folder(path)).notebook
