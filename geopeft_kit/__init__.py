@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from geopeft_kit import baselines, plots
+    from geopeft_kit import baselines, bands, plots
     from geopeft_kit.backbones import list_backbones, load_backbone
     from geopeft_kit.comparison import Candidate, compare
     from geopeft_kit.data import ChipData, simulated_data
@@ -33,6 +33,7 @@ __all__ = [
     "Raster",
     "attach",
     "baselines",
+    "bands",
     "build_model",
     "chip_layers",
     "compare",
@@ -63,7 +64,7 @@ _ROOMS = {
     "pretraining": ("pretrain",),
     "training": ("evaluate", "fit"),
 }
-_MODULES = ("baselines", "plots")
+_MODULES = ("baselines", "bands", "plots")
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}
 
 
