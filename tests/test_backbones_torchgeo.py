@@ -1,4 +1,4 @@
-"""Backbones of torchgeo: its own classes as the judge, its keys, its units, its traps."""
+"""Backbones of torchgeo: its own classes as the judge, its keys, units and traps."""
 
 from __future__ import annotations
 
@@ -107,17 +107,16 @@ def assert_maps(maps: list[Tensor], tokens: list[Tensor]) -> None:
 # --- parity ---------------------------------------------------------------------------
 
 
-def dofa(size: int) -> nn.Module:
-    model = models.DOFA(
-        img_size=size, patch_size=16, embed_dim=WIDTH, depth=DEPTH, num_heads=HEADS,
+def dofa() -> nn.Module:
+    return models.DOFA(
+        img_size=224, patch_size=16, embed_dim=WIDTH, depth=DEPTH, num_heads=HEADS,
         num_classes=0,
     )  # fmt: skip
-    return stirred(model)
 
 
 @pytest.mark.parametrize("bands", [None, ["B8A", "B2", "VV"], "rgb"])
 def test_dofa_equals_torchgeo(twins: None, tmp_path: Path, bands: Any) -> None:
-    theirs = dofa(224)
+    theirs = stirred(dofa())
     published = {k: v for k, v in theirs.state_dict().items() if "fc_norm" not in k}
     ours = load_backbone("dofa_base", bands, saved(published, tmp_path))
     image = picture(ours, 224)
@@ -135,20 +134,18 @@ def test_dofa_equals_torchgeo(twins: None, tmp_path: Path, bands: Any) -> None:
 
 
 def test_dofa_takes_the_authors_own_file(twins: None, tmp_path: Path) -> None:
-    state = dofa(224).state_dict()
+    state = stirred(dofa()).state_dict()
     plain = load_backbone("dofa_base", weights=saved(state, tmp_path))
+    wanted = plain.weights_hash()  # now: the next file takes the mapped one's place
     extra = ("mask_token", "norm.weight", "projector.weight", "projector.bias")
     file = saved(state | {key: torch.zeros(3) for key in extra}, tmp_path)
-    assert load_backbone("dofa_base", weights=file).weights_hash() == (
-        plain.weights_hash()
-    )
+    assert load_backbone("dofa_base", weights=file).weights_hash() == wanted
 
 
 def copernicus() -> nn.Module:
-    model = models.CopernicusFM(
+    return models.CopernicusFM(
         img_size=224, patch_size=16, embed_dim=WIDTH, depth=DEPTH, num_heads=HEADS
     )
-    return stirred(model)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +154,7 @@ def copernicus() -> nn.Module:
 def test_copernicusfm_equals_torchgeo(
     twins: None, tmp_path: Path, patch: int, size: int, known: bool
 ) -> None:
-    theirs = copernicus()
+    theirs = stirred(copernicus())
     published = {k: v for k, v in theirs.state_dict().items() if "fc_norm" not in k}
     ours = load_backbone(
         "copernicusfm_base",
@@ -364,6 +361,7 @@ def test_ssl4eo_vits_equal_torchgeo(
         assert_maps(ours(image), tokens)
 
 
+@pytest.mark.slow
 def test_ssl4eo_resnet_equals_torchgeo(tmp_path: Path) -> None:
     theirs = models.resnet50(None, in_chans=13, num_classes=7)
     with torch.no_grad():
@@ -431,7 +429,16 @@ def own_model(name: str, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("name", FULL)
+EVERYDAY = ("dofa_base", "panopticon_base", "copernicusfm_base", "croma_base")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in EVERYDAY else [pytest.mark.slow])
+        for name in FULL
+    ],
+)
 def test_full_sizes_on_the_meta_device(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -631,8 +638,8 @@ def test_units_of_wavelengths(twins: None) -> None:
 def test_random_weights_have_positions_where_torchgeo_has_zeros(
     twins: None, name: str
 ) -> None:
-    theirs = dofa(224) if "dofa" in name else copernicus()
-    assert type(theirs)().pos_embed.count_nonzero() == 0
+    theirs = dofa() if "dofa" in name else copernicus()
+    assert theirs.pos_embed.count_nonzero() == 0
     backbone = load_backbone(name, weights=None)
     table = backbone.model.pos_embed
     torch.testing.assert_close(table[0, 1:], fixed_table(WIDTH, 14, 14))
