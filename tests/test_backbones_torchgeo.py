@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 from dataclasses import replace
 from pathlib import Path
@@ -188,6 +189,9 @@ def test_copernicusfm_equals_torchgeo(
         assert_maps(ours(image, meta), tokens)
         if known:
             assert differ(ours(image)[0], ours(image, meta)[0])
+            meta["lonlat"][1, 0] = float("nan")  # one unknown hides the batch's
+            without = ours(image, {"date": meta["date"]})
+            assert torch.equal(ours(image, meta)[0], without[0])
 
 
 def test_days_are_counted_from_1970() -> None:
@@ -651,7 +655,9 @@ def test_random_weights_have_positions_where_torchgeo_has_zeros(
     assert first.std(dim=(2, 3)).max() > 1e-3
 
 
-@pytest.mark.parametrize("options", [{"patch": 2}, {"patch": 100}, {"resolution": -1}])
+@pytest.mark.parametrize(
+    "options", [{"patch": 2}, {"patch": 16.0}, {"resolution": 0}, {"resolution": "10"}]
+)
 def test_copernicusfm_refuses_options(twins: None, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         load_backbone("copernicusfm_base", weights=None, **options)
@@ -771,12 +777,31 @@ def test_lora_on_satlas_serves_the_mlps_only(twins: None) -> None:
         gk.attach(backbone, "lora", targets=["q"])
 
 
-def test_croma_in_half_precision(twins: None) -> None:
-    backbone = load_backbone("croma_base", weights=None).train()
-    gk.attach(backbone, "lora", rank=2)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        maps = backbone(torch.rand(1, 12, 16, 16))
-    assert all(torch.isfinite(m.float()).all() for m in maps)
+@pytest.mark.parametrize("name", TWINS)
+def test_autocast_and_copies(twins: None, name: str) -> None:
+    backbone = load_backbone(name, weights=None)
+    image = picture(backbone, 2 * max(backbone.strides))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        half = backbone(image)
+    with torch.no_grad():
+        whole, copied = backbone(image), copy.deepcopy(backbone)(image)
+        backbone(torch.rand(1, *image.shape[1:3], 4 * image.shape[3]))  # another grid
+        again = backbone(image)
+    for a, b, c, d in zip(half, whole, copied, again, strict=True):
+        assert (a.float() - b).std() < 0.05 * b.std() + 1e-3
+        assert torch.equal(b, c)
+        assert torch.equal(b, d)
+
+
+@pytest.mark.parametrize("decoder", ["linear", "fcn", "unet", "upernet"])
+@pytest.mark.parametrize("name", ["croma_base", "panopticon_base", "satlas_swin_v2_t"])
+def test_dense_predictions_at_odd_sizes(twins: None, name: str, decoder: str) -> None:
+    backbone = load_backbone(name, weights=None)
+    model = gk.build_model(backbone, decoder, "segmentation", num_classes=3)
+    image = torch.rand(2, len(backbone.bands), 50, 70)
+    out = model(image)
+    assert out.shape == (2, 3, 50, 70)
+    out.square().mean().backward()
 
 
 # --- the list -------------------------------------------------------------------------

@@ -93,7 +93,7 @@ class CopernicusBackbone(ViTBackbone):
         """Codes of place, area and time; learnt tokens stand for what is not known.
 
         Args:
-            meta: ``lonlat`` (B, 2) in degrees and ``date`` (B, T, 2), both optional.
+            meta: ``lonlat`` (B, 2) in degrees and ``date`` (B, 1, 2), both optional.
             count: number of images B.
 
         Returns:
@@ -101,8 +101,9 @@ class CopernicusBackbone(ViTBackbone):
         """
         model: Any = self.model
         place, area, time = model.coord_token, model.scale_token, model.time_token
-        if meta.get("lonlat") is not None:
-            lonlat = meta["lonlat"].to(place.device)  # (B, 2)
+        lonlat, date = _known(meta, "lonlat"), _known(meta, "date")
+        if lonlat is not None:
+            lonlat = lonlat.to(place.device)  # (B, 2)
             shifted = lonlat + lonlat.new_tensor([180.0, 90.0])
             code = model.coord_expansion(shifted, self.card.width // 2)  # (B, 2, D/2)
             place = code.flatten(1)[:, None].to(place)  # (B, 1, D)
@@ -112,10 +113,19 @@ class CopernicusBackbone(ViTBackbone):
                 torch.full((count,), side * side, device=area.device), self.card.width
             )  # (B, D)
             area = code[:, None].to(area)  # (B, 1, D)
-        if meta.get("date") is not None:
-            days = days_since_1970(meta["date"][:, 0]).to(time.device)  # (B,)
+        if date is not None:
+            days = days_since_1970(date[:, 0]).to(time.device)  # (B,)
             time = model.time_expansion(days, self.card.width)[:, None].to(time)
         return model.coord_fc(place) + model.scale_fc(area) + model.time_fc(time)
+
+
+def _known(meta: Meta, key: str) -> Tensor | None:
+    """An entry of the metadata, or None if it is missing or not a number for one image.
+
+    That one unknown image hides the entry of the whole batch is torchgeo's rule.
+    """
+    value = meta.get(key)
+    return None if value is None or value.isnan().any() else value
 
 
 def days_since_1970(date: Tensor) -> Tensor:
@@ -153,9 +163,10 @@ def build(
         ValueError: for a band without a wavelength, an option out of range, or a
             checkpoint that does not fit.
     """
-    if patch not in _PATCHES:
-        raise ValueError(f"patch={patch!r}: {card.name} takes 3 to 64 pixels")
-    if resolution is not None and not 0 < resolution < float("inf"):
+    if type(patch) is not int or patch not in _PATCHES:
+        raise ValueError(f"patch={patch!r}: {card.name} takes 3 to 64 whole pixels")
+    number = type(resolution) in (int, float)
+    if resolution is not None and not (number and 0 < resolution < float("inf")):
         raise ValueError(f"resolution={resolution!r}: metres per pixel, above 0")
 
     def bandwidths(names: Sequence[str]) -> list[float]:

@@ -38,6 +38,7 @@ from geopeft_kit.backbones.torchgeo_facts import LICENCE
 from geopeft_kit.backbones.weights import State, load_strictly, strip_prefixes
 
 _WINDOW = 8
+_EMBEDDING = {"0": "proj", "2": "norm"}  # places in torchvision's first layer
 
 
 class Block(SwinTransformerBlockV2):
@@ -134,8 +135,8 @@ def build(
     Args:
         card: sizes and bands.
         plan: the bands of the user's images.
-        state: checkpoint in torchgeo's or the authors' key layout, or None for random
-            weights.
+        state: checkpoint in torchvision's key layout, as torchgeo's files have it, with
+            or without the prefix ``backbone.``; None for random weights.
         image_size: not needed: windows have 8 cells, and maps are padded to them.
         normalise: see `load_backbone`.
 
@@ -162,25 +163,24 @@ def build(
 def stage_state(state: Mapping[str, Tensor]) -> State:
     """Keys by stage: torchvision's ``features.3.0.mlp.3`` is an MLP's second layer.
 
-    Heads, and the pyramid of the authors' whole models, are dropped.
+    The classifier is dropped.
     """
     kept = {}
     for key, tensor in strip_prefixes(state, ("module.", "backbone.")).items():
-        if key.startswith(("head.", "fpn.", "upsample.", "heads.", "intermediates.")):
+        if key.startswith("head."):
             continue
         key = key.replace(".mlp.0.", ".mlp.fc1.").replace(".mlp.3.", ".mlp.fc2.")
-        kept[re.sub(r"^features\.(\d+)\.(.+)", _stage_key, key)] = tensor
+        kept[re.sub(r"^features\.(\d+)\.(\w+)", _stage_key, key)] = tensor
     return kept
 
 
 def _stage_key(found: re.Match[str]) -> str:
-    number, rest = int(found[1]), found[2]
+    """First the patch embedding, then blocks (odd) and patch merging (even) in turn."""
+    number, part = int(found[1]), found[2]
     if number == 0:
-        rest = rest.replace("0.", "proj.", 1) if rest[0] == "0" else rest
-        return "patch_embed." + re.sub(r"^2\.", "norm.", rest)
-    if number % 2:
-        return f"layers.{number // 2}.blocks.{rest}"
-    return f"layers.{number // 2}.downsample.{rest}"
+        return f"patch_embed.{_EMBEDDING.get(part, part)}"
+    kind = "blocks" if number % 2 else "downsample"
+    return f"layers.{number // 2}.{kind}.{part}"
 
 
 _TRUE_COLOUR = 3558.0  # reflectance x 10000 that the 8-bit image shows as 255
