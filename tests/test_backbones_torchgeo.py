@@ -801,7 +801,10 @@ def test_autocast_and_copies(twins: None, name: str) -> None:
 
 @pytest.mark.parametrize(
     "decoder",
-    ["linear", *(pytest.param(d, marks=pytest.mark.slow) for d in ("fcn", "upernet"))],
+    [
+        "linear",
+        *(pytest.param(d, marks=pytest.mark.slow) for d in ("fcn", "unet", "upernet")),
+    ],
 )
 @pytest.mark.parametrize("name", ["croma_base", "panopticon_base", "satlas_swin_v2_t"])
 def test_dense_predictions_at_odd_sizes(twins: None, name: str, decoder: str) -> None:
