@@ -49,9 +49,21 @@ class ViTBackbone(Backbone):
     def forward_maps(self, image: Tensor, meta: Meta | None) -> list[Tensor]:
         """Normalised image (B, C, H, W) -> four maps (B, D, h, w)."""
         patches = self.model.patch_embed(image)  # (B, h, w, D)
-        height, width = patches.shape[1:3]
-        self.grid.height, self.grid.width = height, width
         tokens = self.add_positions(patches)  # (B, prefix + h*w, D)
+        return self.read_blocks(tokens, *patches.shape[1:3])
+
+    def read_blocks(self, tokens: Tensor, height: int, width: int) -> list[Tensor]:
+        """Run the blocks, and take four maps on the way.
+
+        Args:
+            tokens: (B, prefix + h*w, D) with their positions.
+            height: rows h of patches.
+            width: columns w of patches.
+
+        Returns:
+            Four maps (B, D, h, w), the last one normed.
+        """
+        self.grid.height, self.grid.width = height, width
         tokens = self.model.norm_pre(tokens)
         maps = []
         for index, block in enumerate(self.model.blocks):
