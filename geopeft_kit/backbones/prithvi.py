@@ -1,9 +1,10 @@
 """Prithvi-EO 1.0 and 2.0, and the kit's own tiny model of the same build.
 
 Prithvi differs from timm's defaults in two points that raise no error when missed:
-layer norms with eps 1e-5, and a position table that is computed, not learned. One
-date is read for now: the patch embedding, published as a 3-D convolution over time,
-has a time step of one and becomes a plain 2-D one.
+layer norms with eps 1e-5, and a position table that is computed, not learned. The
+patch embedding, published as a 3-D convolution over time, has a time step of one and
+becomes a plain 2-D one that sees date after date. The TL models also add sines and
+cosines of date and place to the patch tokens, each times one learned number.
 
 Sources: Prithvi-EO 1.0, arXiv 2310.18660; Prithvi-EO 2.0, arXiv 2412.02732.
 Taught in notebook 01 (load a geospatial foundation model).
@@ -11,23 +12,25 @@ Taught in notebook 01 (load a geospatial foundation model).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from geopeft_kit.backbones.base import adapt_kernels
+from geopeft_kit.backbones.base import Meta, adapt_kernels
 from geopeft_kit.backbones.card import (
     BackboneCard,
     BandPlan,
     Normalisation,
     WeightFile,
 )
+from geopeft_kit.backbones.metadata import dates_of, lonlat_of
 from geopeft_kit.backbones.vit import ViTBackbone
 from geopeft_kit.backbones.weights import State, load_strictly, strip_prefixes
 
@@ -39,26 +42,116 @@ _NOT_ENCODER = ("decoder.", "decoder_", "mask_token", "neck.", "head.", "aux_hea
 
 
 class PrithviBackbone(ViTBackbone):
-    """A ViT with Prithvi's fixed position table, for one date.
+    """A ViT with Prithvi's fixed position table, for one date or several.
 
-    Attributes:
-        metadata_scales: the two scalars that a TL checkpoint learned for date and
-            place. They are loaded and kept; no metadata is added yet.
+    Tokens stand in the order row, column, date: attention does not mind, since each
+    token carries its position, and methods on the token grid see each date as a grid.
+
+    Args:
+        card: what the model is.
+        model: the plain ViT.
+        plan: the bands of the user's images.
+        normalise: see `load_backbone`.
+        dates: dates T of an image.
+        scales: by key, the numbers that a TL model learned for date and place; none:
+            metadata is not looked at.
     """
 
     model: Any  # a VisionTransformer that does have a class token and a table
-    metadata_scales: State
 
-    def add_positions(self, patches: Tensor) -> Tensor:
-        """(B, h, w, D) -> (B, 1 + h*w, D); the table is resized if h, w differ."""
+    def __init__(
+        self,
+        card: BackboneCard,
+        model: Any,
+        plan: BandPlan,
+        normalise: bool = True,
+        dates: int = 1,
+        scales: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__(card, model, plan, normalise)
+        self.dates = dates
+        self.channels = [model.embed_dim * dates] * 4
+        for key, number in (scales or {}).items():
+            path, _, name = key.rpartition(".")  # the upstream's own key
+            setattr(self, path, nn.ParameterDict({name: number}))
+            self.beside += (path,)
+
+    @property
+    def metadata_scales(self) -> State:
+        """The weight of date and of place, by key; empty without metadata."""
+        keys = METADATA_SCALES if self.beside else ()
+        return {key: self.get_parameter(key).detach() for key in keys}
+
+    def embed(self, image: Tensor, meta: Meta | None) -> Tensor:
+        """Normalised image (B * T, C, H, W) -> tokens (B, 1 + h*w*T, D)."""
+        patches = self.model.patch_embed(image)  # (B * T, h, w, D)
         size = (patches.shape[1], patches.shape[2])
-        grid = tuple(self.model.patch_embed.grid_size)
-        table = self.model.pos_embed[:, 1:]  # (1, N, D); the class token's row is zero
-        if size != grid:
-            table = resize_table(table, grid, size)  # (1, h*w, D)
-        tokens = patches.flatten(1, 2) + table.to(patches.dtype)  # (B, h*w, D)
+        self.grid.height, self.grid.width, self.grid.groups = *size, self.dates
+        patches = patches.unflatten(0, (-1, self.dates)).permute(0, 2, 3, 1, 4)
+        added = self.positions(size)  # (h, w, T, D)
+        patches = patches + added.to(patches.dtype)  # (B, h, w, T, D)
+        for term in self.metadata_terms(image, meta):
+            patches = patches + term.to(patches.dtype)
+        tokens = patches.flatten(1, 3)  # (B, h*w*T, D)
         first = self.model.cls_token.expand(len(tokens), -1, -1)  # (B, 1, D)
         return torch.cat([first.to(tokens.dtype), tokens], dim=1)
+
+    def positions(self, size: tuple[int, int]) -> Tensor:
+        """The position table for h x w patches, (h, w, T, D)."""
+        grid = tuple(self.model.patch_embed.grid_size)
+        table = self.model.pos_embed[0, 1:]  # the class token's row is zero
+        table = table.unflatten(0, (self.dates, -1))  # (T, N, D)
+        if size != grid:
+            table = resize_table(table, grid, size)  # (T, h*w, D)
+        return table.unflatten(1, size).permute(1, 2, 0, 3)
+
+    def metadata_terms(self, image: Tensor, meta: Meta | None) -> list[Tensor]:
+        """What date and place add to each token, as far as `meta` tells them.
+
+        Half of the width codes the year or the latitude, the other half the day of the
+        year or the longitude.
+
+        Args:
+            image: (B * T, C, H, W).
+            meta: as for `forward`; the longitude that comes first there comes second
+                in Prithvi.
+
+        Returns:
+            Tensors that broadcast to (B, h, w, T, D).
+
+        Source: Prithvi-EO 2.0, arXiv 2412.02732; formulas as in TerraTorch.
+        """
+        if not self.beside:
+            return []
+        terms = []
+        date = dates_of(meta, image, self.dates)  # (B, T, 2)
+        if date is not None:
+            code = _pair_code(date, self.width)[:, None, None]  # (B, 1, 1, T, D)
+            terms.append(self.get_parameter(METADATA_SCALES[0]) * code)
+        lonlat = lonlat_of(meta, image, self.dates)  # (B, 2)
+        if lonlat is not None:
+            code = _pair_code(lonlat.flip(1), self.width)[:, None, None, None]
+            terms.append(self.get_parameter(METADATA_SCALES[1]) * code)
+        return terms
+
+    def to_map(self, tokens: Tensor, height: int, width: int) -> Tensor:
+        """The last h*w*T tokens of (B, N, D) as a map (B, T*D, h, w), date-major."""
+        shape = (height, width, self.dates)
+        patches = tokens[:, -math.prod(shape) :].unflatten(1, shape)
+        return patches.permute(0, 3, 4, 1, 2).flatten(1, 2)  # (B, T*D, h, w)
+
+
+def _pair_code(pairs: Tensor, width: int | None) -> Tensor:
+    """Sines and cosines of two numbers, half of the width each: (..., 2) -> (..., D).
+
+    In single precision throughout, as upstream: a year of 2020 is an angle so large
+    that more digits would give other values.
+    """
+    quarter = cast(int, width) // 4
+    steps = torch.arange(quarter, device=pairs.device, dtype=torch.float32)
+    rates = 1.0 / 10000 ** (steps / quarter)
+    angles = pairs.float()[..., None] * rates  # (..., 2, D/4)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)
 
 
 def sine_cosine_table(width: int, height: int, breadth: int, dates: int = 1) -> Tensor:
@@ -102,16 +195,16 @@ def resize_table(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> T
     """Resize a position table as Prithvi does: bicubic, corners aligned.
 
     Args:
-        table: (1, h*w, D) on the grid ``old``.
+        table: (T, h*w, D) on the grid ``old``.
         old: (h, w) in patches.
         new: (h', w') in patches.
 
     Returns:
-        (1, h'*w', D).
+        (T, h'*w', D).
     """
-    grid = table.transpose(1, 2).unflatten(2, old)  # (1, D, h, w)
+    grid = table.transpose(1, 2).unflatten(2, old)  # (T, D, h, w)
     grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=True)
-    return grid.flatten(2).transpose(1, 2)  # (1, h'*w', D)
+    return grid.flatten(2).transpose(1, 2)  # (T, h'*w', D)
 
 
 def build(
@@ -120,6 +213,8 @@ def build(
     state: Mapping[str, Tensor] | None,
     image_size: int | None = None,
     normalise: bool = True,
+    dates: int = 1,
+    metadata: bool | None = None,
 ) -> PrithviBackbone:
     """Build a Prithvi-like ViT.
 
@@ -129,8 +224,23 @@ def build(
         state: checkpoint in the upstream's key layout, or None for random weights.
         image_size: not needed: the table is resized to each image.
         normalise: see `load_backbone`.
+        dates: dates T of an image, 1 or more, whatever the pretraining had: positions
+            are computed. The maps have T times the channels.
+        metadata: whether date and place of `meta` are added to the tokens; None for
+            what the card says. False leaves them out of a TL model.
+
+    Raises:
+        ValueError: for an option out of range, or a checkpoint that does not fit.
     """
-    wanted = METADATA_SCALES if card.architecture["metadata"] else ()
+    if type(dates) is not int or dates < 1:
+        raise ValueError(f"dates={dates!r}: a whole number of dates, 1 or more")
+    able = bool(card.architecture["metadata"])
+    if metadata and not able:
+        raise ValueError(
+            f"metadata=True: {card.name} learned no weight for date and place; the "
+            "models whose names end in _tl did"
+        )
+    wanted = METADATA_SCALES if able else ()
     if state is None:
         model = _network(card)
         _initialise(model)
@@ -141,15 +251,14 @@ def build(
         weights, scales = encoder_state(state, wanted)
         load_strictly(model, weights, card.name)
     side = card.image_size // card.patch
-    table = sine_cosine_table(card.width, side, side)  # (side*side, D)
+    table = sine_cosine_table(card.width, side, side, dates)  # (T * side * side, D)
     table = torch.cat([torch.zeros(1, card.width), table])[None]  # (1, 1 + N, D)
     # A buffer under timm's name: the plain model runs alone, and nothing trains it.
     del model.pos_embed
     model.register_buffer("pos_embed", table, persistent=False)
     adapt_kernels(model.patch_embed.proj, plan.kernels)
-    backbone = PrithviBackbone(card, model, plan, normalise)
-    backbone.metadata_scales = scales
-    return backbone
+    used = {} if metadata is False else scales
+    return PrithviBackbone(card, model, plan, normalise, dates, used)
 
 
 def _network(card: BackboneCard) -> Any:
@@ -253,9 +362,11 @@ def _prithvi_card(
 ) -> BackboneCard:
     repo = f"ibm-nasa-geospatial/Prithvi-EO-{repo}"
     first = name.startswith("v1")
+    seen = "3 dates" if first else "1 date" if "tiny" in name else "4 dates"
     scalars = (
-        " The checkpoint holds two more scalars, for date and place: loaded and kept, "
-        "not counted."
+        " Adds date and place from meta to the tokens, each times one learned number: "
+        "two more weights, beside the network and not counted. metadata=False leaves "
+        "them out."
     )
     return BackboneCard(
         name=f"prithvi_eo_{name}",
@@ -273,9 +384,12 @@ def _prithvi_card(
         weights={"default": WeightFile(f"Prithvi_EO_{file}.pt", repo=repo)},
         architecture={"heads": heads, "metadata": metadata},
         paper="arXiv 2310.18660" if first else "arXiv 2412.02732",
-        notes="Masked autoencoder on Harmonized Landsat Sentinel-2 time series, 30 m."
+        notes="Masked autoencoder on Harmonized Landsat Sentinel-2 time series, 30 m. "
+        f"Pretrained with {seen}; load_backbone(..., dates=T) reads T."
         + (scalars if metadata else ""),
-        cannot="Reads one date; adds no date or place to the tokens yet.",
+        cannot="Knows six bands only. Key names come from TerraTorch's code; no "
+        "published file was at hand."
+        + ("" if metadata else " Does not look at date and place."),
     )
 
 

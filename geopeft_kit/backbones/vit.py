@@ -48,10 +48,7 @@ class ViTBackbone(Backbone):
 
     def forward_maps(self, image: Tensor, meta: Meta | None) -> list[Tensor]:
         """Normalised image (B, C, H, W) -> four maps (B, D, h, w)."""
-        patches = self.model.patch_embed(image)  # (B, h, w, D)
-        height, width = patches.shape[1:3]
-        self.grid.height, self.grid.width = height, width
-        tokens = self.add_positions(patches)  # (B, prefix + h*w, D)
+        tokens = self.embed(image, meta)  # (B, prefix + h*w, D)
         tokens = self.model.norm_pre(tokens)
         maps = []
         for index, block in enumerate(self.model.blocks):
@@ -60,8 +57,14 @@ class ViTBackbone(Backbone):
                 continue
             last = index == self.taps[-1]
             tapped = self.model.norm(tokens) if last else tokens
-            maps.append(self.to_map(tapped, height, width))
+            maps.append(self.to_map(tapped, self.grid.height, self.grid.width))
         return maps
+
+    def embed(self, image: Tensor, meta: Meta | None) -> Tensor:
+        """Normalised image (B, C, H, W) -> tokens (B, prefix + h*w, D)."""
+        patches = self.model.patch_embed(image)  # (B, h, w, D)
+        self.grid.height, self.grid.width = patches.shape[1:3]
+        return self.add_positions(patches)
 
     def add_positions(self, patches: Tensor) -> Tensor:
         """Add position embeddings, resized to the grid, and prepend prefix tokens.
@@ -74,8 +77,7 @@ class ViTBackbone(Backbone):
         """
         return self.model._pos_embed(patches)
 
-    @staticmethod
-    def to_map(tokens: Tensor, height: int, width: int) -> Tensor:
+    def to_map(self, tokens: Tensor, height: int, width: int) -> Tensor:
         """The last h*w of (B, N, D) tokens as a map (B, D, h, w)."""
         patches = tokens[:, -height * width :]  # (B, h*w, D)
         return patches.transpose(1, 2).unflatten(2, (height, width))  # (B, D, h, w)
