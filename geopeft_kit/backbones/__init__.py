@@ -10,7 +10,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from geopeft_kit.backbones import galileo, prithvi, rgb_vits, timm_zoo, torchgeo
+from geopeft_kit.backbones import (
+    clay,
+    galileo,
+    prithvi,
+    rgb_vits,
+    terramind,
+    timm_zoo,
+    torchgeo,
+)
 from geopeft_kit.backbones.base import Backbone
 from geopeft_kit.backbones.card import BackboneCard, NewBands, plan_bands
 from geopeft_kit.backbones.weights import find_weights, read_checkpoint
@@ -18,16 +26,23 @@ from geopeft_kit.backbones.weights import find_weights, read_checkpoint
 __all__ = ["Backbone", "BackboneCard", "find_card", "list_backbones", "load_backbone"]
 
 _BUILDERS: dict[str, Callable[..., Backbone]] = {
+    "clay": clay.build,
     "cross_scale_mae": rgb_vits.build_cross_scale_mae,
     "dino_mc": rgb_vits.build_dino_mc,
     "galileo": galileo.build,
     "prithvi": prithvi.build,
     "scalemae": torchgeo.build_scalemae,
+    "terramind": terramind.build,
     "timm": timm_zoo.build,
 }
 _CARDS = {
     card.name: card
-    for card in prithvi.CARDS + galileo.CARDS + torchgeo.CARDS + rgb_vits.CARDS
+    for card in prithvi.CARDS
+    + clay.CARDS
+    + terramind.CARDS
+    + galileo.CARDS
+    + torchgeo.CARDS
+    + rgb_vits.CARDS
 }
 
 

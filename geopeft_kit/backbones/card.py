@@ -84,6 +84,9 @@ class BackboneCard:
         cannot: what it does not do.
         obtain: the steps to weights that only a person can download; empty where
             `load_backbone` downloads them.
+        also_reads: bands besides ``bands`` that the network can read, because it makes
+            kernels from wavelengths: name -> (mean, standard deviation) in the unit of
+            ``normalisation``.
     """
 
     name: str
@@ -104,6 +107,9 @@ class BackboneCard:
     notes: str = ""
     cannot: str = ""
     obtain: str = ""
+    also_reads: Mapping[str, tuple[float, float]] = field(
+        default_factory=dict, hash=False
+    )
 
     @property
     def wavelengths(self) -> tuple[float | None, ...]:
@@ -136,7 +142,7 @@ class BackboneCard:
                 value = ", ".join(f"{tag}: {w.file}" for tag, w in value.items())
             elif item.name == "parameters":
                 value = f"{value:,}"
-            elif item.name == "bands":
+            elif item.name in ("bands", "also_reads"):
                 value = ", ".join(value)
             rows.append(
                 f"<tr><th style='text-align:left'>{escape(item.name)}</th>"
@@ -202,17 +208,18 @@ def plan_bands(
     if new_bands not in NEW_BANDS:
         raise ValueError(f"new_bands={new_bands!r}: allowed are {', '.join(NEW_BANDS)}")
     names = card.bands if bands is None else resolve_bands(bands)
-    unknown = [name for name in names if name not in card.bands]
+    known = (*card.bands, *card.also_reads)
+    unknown = [name for name in names if name not in known]
     if unknown and new_bands == "error":
         raise ValueError(
             f"{card.name} does not know {', '.join(unknown)}; it knows "
-            f"{', '.join(card.bands)}. Leave them out, or choose new_bands='random', "
+            f"{', '.join(known)}. Leave them out, or choose new_bands='random', "
             "'copy_nearest' or 'ignore'"
         )
     if len(unknown) == len(names) and new_bands != "random":
         raise ValueError(
             f"{card.name} knows none of {', '.join(names)}; it knows "
-            f"{', '.join(card.bands)}. Choose another backbone, or new_bands='random'"
+            f"{', '.join(known)}. Choose another backbone, or new_bands='random'"
         )
     read, kernels, mean, std = [], [], [], []
     for position, name in enumerate(names):
@@ -220,14 +227,19 @@ def plan_bands(
         kernel = nearest if new_bands == "copy_nearest" else None
         if name in card.bands:
             kernel = card.bands.index(name)
-        elif new_bands == "copy_nearest" and nearest is None:
+        elif new_bands == "copy_nearest" and nearest is None and name in unknown:
             raise ValueError(
                 f"{name} has no wavelength, so no band of {card.name} is nearest to "
                 "it; choose new_bands='random' or 'ignore'"
             )
-        mean.append(0.0 if nearest is None else card.normalisation.mean[nearest])
-        std.append(1.0 if nearest is None else card.normalisation.std[nearest])
-        if name in card.bands or new_bands != "ignore":
+        statistics = (0.0, 1.0)
+        if nearest is not None:
+            numbers = card.normalisation
+            statistics = numbers.mean[nearest], numbers.std[nearest]
+        mean_here, std_here = card.also_reads.get(name, statistics)
+        mean.append(mean_here)
+        std.append(std_here)
+        if name in known or new_bands != "ignore":
             read.append(position)
             kernels.append(kernel)
     return BandPlan(

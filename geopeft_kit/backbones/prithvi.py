@@ -69,7 +69,7 @@ class PrithviBackbone(ViTBackbone):
         scales: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__(card, model, plan, normalise)
-        self.dates = dates
+        self.dates = self.grid.groups = dates
         self.channels = [model.embed_dim * dates] * 4
         for key, number in (scales or {}).items():
             path, _, name = key.rpartition(".")  # the upstream's own key
@@ -82,11 +82,10 @@ class PrithviBackbone(ViTBackbone):
         keys = METADATA_SCALES if self.beside else ()
         return {key: self.get_parameter(key).detach() for key in keys}
 
-    def embed(self, image: Tensor, meta: Meta | None) -> Tensor:
-        """Normalised image (B * T, C, H, W) -> tokens (B, 1 + h*w*T, D)."""
+    def forward_maps(self, image: Tensor, meta: Meta | None) -> list[Tensor]:
+        """Normalised image (B * T, C, H, W) -> four maps (B, T*D, h, w)."""
         patches = self.model.patch_embed(image)  # (B * T, h, w, D)
         size = (patches.shape[1], patches.shape[2])
-        self.grid.height, self.grid.width, self.grid.groups = *size, self.dates
         patches = patches.unflatten(0, (-1, self.dates)).permute(0, 2, 3, 1, 4)
         added = self.positions(size)  # (h, w, T, D)
         patches = patches + added.to(patches.dtype)  # (B, h, w, T, D)
@@ -94,7 +93,8 @@ class PrithviBackbone(ViTBackbone):
             patches = patches + term.to(patches.dtype)
         tokens = patches.flatten(1, 3)  # (B, h*w*T, D)
         first = self.model.cls_token.expand(len(tokens), -1, -1)  # (B, 1, D)
-        return torch.cat([first.to(tokens.dtype), tokens], dim=1)
+        tokens = torch.cat([first.to(tokens.dtype), tokens], dim=1)
+        return self.read_blocks(tokens, *size)
 
     def positions(self, size: tuple[int, int]) -> Tensor:
         """The position table for h x w patches, (h, w, T, D)."""

@@ -48,7 +48,22 @@ class ViTBackbone(Backbone):
 
     def forward_maps(self, image: Tensor, meta: Meta | None) -> list[Tensor]:
         """Normalised image (B, C, H, W) -> four maps (B, D, h, w)."""
-        tokens = self.embed(image, meta)  # (B, prefix + h*w, D)
+        patches = self.model.patch_embed(image)  # (B, h, w, D)
+        tokens = self.add_positions(patches)  # (B, prefix + h*w, D)
+        return self.read_blocks(tokens, *patches.shape[1:3])
+
+    def read_blocks(self, tokens: Tensor, height: int, width: int) -> list[Tensor]:
+        """Run the blocks, and take four maps on the way.
+
+        Args:
+            tokens: (B, prefix + h*w, D) with their positions.
+            height: rows h of patches.
+            width: columns w of patches.
+
+        Returns:
+            Four maps (B, D, h, w), the last one normed.
+        """
+        self.grid.height, self.grid.width = height, width
         tokens = self.model.norm_pre(tokens)
         maps = []
         for index, block in enumerate(self.model.blocks):
@@ -57,14 +72,10 @@ class ViTBackbone(Backbone):
                 continue
             last = index == self.taps[-1]
             tapped = self.model.norm(tokens) if last else tokens
-            maps.append(self.to_map(tapped, self.grid.height, self.grid.width))
+            # Fewer than four blocks give the same map more than once.
+            repeats = self.taps.count(index)
+            maps += [self.to_map(tapped, height, width)] * repeats
         return maps
-
-    def embed(self, image: Tensor, meta: Meta | None) -> Tensor:
-        """Normalised image (B, C, H, W) -> tokens (B, prefix + h*w, D)."""
-        patches = self.model.patch_embed(image)  # (B, h, w, D)
-        self.grid.height, self.grid.width = patches.shape[1:3]
-        return self.add_positions(patches)
 
     def add_positions(self, patches: Tensor) -> Tensor:
         """Add position embeddings, resized to the grid, and prepend prefix tokens.
