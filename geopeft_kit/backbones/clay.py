@@ -271,11 +271,12 @@ def _network(card: BackboneCard, waves: Sequence[float]) -> Any:
         depth=card.depth,
         num_heads=card.architecture["heads"],
         qkv_bias=False,
-        proj_bias=False,
         pos_embed="none",
         norm_layer=partial(nn.LayerNorm, eps=1e-5),
         dynamic_img_size=True,
     )
+    for block in model.blocks:  # timm's proj_bias would take those of the MLP too
+        block.attn.proj.register_parameter("bias", None)
     model.patch_embed = WavelengthEmbedding(waves, card.patch, card.width)
     for module in model.patch_embed.modules():
         if isinstance(module, nn.Linear):
@@ -395,7 +396,7 @@ CLAY_V1 = _clay_card(
     768,
     12,
     12,
-    92_056_064,
+    92_102_144,
     {},
 )
 CLAY_V1_5 = _clay_card(
@@ -405,7 +406,7 @@ CLAY_V1_5 = _clay_card(
     1024,
     24,
     16,
-    311_320_064,
+    311_442_944,
     _RADAR,
 )
 CARDS = (CLAY_V1, CLAY_V1_5)

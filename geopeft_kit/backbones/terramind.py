@@ -143,17 +143,13 @@ def _network(card: BackboneCard, channels: int) -> Any:
         depth=card.depth,
         num_heads=card.architecture["heads"],
         qkv_bias=not gated,
-        proj_bias=not gated,
+        proj_bias=not gated,  # of attention and MLP
         class_token=False,
         pos_embed="none",
         norm_layer=partial(nn.LayerNorm, eps=1e-6, bias=False),
         dynamic_img_size=True,
         **options,
     )
-    if gated:
-        for block in model.blocks:
-            for layer in (block.mlp.fc1_g, block.mlp.fc1_x, block.mlp.fc2):
-                layer.register_parameter("bias", None)
     del model.pos_embed  # a fixed table takes its place
     return model
 
