@@ -138,7 +138,8 @@ def circle(share: float) -> list[float]:
 def clay_metadata() -> dict[str, Tensor]:
     """Week, hour and place of the first dates as Clay's own scripts code them."""
     times, places = [], []
-    for (year, day), (lon, lat) in zip(DATES[:, 0].tolist(), LONLAT.tolist()):
+    pairs = zip(DATES[:, 0].tolist(), LONLAT.tolist(), strict=True)
+    for (year, day), (lon, lat) in pairs:
         date = datetime.date(int(year), 1, 1) + datetime.timedelta(int(day))
         times.append(circle(date.isocalendar().week / 52) + circle(10 / 24))
         places.append(circle(lat / 360) + circle(lon / 360))
@@ -162,8 +163,8 @@ def clay(name: str) -> None:
 
     def tokens(key: str, waves: list[float], gsd: float, **known: Tensor) -> list:
         pixels = draw(key, (2, len(waves), 8 * PATCHES, 8 * PATCHES))
-        cube = {"pixels": pixels, "gsd": torch.tensor(gsd), "waves": torch.tensor(waves)}
-        levels = network({**cube, **nowhere, **known})
+        numbers = {"gsd": torch.tensor(gsd), "waves": torch.tensor(waves)}
+        levels = network({"pixels": pixels, **numbers, **nowhere, **known})
         return levels if isinstance(levels, list) else [levels[0]]  # 1.5: last only
 
     hls = [0.493, 0.56, 0.665, 0.865, 1.61, 2.19]

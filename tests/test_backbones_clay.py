@@ -95,9 +95,7 @@ def test_the_encoder_alone_loads_too(
 ) -> None:
     fixture, path = checkpoint(tmp_path, "clay_v1")
     prefix = "model.encoder."
-    alone = {
-        k.removeprefix(prefix): t for k, t in fixture.state.items() if prefix in k
-    }
+    alone = {k.removeprefix(prefix): t for k, t in fixture.state.items() if prefix in k}
     torch.save(alone, tmp_path / "encoder.pt")
     one, other = (
         twin(monkeypatch, weights=file) for file in (path, tmp_path / "encoder.pt")

@@ -18,6 +18,8 @@ from parity import (
     thin,
 )
 from torch import Tensor
+from toy import BANDS as HLS
+from toy import toy_data
 
 import geopeft_kit as gk
 from geopeft_kit.backbones import Backbone, find_card, load_backbone
@@ -45,7 +47,10 @@ def _repeatable() -> None:
 
 
 def twin(
-    monkeypatch: pytest.MonkeyPatch, name: str = TINY, weights: Any = None, **options: Any
+    monkeypatch: pytest.MonkeyPatch,
+    name: str = TINY,
+    weights: Any = None,
+    **options: Any,
 ) -> Backbone:
     """Two thin blocks of a Prithvi, for images of 4 x 4 patches."""
     size = 4 * find_card(name).patch
@@ -234,6 +239,28 @@ def test_metadata_readers() -> None:
     assert dates_of(shapes_only, image.to("meta"), 3).shape == (2, 3, 2)
 
 
+def test_batches_and_scenes_bring_date_and_place(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    backbone, seen = twin(monkeypatch), []
+    forward = backbone.forward_maps
+    monkeypatch.setattr(
+        backbone, "forward_maps", lambda i, m: seen.append(m) or forward(i, m)
+    )
+    model = gk.build_model(backbone, "linear", num_classes=2)
+    data = toy_data(tmp_path / "chips")
+    gk.evaluate(model, data, "val")
+    assert seen and all(14 < float(m["lonlat"][0, 0]) < 16 for m in seen)
+    seen.clear()
+    scene = next((tmp_path / "chips" / "images").glob("*.tif"))
+    meta = {"date": DATES[:1, :1], "lonlat": LONLAT[:1]}
+    gk.predict_scene(
+        model, scene, tmp_path / "out.tif", window=16, scale=1e-4, bands=HLS, meta=meta
+    )
+    assert {tuple(m["date"].shape) for m in seen} == {(1, 1, 2), (2, 1, 2)}
+    assert all(torch.equal(m["lonlat"][-1], LONLAT[0]) for m in seen)
+
+
 # The two scales are weights
 
 
@@ -271,7 +298,8 @@ def test_full_fine_tuning_trains_the_scales(monkeypatch: pytest.MonkeyPatch) -> 
             assert not same(backbone(image, meta), start)
         adapter.detach()
         assert same(backbone(image, meta), start)
-        assert all(float(s) == pytest.approx(0.1) for s in backbone.metadata_scales.values())
+        scales = backbone.metadata_scales.values()
+        assert all(float(scale) == pytest.approx(0.1) for scale in scales)
 
 
 def test_a_full_adapter_with_scales_is_saved_and_merged(

@@ -198,9 +198,7 @@ def test_counts_and_cards() -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_everyday_methods_on_a_twin(
-    monkeypatch: pytest.MonkeyPatch, size: str
-) -> None:
+def test_everyday_methods_on_a_twin(monkeypatch: pytest.MonkeyPatch, size: str) -> None:
     backbone = twin(monkeypatch, size)
     image = torch.rand(2, 12, 32, 32)
     assert check_methods(backbone, image, names=EVERYDAY) == set(EVERYDAY)

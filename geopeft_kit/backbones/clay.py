@@ -373,7 +373,7 @@ def _clay_card(
         source=f"https://huggingface.co/{repo}",
         weights={"default": WeightFile(file, repo=repo)},
         architecture={"heads": heads, "waves": waves},
-        notes="Masked autoencoder on Sentinel-1 and 2, Landsat, MODIS and aerial images; "
+        notes="Masked autoencoder on Sentinel-1 and 2, Landsat, MODIS, aerial images; "
         "kernels are made from wavelengths, so any optical band is read. Adds week, "
         "hour and place of meta to the tokens; resolution is the ground size of a "
         "pixel. The hub page said OpenRAIL before it said Apache-2.0: look there.",
