@@ -14,6 +14,7 @@ from geopeft_kit.backbones import (
     clay,
     galileo,
     prithvi,
+    prithvi_cards,
     rgb_vits,
     terramind,
     timm_zoo,
@@ -37,7 +38,7 @@ _BUILDERS: dict[str, Callable[..., Backbone]] = {
 }
 _CARDS = {
     card.name: card
-    for card in prithvi.CARDS
+    for card in prithvi_cards.CARDS
     + clay.CARDS
     + terramind.CARDS
     + galileo.CARDS
@@ -92,7 +93,8 @@ def load_backbone(
             ``"error"``, ``"random"``, ``"copy_nearest"`` or ``"ignore"``.
         normalise: apply the card's normalisation to images of reflectance 0-1; False
             hands values through as they are.
-        **options: the family's own, as ``patch`` of Galileo.
+        **options: the family's own, as ``dates`` and ``metadata`` of Prithvi,
+            ``radar`` of TerraMind, ``resolution`` of Clay, ``patch`` of Galileo.
 
     Returns:
         The backbone in eval mode, parameters trainable until a method freezes them.
