@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -49,6 +49,7 @@ def predict_scene(
     classes: Sequence[str] | None = None,
     colours: Colours | None = None,
     probabilities: bool = False,
+    meta: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
     """Predict a whole scene and write it as a GeoTIFF on the same grid.
 
@@ -77,6 +78,9 @@ def predict_scene(
             colour table of the file.
         probabilities: Also write `<target>_probabilities.tif`, float32, one band per
             class (segmentation only).
+        meta: `date` (1, 1, 2: year, day of year from 0) and `lonlat` (1, 2, degrees)
+            of the scene, for a model that was trained with them; every window gets
+            the same.
 
     Returns:
         The path of the prediction. Where a band of the source has no data, so has the
@@ -109,7 +113,7 @@ def predict_scene(
     with ExitStack() as stack:
         stack.enter_context(_predicting(model.to(device)))
         reader = stack.enter_context(SceneReader(source, wanted, bands, scale, offset))
-        predict = _Predictor(model, task, device, batch_size)
+        predict = _Predictor(model, task, device, batch_size, meta)
         # One empty window shows the number of channels, and that model and scene fit.
         empty = np.zeros((1, len(reader.indexes), window, window), np.float32)
         channels = predict(empty).shape[1]
@@ -201,15 +205,26 @@ class _Predictor:
     """Calls the model on windows: (N, C, h, w) -> (N, K, h, w) float32."""
 
     def __init__(
-        self, model: nn.Module, task: str, device: torch.device, batch_size: int
+        self,
+        model: nn.Module,
+        task: str,
+        device: torch.device,
+        batch_size: int,
+        meta: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: at least 1 window per batch.")
         self.model, self.task = model, task
-        self.device, self.batch_size = device, batch_size
+        self.device, self.batch_size, self.meta = device, batch_size, meta
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        logits = self.model(torch.from_numpy(images).to(self.device)).float()
+        batch = torch.from_numpy(images).to(self.device)
+        known: list[dict[str, torch.Tensor]] = []  # a second argument, or none
+        if self.meta is not None:
+            known = [
+                {k: v.expand(len(batch), *v.shape[1:]) for k, v in self.meta.items()}
+            ]
+        logits = self.model(batch, *known).float()
         size = tuple(images.shape[-2:])
         if logits.ndim != 4 or tuple(logits.shape[-2:]) != size:
             raise ValueError(

@@ -206,6 +206,9 @@ class Model(nn.Module):
             return self._features_of_pair(image, meta)
         if image.ndim == 3 or image.ndim > 5:
             raise ValueError(_shape_error(image, "(B, C, H, W)"))
+        dates = getattr(self.backbone, "dates", 1)
+        if dates > 1:
+            image = dates_after_bands(image, len(self.backbone.bands), dates)
         return self._maps(image, meta)
 
     def from_features(
@@ -333,24 +336,27 @@ class Model(nn.Module):
         }
 
 
-def dates_after_bands(image: Tensor, bands: int) -> Tensor:
-    """Turn a pair of images into the kit's order (B, C, 2, H, W).
+def dates_after_bands(image: Tensor, bands: int, dates: int = 2) -> Tensor:
+    """Turn images of several dates into the kit's order (B, C, T, H, W).
 
     Args:
-        image: (B, C, 2, H, W), or torchgeo's (B, 2, C, H, W).
-        bands: C. With two bands both orders look alike; the kit's own is assumed.
+        image: (B, C, T, H, W), or torchgeo's (B, T, C, H, W).
+        bands: C. With as many bands as dates both orders look alike; the kit's own is
+            assumed.
+        dates: T.
 
     Returns:
-        (B, C, 2, H, W).
+        (B, C, T, H, W).
 
     Raises:
         ValueError: neither of the two.
     """
-    if image.ndim == 5 and tuple(image.shape[1:3]) == (bands, 2):
+    if image.ndim == 5 and tuple(image.shape[1:3]) == (bands, dates):
         return image
-    if image.ndim == 5 and tuple(image.shape[1:3]) == (2, bands):
+    if image.ndim == 5 and tuple(image.shape[1:3]) == (dates, bands):
         return image.transpose(1, 2)
-    raise ValueError(_shape_error(image, f"(B, {bands}, 2, H, W) for two dates"))
+    words = "two dates" if dates == 2 else f"{dates} dates"
+    raise ValueError(_shape_error(image, f"(B, {bands}, {dates}, H, W) for {words}"))
 
 
 def _meta_of_each_date(meta: Meta | None) -> Meta | None:

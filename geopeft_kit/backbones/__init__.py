@@ -10,7 +10,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from geopeft_kit.backbones import galileo, prithvi, rgb_vits, timm_zoo, torchgeo
+from geopeft_kit.backbones import (
+    clay,
+    galileo,
+    prithvi,
+    prithvi_cards,
+    rgb_vits,
+    terramind,
+    timm_zoo,
+    torchgeo,
+)
 from geopeft_kit.backbones.base import Backbone
 from geopeft_kit.backbones.card import BackboneCard, NewBands, plan_bands
 from geopeft_kit.backbones.weights import find_weights, read_checkpoint
@@ -19,16 +28,23 @@ from geopeft_kit.bands import resolve_bands
 __all__ = ["Backbone", "BackboneCard", "find_card", "list_backbones", "load_backbone"]
 
 _BUILDERS: dict[str, Callable[..., Backbone]] = {
+    "clay": clay.build,
     "cross_scale_mae": rgb_vits.build_cross_scale_mae,
     "dino_mc": rgb_vits.build_dino_mc,
     "galileo": galileo.build,
     "prithvi": prithvi.build,
+    "terramind": terramind.build,
     "timm": timm_zoo.build,
     **torchgeo.BUILDERS,
 }
 _CARDS = {
     card.name: card
-    for card in prithvi.CARDS + galileo.CARDS + torchgeo.CARDS + rgb_vits.CARDS
+    for card in prithvi_cards.CARDS
+    + clay.CARDS
+    + terramind.CARDS
+    + galileo.CARDS
+    + torchgeo.CARDS
+    + rgb_vits.CARDS
 }
 
 
@@ -130,7 +146,8 @@ def load_backbone(
             ``"error"``, ``"random"``, ``"copy_nearest"`` or ``"ignore"``.
         normalise: apply the card's normalisation to images of reflectance 0-1; False
             hands values through as they are.
-        **options: the family's own, as ``patch`` of Galileo.
+        **options: the family's own, as ``dates`` and ``metadata`` of Prithvi,
+            ``radar`` of TerraMind, ``resolution`` of Clay, ``patch`` of Galileo.
 
     Returns:
         The backbone in eval mode, parameters trainable until a method freezes them.

@@ -102,9 +102,13 @@ class Backbone(nn.Module):
         image_size: height and width in pixels that it was loaded for.
         adapter: the active PEFT adapter, or None.
         grid: of a ViT, where the tokens of the last forward pass lie.
+        dates: dates T that an image has; 1 for most backbones.
+        beside: submodules of the shell, beside `model`, that hold weights too.
     """
 
     layout: str
+    dates: int = 1
+    beside: tuple[str, ...] = ()
     width: int | None = None
     num_prefix_tokens: int = 0
     mean: Tensor
@@ -138,15 +142,16 @@ class Backbone(nn.Module):
         """Compute the four feature maps.
 
         Args:
-            image: (B, C, H, W) or, for one date, (B, C, 1, H, W); reflectance 0-1,
-                channels in the order of `bands`, H and W multiples of the largest
-                stride.
+            image: (B, C, H, W) or (B, C, 1, H, W) for one date, (B, C, T, H, W) for
+                T = `dates`; reflectance 0-1, channels in the order of `bands`, H and
+                W multiples of the largest stride.
             meta: ``date`` (B, T, 2: year, day of year from 0) and ``lonlat``
                 (B, 2, degrees), both optional; a backbone that has no use for
                 metadata does not look at it.
 
         Returns:
-            Four maps (B, C_i, H / stride_i, W / stride_i), shallow to deep.
+            Four maps (B, C_i, H / stride_i, W / stride_i), shallow to deep. Of several
+            dates the channels of the first come first.
 
         Raises:
             TypeError: if the image is not floating point.
@@ -180,7 +185,12 @@ class Backbone(nn.Module):
         return (image * self.card.normalisation.scale - self.mean) / self.std
 
     def forward_maps(self, image: Tensor, meta: Meta | None) -> list[Tensor]:
-        """Feature maps of a normalised image; each family writes its own."""
+        """Feature maps of a normalised image; each family writes its own.
+
+        Args:
+            image: (B * T, C, H, W): the dates of an image stand next to each other.
+            meta: as for `forward`.
+        """
         raise NotImplementedError
 
     def _check(self, image: Tensor) -> Tensor:
@@ -189,12 +199,16 @@ class Backbone(nn.Module):
                 f"image is {image.dtype}: reflectance 0-1 in floating point is needed; "
                 "divide integer values by the data set's scale first"
             )
-        if image.ndim == 5 and image.shape[2] == 1:
-            image = image.squeeze(2)  # (B, C, 1, H, W) -> (B, C, H, W)
-        if image.ndim != 4:
+        shape = tuple(image.shape)
+        if image.ndim == 4:
+            image = image.unsqueeze(2)  # (B, C, 1, H, W)
+        if image.ndim != 5 or image.shape[2] != self.dates:
+            wanted = f"{self.dates} dates, (B, C, {self.dates}, H, W)"
+            if self.dates == 1:
+                wanted = "one date, (B, C, H, W) or (B, C, 1, H, W)"
             raise ValueError(
-                f"image has shape {tuple(image.shape)}: {self.card.name} takes one "
-                "date, (B, C, H, W) or (B, C, 1, H, W)"
+                f"image has shape {shape}: {self.card.name} takes {wanted}. Prithvi "
+                "reads several dates: load_backbone(..., dates=T)"
             )
         if image.shape[1] != len(self.bands):
             raise ValueError(
@@ -209,7 +223,7 @@ class Backbone(nn.Module):
                 f"image is {height} x {width} px: {self.card.name} needs multiples of "
                 f"{step}. Pad it, or use build_model, which pads and crops back"
             )
-        return image
+        return image.transpose(1, 2).flatten(0, 1)  # (B * T, C, H, W)
 
     @property
     def block_paths(self) -> list[str]:
@@ -238,10 +252,14 @@ class Backbone(nn.Module):
     def weights_hash(self) -> str:
         """SHA-256 over names, shapes, types and bytes of `model`'s state dict.
 
-        An adapter remembers it, so that it cannot be loaded onto other weights.
+        What lies `beside` it counts too. An adapter remembers the hash, so that it
+        cannot be loaded onto other weights.
         """
         digest = hashlib.sha256()
-        for name, tensor in self.model.state_dict().items():
+        state = self.model.state_dict()
+        for path in self.beside:
+            state |= self.get_submodule(path).state_dict(prefix=f"{path}.")
+        for name, tensor in state.items():
             digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
             flat = tensor.detach().cpu().contiguous().reshape(-1)
             digest.update(flat.view(torch.uint8).numpy())

@@ -1,9 +1,10 @@
 """Prithvi-EO 1.0 and 2.0, and the kit's own tiny model of the same build.
 
 Prithvi differs from timm's defaults in two points that raise no error when missed:
-layer norms with eps 1e-5, and a position table that is computed, not learned. One
-date is read for now: the patch embedding, published as a 3-D convolution over time,
-has a time step of one and becomes a plain 2-D one.
+layer norms with eps 1e-5, and a position table that is computed, not learned. The
+patch embedding, published as a 3-D convolution over time, has a time step of one and
+becomes a plain 2-D one that sees date after date. The TL models also add sines and
+cosines of date and place to the patch tokens, each times one learned number.
 
 Sources: Prithvi-EO 1.0, arXiv 2310.18660; Prithvi-EO 2.0, arXiv 2412.02732.
 Taught in notebook 01 (load a geospatial foundation model).
@@ -11,27 +12,22 @@ Taught in notebook 01 (load a geospatial foundation model).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from geopeft_kit.backbones.base import adapt_kernels
-from geopeft_kit.backbones.card import (
-    BackboneCard,
-    BandPlan,
-    Normalisation,
-    WeightFile,
-)
+from geopeft_kit.backbones.base import Meta, adapt_kernels
+from geopeft_kit.backbones.card import BackboneCard, BandPlan
+from geopeft_kit.backbones.metadata import dates_of, lonlat_of
 from geopeft_kit.backbones.vit import ViTBackbone
 from geopeft_kit.backbones.weights import State, load_strictly, strip_prefixes
 
-HLS_BANDS = ("BLUE", "GREEN", "RED", "NIR_NARROW", "SWIR_1", "SWIR_2")
 # Learned by the TL ("time and location") models: weight of date and of place.
 METADATA_SCALES = ("temporal_embed_enc.scale", "location_embed_enc.scale")
 _PREFIXES = ("module.", "model.", "encoder.", "_timm_module.")
@@ -39,26 +35,116 @@ _NOT_ENCODER = ("decoder.", "decoder_", "mask_token", "neck.", "head.", "aux_hea
 
 
 class PrithviBackbone(ViTBackbone):
-    """A ViT with Prithvi's fixed position table, for one date.
+    """A ViT with Prithvi's fixed position table, for one date or several.
 
-    Attributes:
-        metadata_scales: the two scalars that a TL checkpoint learned for date and
-            place. They are loaded and kept; no metadata is added yet.
+    Tokens stand in the order row, column, date: attention does not mind, since each
+    token carries its position, and methods on the token grid see each date as a grid.
+
+    Args:
+        card: what the model is.
+        model: the plain ViT.
+        plan: the bands of the user's images.
+        normalise: see `load_backbone`.
+        dates: dates T of an image.
+        scales: by key, the numbers that a TL model learned for date and place; none:
+            metadata is not looked at.
     """
 
     model: Any  # a VisionTransformer that does have a class token and a table
-    metadata_scales: State
 
-    def add_positions(self, patches: Tensor) -> Tensor:
-        """(B, h, w, D) -> (B, 1 + h*w, D); the table is resized if h, w differ."""
+    def __init__(
+        self,
+        card: BackboneCard,
+        model: Any,
+        plan: BandPlan,
+        normalise: bool = True,
+        dates: int = 1,
+        scales: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__(card, model, plan, normalise)
+        self.dates = self.grid.groups = dates
+        self.channels = [model.embed_dim * dates] * 4
+        for key, number in (scales or {}).items():
+            path, _, name = key.rpartition(".")  # the upstream's own key
+            setattr(self, path, nn.ParameterDict({name: number}))
+            self.beside += (path,)
+
+    @property
+    def metadata_scales(self) -> State:
+        """The weight of date and of place, by key; empty without metadata."""
+        keys = METADATA_SCALES if self.beside else ()
+        return {key: self.get_parameter(key).detach() for key in keys}
+
+    def forward_maps(self, image: Tensor, meta: Meta | None) -> list[Tensor]:
+        """Normalised image (B * T, C, H, W) -> four maps (B, T*D, h, w)."""
+        patches = self.model.patch_embed(image)  # (B * T, h, w, D)
         size = (patches.shape[1], patches.shape[2])
-        grid = tuple(self.model.patch_embed.grid_size)
-        table = self.model.pos_embed[:, 1:]  # (1, N, D); the class token's row is zero
-        if size != grid:
-            table = resize_table(table, grid, size)  # (1, h*w, D)
-        tokens = patches.flatten(1, 2) + table.to(patches.dtype)  # (B, h*w, D)
+        patches = patches.unflatten(0, (-1, self.dates)).permute(0, 2, 3, 1, 4)
+        added = self.positions(size)  # (h, w, T, D)
+        patches = patches + added.to(patches.dtype)  # (B, h, w, T, D)
+        for term in self.metadata_terms(image, meta):
+            patches = patches + term.to(patches.dtype)
+        tokens = patches.flatten(1, 3)  # (B, h*w*T, D)
         first = self.model.cls_token.expand(len(tokens), -1, -1)  # (B, 1, D)
-        return torch.cat([first.to(tokens.dtype), tokens], dim=1)
+        tokens = torch.cat([first.to(tokens.dtype), tokens], dim=1)
+        return self.read_blocks(tokens, *size)
+
+    def positions(self, size: tuple[int, int]) -> Tensor:
+        """The position table for h x w patches, (h, w, T, D)."""
+        grid = tuple(self.model.patch_embed.grid_size)
+        table = self.model.pos_embed[0, 1:]  # the class token's row is zero
+        table = table.unflatten(0, (self.dates, -1))  # (T, N, D)
+        if size != grid:
+            table = resize_table(table, grid, size)  # (T, h*w, D)
+        return table.unflatten(1, size).permute(1, 2, 0, 3)
+
+    def metadata_terms(self, image: Tensor, meta: Meta | None) -> list[Tensor]:
+        """What date and place add to each token, as far as `meta` tells them.
+
+        Half of the width codes the year or the latitude, the other half the day of the
+        year or the longitude.
+
+        Args:
+            image: (B * T, C, H, W).
+            meta: as for `forward`; the longitude that comes first there comes second
+                in Prithvi.
+
+        Returns:
+            Tensors that broadcast to (B, h, w, T, D).
+
+        Source: Prithvi-EO 2.0, arXiv 2412.02732; formulas as in TerraTorch.
+        """
+        if not self.beside:
+            return []
+        terms = []
+        date = dates_of(meta, image, self.dates)  # (B, T, 2)
+        if date is not None:
+            code = _pair_code(date, self.width)[:, None, None]  # (B, 1, 1, T, D)
+            terms.append(self.get_parameter(METADATA_SCALES[0]) * code)
+        lonlat = lonlat_of(meta, image, self.dates)  # (B, 2)
+        if lonlat is not None:
+            code = _pair_code(lonlat.flip(1), self.width)[:, None, None, None]
+            terms.append(self.get_parameter(METADATA_SCALES[1]) * code)
+        return terms
+
+    def to_map(self, tokens: Tensor, height: int, width: int) -> Tensor:
+        """The last h*w*T tokens of (B, N, D) as a map (B, T*D, h, w), date-major."""
+        shape = (height, width, self.dates)
+        patches = tokens[:, -math.prod(shape) :].unflatten(1, shape)
+        return patches.permute(0, 3, 4, 1, 2).flatten(1, 2)  # (B, T*D, h, w)
+
+
+def _pair_code(pairs: Tensor, width: int | None) -> Tensor:
+    """Sines and cosines of two numbers, half of the width each: (..., 2) -> (..., D).
+
+    In single precision throughout, as upstream: a year of 2020 is an angle so large
+    that more digits would give other values.
+    """
+    quarter = cast(int, width) // 4
+    steps = torch.arange(quarter, device=pairs.device, dtype=torch.float32)
+    rates = 1.0 / 10000 ** (steps / quarter)
+    angles = pairs.float()[..., None] * rates  # (..., 2, D/4)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)
 
 
 def sine_cosine_table(width: int, height: int, breadth: int, dates: int = 1) -> Tensor:
@@ -102,16 +188,16 @@ def resize_table(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> T
     """Resize a position table as Prithvi does: bicubic, corners aligned.
 
     Args:
-        table: (1, h*w, D) on the grid ``old``.
+        table: (T, h*w, D) on the grid ``old``.
         old: (h, w) in patches.
         new: (h', w') in patches.
 
     Returns:
-        (1, h'*w', D).
+        (T, h'*w', D).
     """
-    grid = table.transpose(1, 2).unflatten(2, old)  # (1, D, h, w)
+    grid = table.transpose(1, 2).unflatten(2, old)  # (T, D, h, w)
     grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=True)
-    return grid.flatten(2).transpose(1, 2)  # (1, h'*w', D)
+    return grid.flatten(2).transpose(1, 2)  # (T, h'*w', D)
 
 
 def build(
@@ -120,6 +206,8 @@ def build(
     state: Mapping[str, Tensor] | None,
     image_size: int | None = None,
     normalise: bool = True,
+    dates: int = 1,
+    metadata: bool | None = None,
 ) -> PrithviBackbone:
     """Build a Prithvi-like ViT.
 
@@ -129,8 +217,23 @@ def build(
         state: checkpoint in the upstream's key layout, or None for random weights.
         image_size: not needed: the table is resized to each image.
         normalise: see `load_backbone`.
+        dates: dates T of an image, 1 or more, whatever the pretraining had: positions
+            are computed. The maps have T times the channels.
+        metadata: whether date and place of `meta` are added to the tokens; None for
+            what the card says. False leaves them out of a TL model.
+
+    Raises:
+        ValueError: for an option out of range, or a checkpoint that does not fit.
     """
-    wanted = METADATA_SCALES if card.architecture["metadata"] else ()
+    if type(dates) is not int or dates < 1:
+        raise ValueError(f"dates={dates!r}: a whole number of dates, 1 or more")
+    able = bool(card.architecture["metadata"])
+    if metadata and not able:
+        raise ValueError(
+            f"metadata=True: {card.name} learned no weight for date and place; the "
+            "models whose names end in _tl did"
+        )
+    wanted = METADATA_SCALES if able else ()
     if state is None:
         model = _network(card)
         _initialise(model)
@@ -141,15 +244,14 @@ def build(
         weights, scales = encoder_state(state, wanted)
         load_strictly(model, weights, card.name)
     side = card.image_size // card.patch
-    table = sine_cosine_table(card.width, side, side)  # (side*side, D)
+    table = sine_cosine_table(card.width, side, side, dates)  # (T * side * side, D)
     table = torch.cat([torch.zeros(1, card.width), table])[None]  # (1, 1 + N, D)
     # A buffer under timm's name: the plain model runs alone, and nothing trains it.
     del model.pos_embed
     model.register_buffer("pos_embed", table, persistent=False)
     adapt_kernels(model.patch_embed.proj, plan.kernels)
-    backbone = PrithviBackbone(card, model, plan, normalise)
-    backbone.metadata_scales = scales
-    return backbone
+    used = {} if metadata is False else scales
+    return PrithviBackbone(card, model, plan, normalise, dates, used)
 
 
 def _network(card: BackboneCard) -> Any:
@@ -216,108 +318,3 @@ def encoder_state(
             )
         kept["patch_embed.proj.weight"] = kernel.squeeze(2)  # (D, C, kh, kw)
     return kept, scales
-
-
-_V1 = Normalisation(
-    1e4,
-    (775.229, 1080.993, 1228.586, 2497.202, 2204.214, 1610.832),
-    (1281.526, 1270.030, 1399.480, 1368.345, 1291.676, 1154.506),
-)
-_V2 = Normalisation(
-    1e4,
-    (1087.0, 1342.0, 1433.0, 2734.0, 1958.0, 1363.0),
-    (2248.0, 2179.0, 2178.0, 1850.0, 1242.0, 1049.0),
-)
-# name, hub repository, file, width, depth, heads, patch, parameters, date and place
-_PUBLISHED = (
-    ("v1_100", "1.0-100M", "V1_100M", 768, 12, 12, 16, 86_237_184, False),
-    ("v2_tiny_tl", "2.0-tiny-TL", "V2_tiny_TL", 192, 12, 3, 16, 5_634_048, True),
-    ("v2_100_tl", "2.0-100M-TL", "V2_100M_TL", 768, 12, 12, 16, 86_237_184, True),
-    ("v2_300", "2.0-300M", "V2_300M", 1024, 24, 16, 16, 303_886_336, False),
-    ("v2_300_tl", "2.0-300M-TL", "V2_300M_TL", 1024, 24, 16, 16, 303_886_336, True),
-    ("v2_600", "2.0-600M", "V2_600M", 1280, 32, 16, 14, 631_188_480, False),
-    ("v2_600_tl", "2.0-600M-TL", "V2_600M_TL", 1280, 32, 16, 14, 631_188_480, True),
-)
-
-
-def _prithvi_card(
-    name: str,
-    repo: str,
-    file: str,
-    width: int,
-    depth: int,
-    heads: int,
-    patch: int,
-    parameters: int,
-    metadata: bool,
-) -> BackboneCard:
-    repo = f"ibm-nasa-geospatial/Prithvi-EO-{repo}"
-    first = name.startswith("v1")
-    scalars = (
-        " The checkpoint holds two more scalars, for date and place: loaded and kept, "
-        "not counted."
-    )
-    return BackboneCard(
-        name=f"prithvi_eo_{name}",
-        family="prithvi",
-        bands=HLS_BANDS,
-        patch=patch,
-        width=width,
-        depth=depth,
-        parameters=parameters,
-        image_size=224,
-        normalisation=_V1 if first else _V2,
-        licence_weights="Apache-2.0",
-        licence_code="Apache-2.0",
-        source=f"https://huggingface.co/{repo}",
-        weights={"default": WeightFile(f"Prithvi_EO_{file}.pt", repo=repo)},
-        architecture={"heads": heads, "metadata": metadata},
-        paper="arXiv 2310.18660" if first else "arXiv 2412.02732",
-        notes="Masked autoencoder on Harmonized Landsat Sentinel-2 time series, 30 m."
-        + (scalars if metadata else ""),
-        cannot="Reads one date; adds no date or place to the tokens yet.",
-    )
-
-
-GEOPEFT_TINY = BackboneCard(
-    name="geopeft_tiny",
-    family="prithvi",
-    bands=HLS_BANDS,
-    patch=8,
-    width=192,
-    depth=6,
-    parameters=2_743_680,
-    image_size=64,
-    normalisation=Normalisation(
-        1.0,
-        (0.080, 0.100, 0.110, 0.240, 0.210, 0.150),
-        (0.060, 0.065, 0.085, 0.110, 0.110, 0.095),
-    ),
-    licence_weights="Apache-2.0",
-    licence_code="Apache-2.0",
-    source="packaged with geopeft_kit",
-    weights={"default": WeightFile("geopeft_tiny.safetensors")},
-    architecture={"heads": 3, "metadata": False},
-    notes="Small ViT in Prithvi's block layout for teaching. Pretrained by "
-    "data_scripts/pretrain_geopeft_tiny.py on 307,200 crops of simulated scenes of "
-    "five regions (savanna is in none of them) and of 23 unlabelled real Sentinel-2 "
-    "chips: masked patches, cover fractions, height above the river, slope, facts "
-    "about the scene. Cover fractions come close to land cover and building density; "
-    "flood, burn and change were in no target.",
-    cannot="Simulated scenes; not a real geospatial foundation model: draw no "
-    "conclusions about Earth from it.",
-)
-
-GEOPEFT_TINY_RGB = replace(
-    GEOPEFT_TINY,
-    name="geopeft_tiny_rgb",
-    bands=("BLUE", "GREEN", "RED"),
-    parameters=2_706_816,
-    normalisation=Normalisation(1.0, (0.080, 0.100, 0.110), (0.060, 0.065, 0.085)),
-    weights={"default": WeightFile("geopeft_tiny_rgb.safetensors")},
-    notes="geopeft_tiny's twin for the visible bands: same network, same scenes, same "
-    "targets, and it has seen red, green and blue alone. What methods that add "
-    "spectral bands (DEFLECT-style, SLR) start from in the lessons.",
-)
-
-CARDS = (GEOPEFT_TINY, GEOPEFT_TINY_RGB, *(_prithvi_card(*row) for row in _PUBLISHED))

@@ -72,7 +72,9 @@ class ViTBackbone(Backbone):
                 continue
             last = index == self.taps[-1]
             tapped = self.model.norm(tokens) if last else tokens
-            maps.append(self.to_map(tapped, height, width))
+            # Fewer than four blocks give the same map more than once.
+            repeats = self.taps.count(index)
+            maps += [self.to_map(tapped, height, width)] * repeats
         return maps
 
     def add_positions(self, patches: Tensor) -> Tensor:
@@ -86,8 +88,7 @@ class ViTBackbone(Backbone):
         """
         return self.model._pos_embed(patches)
 
-    @staticmethod
-    def to_map(tokens: Tensor, height: int, width: int) -> Tensor:
+    def to_map(self, tokens: Tensor, height: int, width: int) -> Tensor:
         """The last h*w of (B, N, D) tokens as a map (B, D, h, w)."""
         patches = tokens[:, -height * width :]  # (B, h*w, D)
         return patches.transpose(1, 2).unflatten(2, (height, width))  # (B, D, h, w)

@@ -102,6 +102,8 @@ class Deflect(Method):
         if not isinstance(backbone.model, VisionTransformer):
             kind = type(backbone.model).__name__
             return f"two streams need timm's VisionTransformer, and this is a {kind}"
+        if backbone.dates > 1:
+            return f"it reads one date, and this backbone reads {backbone.dates}"
         for path, block in backbone.blocks:
             attention = getattr(block, "attn", None)
             if type(block) is not Block or type(attention) is not Attention:

@@ -51,9 +51,10 @@ class Full(Method):
 
     def build(self, backbone: Backbone, blocks: list[Block]) -> list[Replacement]:
         """Copy all parameters and moving buffers, or those of the chosen blocks."""
-        everything = len(blocks) == len(backbone.blocks)
-        roots = [""] if everything else [path for path, _ in blocks]
-        return train_everything(backbone.model, roots)
+        if len(blocks) < len(backbone.blocks):
+            return train_everything(backbone.model, [path for path, _ in blocks])
+        inside = train_everything(backbone.model, [""])
+        return inside + train_everything(backbone, backbone.beside)
 
 
 class LastBlocks(Method):

@@ -22,7 +22,8 @@ Kinds = tuple[type[nn.Module], ...]
 LINEAR_CONV2D: Kinds = (nn.Linear, nn.Conv2d)
 FUSED = ("qkv", "to_qkv")
 _ATTENTION = ("q", "k", "v")
-_TOKEN_DEFAULTS = ("q", "v", "fc1", "fc2")
+# fc1_g and fc1_x are the two halves of a gated MLP's first layer (SwiGLU).
+_TOKEN_DEFAULTS = ("q", "v", "fc1", "fc1_g", "fc1_x", "fc2")
 
 
 @dataclass(frozen=True)

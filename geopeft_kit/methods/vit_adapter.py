@@ -355,6 +355,8 @@ class VitAdapter(Method):
                 "it gives four scales to a plain ViT, and this network has them "
                 f"already; its layout is {backbone.layout!r}"
             )
+        if backbone.dates > 1:
+            return f"it reads one date, and this backbone reads {backbone.dates}"
         if 32 % backbone.strides[-1]:
             return (
                 f"its patches of {backbone.strides[-1]} px do not divide the coarsest "

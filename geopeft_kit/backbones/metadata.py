@@ -1,0 +1,92 @@
+"""Date and place of an image, as `meta` brings them: checked once, for every backbone.
+
+A batch has ``date`` (B, T, 2): the year, and the day of the year counted from 0; and
+``lonlat`` (B, 2): longitude and latitude of the chip's centre in degrees. Latitude
+first is the usual mistake, so values out of range are refused.
+
+Taught in notebook 07 (decoders and metadata).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+_YEARS, _DAYS = (1900, 2100), (0, 365)
+_LONGITUDES, _LATITUDES = (-180, 180), (-90, 90)
+
+
+def dates_of(
+    meta: Mapping[str, Tensor] | None, image: Tensor, dates: int = 1
+) -> Tensor | None:
+    """Year and day of the year of each date.
+
+    Args:
+        meta: what the backbone was called with.
+        image: tells the device, and with its first axis B * T the batch size.
+        dates: dates T that the backbone reads.
+
+    Returns:
+        (B, T, 2) float32, or None where `meta` has no date.
+
+    Raises:
+        ValueError: if the shape does not fit, a year is outside 1900 to 2100 or a day
+            outside 0 to 365.
+    """
+    if meta is None or meta.get("date") is None:
+        return None
+    wanted = (len(image) // dates, dates, 2)
+    words = f"(B, T, 2) with T={dates}: year, and day of the year counted from 0"
+    _check("date", meta["date"], wanted, words, (_YEARS, _DAYS))
+    return meta["date"].to(image.device, torch.float32)
+
+
+def lonlat_of(
+    meta: Mapping[str, Tensor] | None, image: Tensor, dates: int = 1
+) -> Tensor | None:
+    """Longitude and latitude of each image.
+
+    Args:
+        meta: what the backbone was called with.
+        image: tells the device, and with its first axis B * T the batch size.
+        dates: dates T that the backbone reads.
+
+    Returns:
+        (B, 2) float32 degrees, or None where `meta` has no place.
+
+    Raises:
+        ValueError: if the shape does not fit, or a value is out of range.
+    """
+    if meta is None or meta.get("lonlat") is None:
+        return None
+    wanted = (len(image) // dates, 2)
+    words = "(B, 2): longitude, then latitude, in degrees"
+    _check("lonlat", meta["lonlat"], wanted, words, (_LONGITUDES, _LATITUDES))
+    return meta["lonlat"].to(image.device, torch.float32)
+
+
+def _check(
+    key: str,
+    values: Tensor,
+    shape: tuple[int, ...],
+    words: str,
+    ranges: Sequence[tuple[int, int]],
+) -> None:
+    if tuple(values.shape) != shape:
+        raise ValueError(
+            f"meta[{key!r}] has shape {tuple(values.shape)}, and these images need "
+            f"{shape}, {words}"
+        )
+    if values.is_meta:  # shapes only, no numbers to look at
+        return
+    low, high = torch.tensor(ranges, device=values.device).unbind(1)  # (2,) each
+    inside = (values >= low) & (values <= high)  # False for NaN too
+    if not bool(inside.all()):
+        wrong = values[~inside].flatten()[0].item()
+        limits = ", ".join(f"{low} to {high}" for low, high in ranges)
+        raise ValueError(
+            f"meta[{key!r}] holds {wrong:g}; it is {words}, within {limits}. Leave it "
+            "out where it is not known"
+        )

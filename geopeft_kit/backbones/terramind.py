@@ -1,0 +1,264 @@
+"""TerraMind 1.0: one sensor at a time, on timm's VisionTransformer.
+
+TerraMind reads several sensors through patch embeddings of their own into one ViT.
+With one of them it is a plain ViT without a class token, and its modality embedding,
+which every patch token gets, is the bias of the patch convolution. Two points raise no
+error when missed: base and large have gated MLPs (SwiGLU) with SiLU, and the position
+table, whose two axes stand in another order than MAE's, is resized without the
+antialiasing that timm applies.
+
+Sources: TerraMind, arXiv 2504.11171; key names, sizes and statistics from TerraTorch
+(Apache-2.0), `terramind_register.py`.
+Taught in notebook 01 (load a geospatial foundation model).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import SwiGLU
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from geopeft_kit.backbones.base import adapt_kernels
+from geopeft_kit.backbones.card import (
+    BackboneCard,
+    BandPlan,
+    Normalisation,
+    WeightFile,
+)
+from geopeft_kit.backbones.rgb_vits import fixed_table
+from geopeft_kit.backbones.vit import ViTBackbone
+from geopeft_kit.backbones.weights import State, load_strictly
+from geopeft_kit.bands import SENSORS
+
+RADAR = SENSORS["sentinel1"]
+_S2L2A = "untok_sen2l2a@224"
+# Backscatter in decibels: ground range detected, or radiometrically terrain corrected.
+_RADAR_PRODUCTS = {
+    "grd": ("untok_sen1grd@224", (-12.599, -20.293), (5.195, 5.890)),
+    "rtc": ("untok_sen1rtc@224", (-10.930, -17.329), (4.391, 4.459)),
+}
+# What the published file has besides the encoder.
+_NOT_ENCODER = ("decoder", "mask_token", "encoder_embeddings.")
+
+
+class TerraMindBackbone(ViTBackbone):
+    """TerraMind's encoder for one sensor; there is no class token."""
+
+    model: Any
+
+    def add_positions(self, patches: Tensor) -> Tensor:
+        """(B, h, w, D) -> (B, h*w, D); bicubic, neither antialiased nor aligned."""
+        size, table = patches.shape[1:3], self.model.pos_embed  # (1, N, D)
+        side = math.isqrt(table.shape[1])
+        if tuple(size) != (side, side):
+            grid = table.transpose(1, 2).unflatten(2, (side, side))  # (1, D, h, w)
+            grid = F.interpolate(grid, size=size, mode="bicubic", align_corners=False)
+            table = grid.flatten(2).transpose(1, 2)  # (1, h*w, D)
+        return patches.flatten(1, 2) + table.to(patches.dtype)
+
+
+def build(
+    card: BackboneCard,
+    plan: BandPlan,
+    state: Mapping[str, Tensor] | None,
+    image_size: int | None = None,
+    normalise: bool = True,
+    radar: str = "grd",
+) -> TerraMindBackbone:
+    """Build TerraMind's encoder for Sentinel-2 L2A, or for Sentinel-1 alone.
+
+    Args:
+        card: sizes and bands.
+        plan: the bands of the user's images: of Sentinel-2, or VV and VH alone.
+        state: checkpoint in the upstream's key layout, or None for random weights.
+        image_size: not needed: the table is resized to each image.
+        normalise: see `load_backbone`.
+        radar: which patch embedding reads VV and VH: ``"grd"`` (ground range detected)
+            or ``"rtc"`` (radiometrically terrain corrected), both in decibels.
+
+    Raises:
+        ValueError: for another product, bands of both sensors, or a checkpoint that
+            does not fit.
+    """
+    if radar not in _RADAR_PRODUCTS:
+        raise ValueError(f"radar={radar!r}: 'grd' and 'rtc' are allowed")
+    known, modality = card.bands, _S2L2A
+    if set(plan.read_bands) & set(RADAR):
+        if set(plan.read_bands) - set(RADAR):
+            raise ValueError(
+                f"{card.name} is loaded for one sensor at a time, and "
+                f"{', '.join(plan.read_bands)} are of two. Take bands='sentinel1' or "
+                "bands of Sentinel-2"
+            )
+        modality, known = _RADAR_PRODUCTS[radar][0], RADAR
+        plan = _radar_plan(card, plan, radar)
+    table = _position_table(card)
+    if state is None:
+        model = _network(card, len(known))
+        nn.init.normal_(model.patch_embed.proj.bias, std=0.02)
+        model.register_buffer("pos_embed", table)
+    else:
+        with torch.device("meta"):  # no memory and no time for random numbers
+            model = _network(card, len(known))
+        model.register_buffer("pos_embed", torch.empty_like(table, device="meta"))
+        load_strictly(model, encoder_state(state, card, modality), card.name)
+    adapt_kernels(model.patch_embed.proj, plan.kernels)
+    return TerraMindBackbone(card, model, plan, normalise)
+
+
+def _radar_plan(card: BackboneCard, plan: BandPlan, radar: str) -> BandPlan:
+    """The kernels and statistics of VV and VH, in the card's unit."""
+    scale = card.normalisation.scale
+    _, means, stds = _RADAR_PRODUCTS[radar]
+    mean, std = list(plan.mean), list(plan.std)
+    kernels = []
+    for position in plan.read:
+        kernel = RADAR.index(plan.bands[position])
+        mean[position], std[position] = means[kernel] * scale, stds[kernel] * scale
+        kernels.append(kernel)
+    return replace(plan, kernels=tuple(kernels), mean=tuple(mean), std=tuple(std))
+
+
+def _network(card: BackboneCard, channels: int) -> Any:
+    gated = bool(card.architecture["gated"])
+    options: dict[str, Any] = {}
+    if gated:  # two thirds of the usual width, times three matrices; no biases
+        options = {"mlp_layer": SwiGLU, "act_layer": nn.SiLU, "mlp_ratio": 8 / 3}
+    model = VisionTransformer(
+        img_size=card.image_size,
+        patch_size=card.patch,
+        in_chans=channels,
+        num_classes=0,
+        global_pool="",
+        embed_dim=card.width,
+        depth=card.depth,
+        num_heads=card.architecture["heads"],
+        qkv_bias=not gated,
+        proj_bias=not gated,  # of attention and MLP
+        class_token=False,
+        pos_embed="none",
+        norm_layer=partial(nn.LayerNorm, eps=1e-6, bias=False),
+        dynamic_img_size=True,
+        **options,
+    )
+    del model.pos_embed  # a fixed table takes its place
+    return model
+
+
+def _position_table(card: BackboneCard) -> Tensor:
+    """Sines and cosines: rows in the first half of the width, columns in the other.
+
+    MAE's table has them the other way round, so it is transposed here.
+    """
+    side = card.image_size // card.patch
+    table = fixed_table(card.width, side, side).unflatten(0, (side, side))
+    return table.transpose(0, 1).flatten(0, 1)[None]  # (1, side*side, D)
+
+
+def encoder_state(
+    state: Mapping[str, Tensor], card: BackboneCard, modality: str
+) -> State:
+    """Turn a TerraMind checkpoint into timm's keys, for one sensor.
+
+    Args:
+        state: the checkpoint; other sensors and the decoder are dropped.
+        card: patch size, and whether the MLPs are gated.
+        modality: key of the sensor's patch embedding.
+
+    Returns:
+        Weights for timm's VisionTransformer, the position table among them.
+
+    Raises:
+        ValueError: if the sensor is not in the file, or its layer norms have biases,
+            which TerraMind keeps at zero.
+    """
+    own = f"encoder_embeddings.{modality}."
+    embedding = {k.removeprefix(own): t for k, t in state.items() if k.startswith(own)}
+    if set(embedding) != {"proj.weight", "pos_emb", "mod_emb"}:
+        raise ValueError(
+            f"the checkpoint does not fit {card.name}: of the patch embedding "
+            f"{modality} it has {', '.join(embedding) or 'nothing'}, and proj.weight, "
+            "pos_emb and mod_emb are needed"
+        )
+    kernel = embedding["proj.weight"].unflatten(1, (card.patch, card.patch, -1))
+    kept = {
+        "patch_embed.proj.weight": kernel.permute(0, 3, 1, 2).contiguous(),
+        "patch_embed.proj.bias": embedding["mod_emb"].flatten(),
+        "pos_embed": embedding["pos_emb"],
+    }
+    for key, tensor in state.items():
+        if key.startswith(_NOT_ENCODER):
+            continue
+        if re.search(r"norm\d?\.bias$", key):
+            if tensor.any():
+                raise ValueError(f"{key} is not zero: TerraMind's norms have no bias")
+            continue
+        kept[_timm_key(key, bool(card.architecture["gated"]))] = tensor
+    return kept
+
+
+def _timm_key(key: str, gated: bool) -> str:
+    name = re.sub(r"^encoder\.(?=\d)", "blocks.", key)
+    name = re.sub(r"^encoder_norm\.", "norm.", name)
+    if gated:
+        name = name.replace("mlp.fc1.", "mlp.fc1_g.").replace("mlp.fc3.", "mlp.fc1_x.")
+    return name
+
+
+_NORMALISATION = Normalisation(
+    1e4,
+    (1390.458, 1503.317, 1718.197, 1853.910, 2199.100, 2779.975,
+     2987.011, 3083.234, 3132.220, 3162.988, 2424.884, 1857.648),
+    (2106.761, 2141.107, 2038.973, 2134.138, 2085.321, 1889.926,
+     1820.257, 1871.918, 1753.829, 1797.379, 1434.261, 1334.311),
+)  # fmt: skip
+# size, width, depth, heads, gated MLP, parameters
+_PUBLISHED = (
+    ("tiny", 192, 12, 3, False, 5_923_968),
+    ("small", 384, 12, 6, False, 22_464_768),
+    ("base", 768, 12, 12, True, 87_313_920),
+    ("large", 1024, 24, 16, True, 305_137_664),
+)
+
+
+def _terramind_card(
+    size: str, width: int, depth: int, heads: int, gated: bool, parameters: int
+) -> BackboneCard:
+    repo = f"ibm-esa-geospatial/TerraMind-1.0-{size}"
+    scale, (_, mean, std) = _NORMALISATION.scale, _RADAR_PRODUCTS["grd"]
+    return BackboneCard(
+        name=f"terramind_v1_{size}",
+        family="terramind",
+        bands=SENSORS["sentinel2_l2a"],
+        patch=16,
+        width=width,
+        depth=depth,
+        parameters=parameters,
+        image_size=224,
+        normalisation=_NORMALISATION,
+        licence_weights="Apache-2.0",
+        licence_code="Apache-2.0",
+        source=f"https://huggingface.co/{repo}",
+        weights={"default": WeightFile(f"TerraMind_v1_{size}.pt", repo=repo)},
+        architecture={"heads": heads, "gated": gated},
+        paper="arXiv 2504.11171",
+        notes="Encoder of a generative model for nine kinds of map, 10 m. Reads "
+        "Sentinel-2 L2A, or VV and VH alone, in decibels (radar='grd' or 'rtc').",
+        cannot="One sensor at a time: no fusion, no generation, no date and no place. "
+        "Key names come from TerraTorch's code; no published file was at hand.",
+        also_reads={
+            band: (mean[i] * scale, std[i] * scale) for i, band in enumerate(RADAR)
+        },
+    )
+
+
+CARDS = tuple(_terramind_card(*row) for row in _PUBLISHED)
