@@ -11,6 +11,7 @@ tagged `table` is printed as text.
 from __future__ import annotations
 
 import argparse
+import base64
 import html
 import os
 import re
@@ -39,6 +40,29 @@ EXTERNAL = re.compile(
     r"""|(?:@import\s+["']|url\(\s*["']?)(?:https?:)?//[^"')\s]+""",
     re.IGNORECASE,
 )
+
+
+# Pictures of the repository in a markdown cell; badges of the web are not among them.
+PICTURE = re.compile(r"(!\[[^\]]*\]\()(?!\w+:)([^)\s]+)(?=\))")
+
+
+def embed_pictures(notebook: nbformat.NotebookNode, folder: Path) -> None:
+    """Put the repository's pictures into the markdown cells themselves.
+
+    nbconvert embeds none that lies outside the notebook's own folder.
+
+    Args:
+        notebook: changed in place.
+        folder: where the notebook lies.
+    """
+
+    def embedded(link: re.Match[str]) -> str:
+        content = base64.b64encode((folder / link[2]).read_bytes()).decode()
+        return f"{link[1]}data:image/png;base64,{content}"
+
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = PICTURE.sub(embedded, cell.source)
 
 
 def external_requests(page: str) -> list[str]:
@@ -113,7 +137,8 @@ def export(path: Path, out: Path, timeout: int = 1800) -> tuple[Path, list[str]]
     client.execute(env=os.environ | {"MPLBACKEND": INLINE})
     texts = tables(notebook)
     make_static(notebook)
-    exporter = HTMLExporter(raw_template=TEMPLATE, embed_images=True)
+    embed_pictures(notebook, path.parent)
+    exporter = HTMLExporter(raw_template=TEMPLATE)
     page, _ = exporter.from_notebook_node(notebook, resources)
     page = fold_solutions(page)
     outside = external_requests(page)

@@ -138,3 +138,18 @@ def test_a_solution_stays_inside_its_details():
     folded = tool.fold_solutions(page)
     assert folded.index("x = 1") < folded.index("</details>") < folded.index("next")
     assert tool.fold_solutions(folded) == folded
+
+
+def test_pictures_outside_the_notebooks_folder_are_embedded(tmp_path: Path):
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "figures" / "a.png").write_bytes(b"picture")
+    text = "[![b](https://x.org/b.svg)](https://x.org) ![a](../figures/a.png)"
+    notebook = new_notebook(cells=[new_markdown_cell(text)])
+    tool.embed_pictures(notebook, tmp_path / "notebooks")
+    source = notebook.cells[0].source
+    assert "![a](data:image/png;base64,cGljdHVyZQ==)" in source
+    assert source.startswith("[![b](https://x.org/b.svg)](https://x.org) ")
+    gone = new_notebook(cells=[new_markdown_cell("![a](../figures/b.png)")])
+    with pytest.raises(FileNotFoundError):
+        tool.embed_pictures(gone, tmp_path / "notebooks")
