@@ -10,7 +10,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from geopeft_kit.backbones import galileo, prithvi, rgb_vits, timm_zoo, torchgeo
+from geopeft_kit.backbones import (
+    galileo,
+    gfm_swin,
+    phileo,
+    phileo_vit,
+    prithvi,
+    rgb_vits,
+    satmae,
+    spectralgpt,
+    timm_zoo,
+    torchgeo,
+)
 from geopeft_kit.backbones.base import Backbone
 from geopeft_kit.backbones.card import BackboneCard, NewBands, plan_bands
 from geopeft_kit.backbones.weights import find_weights, read_checkpoint
@@ -18,16 +29,32 @@ from geopeft_kit.backbones.weights import find_weights, read_checkpoint
 __all__ = ["Backbone", "BackboneCard", "find_card", "list_backbones", "load_backbone"]
 
 _BUILDERS: dict[str, Callable[..., Backbone]] = {
-    "cross_scale_mae": rgb_vits.build_cross_scale_mae,
+    "cross_scale_mae": rgb_vits.build_mae,
     "dino_mc": rgb_vits.build_dino_mc,
+    "from_scratch": timm_zoo.build_from_scratch,
     "galileo": galileo.build,
+    "gfm": gfm_swin.build,
+    "phileo_unet": phileo.build,
+    "phileo_vit": phileo_vit.build,
     "prithvi": prithvi.build,
+    "satmae": rgb_vits.build_mae,
+    "satmae_multispectral": satmae.build,
     "scalemae": torchgeo.build_scalemae,
+    "spectralgpt": spectralgpt.build,
     "timm": timm_zoo.build,
 }
 _CARDS = {
     card.name: card
-    for card in prithvi.CARDS + galileo.CARDS + torchgeo.CARDS + rgb_vits.CARDS
+    for card in prithvi.CARDS
+    + galileo.CARDS
+    + torchgeo.CARDS
+    + rgb_vits.CARDS
+    + satmae.CARDS
+    + gfm_swin.CARDS
+    + spectralgpt.CARDS
+    + phileo.CARDS
+    + phileo_vit.CARDS
+    + timm_zoo.CARDS
 }
 
 
