@@ -411,7 +411,6 @@ _STATISTICS = (  # band, mean, standard deviation
 _COMMIT = "0f0b5b95ac81acef4b74cf4686dc877202f4541b"
 
 
-
 def _card(
     size: str,
     width: int,
@@ -473,9 +472,21 @@ CARDS = (
         " The file holds 1,037,856 numbers.",
     ),
     _card(
-        "tiny", 192, 12, 3, 5_462_928, WeightFile("models/tiny/encoder.pt", _HUB), _NOT_OPENED
+        "tiny",
+        192,
+        12,
+        3,
+        5_462_928,
+        WeightFile("models/tiny/encoder.pt", _HUB),
+        _NOT_OPENED,
     ),
     _card(
-        "base", 768, 12, 12, 85_552_704, WeightFile("models/base/encoder.pt", _HUB), _NOT_OPENED
+        "base",
+        768,
+        12,
+        12,
+        85_552_704,
+        WeightFile("models/base/encoder.pt", _HUB),
+        _NOT_OPENED,
     ),
 )

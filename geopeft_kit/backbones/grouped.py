@@ -91,8 +91,8 @@ def group_slots(
 ) -> list[list[tuple[int, int]]]:
     """Which channels of the image a group reads, and with which of its kernels.
 
-    A band that is left out is a kernel that is left out, as in any other backbone; under
-    ``new_bands="copy_nearest"`` two channels may share a kernel.
+    A band that is left out is a kernel that is left out, as in any other backbone;
+    under ``new_bands="copy_nearest"`` two channels may share a kernel.
 
     Args:
         card: the backbone's card.

@@ -1,7 +1,7 @@
 """PhilEO's Geo-Aware U-Net: a convolutional network that is locked to 128 px.
 
 Its layer norms have an own gain and shift for every channel *and every pixel*: of the
-44 million numbers 55 % are such maps, 39 % the dense bottleneck, and 6.5 % convolutions.
+44 million numbers 55 % are such maps, 39 % the dense bottleneck, 6.5 % convolutions.
 So it takes images of one size only, and norm tuning trains 24 million numbers here.
 
 Written from the formulas, with the upstream's names.
@@ -104,11 +104,11 @@ class _Level(nn.ModuleList):
     """The blocks of one resolution."""
 
     def through(self, x: Tensor, scaler: ScaleSkip2D) -> Tensor:
-        """All blocks, and a shortcut around them where there are several."""
+        """All blocks, and a shortcut around them."""
         before = x
         for block in self:
             x = block(x)
-        return scaler(x, before) if len(self) > 1 else x
+        return scaler(x, before)
 
 
 class Encoder(nn.Module):
@@ -367,8 +367,8 @@ def _card(size: str, factor: int, parameters: int, notes: str) -> BackboneCard:
         architecture={"dims": dims, "depths": depths, "latent": 1024},
         paper="arXiv 2506.14765",
         notes="U-Net with spatial layer norms, reconstruction plus geographic labels "
-        "on MajorTOM. The maps are the four finest of its own decoder, strides 1, 2, 4, "
-        f"8. parameters counts it whole, with the heads of pretraining.{notes}",
+        "on MajorTOM. The maps are the four finest of its own decoder, strides 1, 2, "
+        "4, 8. parameters counts it whole, with the heads of pretraining." + notes,
         cannot="Locked to 128 x 128 px. The maps do not pass through the heads of "
         "pretraining (0.7 M). Norm tuning trains more than half of it. No published "
         "file was at hand: key names are those of the authors' code.",

@@ -80,14 +80,12 @@ class UPerHead(nn.Module):
             for size in _POOLS
         )
         self.bottleneck = ConvUnit(deep + len(_POOLS) * width, width, 3)
-        self.lateral_convs = nn.ModuleList(
-            ConvUnit(c, width, 1) for c in channels[:-1]
-        )
+        self.lateral_convs = nn.ModuleList(ConvUnit(c, width, 1) for c in channels[:-1])
         self.fpn_convs = nn.ModuleList(ConvUnit(width, width, 3) for _ in channels[:-1])
         self.fpn_bottleneck = ConvUnit(len(channels) * width, width, 3)
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
-        """Four maps (B, C_i, H_i, W_i) -> four (B, width, H_i, W_i), the first fused."""
+        """Four maps (B, C_i, H_i, W_i) -> four (B, width, H_i, W_i), first fused."""
         deep = maps[-1]
         pooled = [_like(unit(deep), deep) for unit in self.psp_modules]
         levels = [
@@ -272,9 +270,9 @@ def _check_stem(card: BackboneCard, plan: BandPlan, image_size: int | None) -> N
         raise ValueError(locked(card, f"image_size={image_size}"))
     if plan.kernels != tuple(range(len(card.bands))):
         raise ValueError(
-            f"the stem of {card.name} adds the image to what it computes from it, so it "
-            f"needs all its bands in their order: {', '.join(card.bands)}. Others may "
-            "come with new_bands='ignore'"
+            f"the stem of {card.name} adds the image to what it computes from it, so "
+            f"it needs all its bands in their order: {', '.join(card.bands)}. Others "
+            "may come with new_bands='ignore'"
         )
 
 
@@ -304,9 +302,9 @@ def _card(
         notes="ViT-UPerNet, reconstruction plus geographic labels on MajorTOM. "
         "patch=4 (default) or 16, as many numbers and a 19th of the computation "
         f"({sixteen} with patch=16). parameters counts ViT with its fixed position "
-        "table, neck and UPerNet head. The maps are the head's, 256 channels at patch / "
-        "4, patch / 2, patch and 2 patch: the first is its fusion, the last its pooled "
-        "map.",
+        "table, neck and UPerNet head. The maps are the head's, 256 channels at patch "
+        "/ 4, patch / 2, patch and 2 patch: the first is its fusion, the last its "
+        "pooled map.",
         cannot="Checkpoints of the released pretraining code have a convolutional stem "
         "before the ViT (0.66 M more): it comes with them, and locks the network to "
         "128 x 128 px and to all ten bands. No published file was at hand: key names "

@@ -13,7 +13,6 @@ Taught in notebook 01 (load a geospatial foundation model).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from functools import partial
 
@@ -254,9 +253,9 @@ def _card(
         architecture={"heads": heads, "channel_code": 256},
         paper="arXiv 2207.08051",
         notes="Masked autoencoder on fMoW-Sentinel, 200 epochs. Three groups of bands, "
-        "one token each: BLUE, GREEN, RED, NIR_BROAD; RED_EDGE_1-3, NIR_NARROW; SWIR_1, "
-        "SWIR_2. The maps are the mean over the groups of a patch. A group of which no "
-        "band is given is not in the sequence.",
+        "one token each: BLUE, GREEN, RED, NIR_BROAD; RED_EDGE_1-3, NIR_NARROW; "
+        "SWIR_1, SWIR_2. The maps are the mean over the groups of a patch. A group of "
+        "which no band is given is not in the sequence.",
         cannot="No commercial use. No random kernel for a new band: it would belong to "
         "no group. The published file was not at hand: key names are those of the "
         "authors' code.",

@@ -30,8 +30,7 @@ from geopeft_kit.backbones.weights import load_strictly
 _TOGETHER = 3  # bands that one kernel reads
 _BANDS = tuple(band for band, _, _ in STATISTICS)
 GROUPS = [
-    tuple(range(first, first + _TOGETHER))
-    for first in range(0, len(_BANDS), _TOGETHER)
+    tuple(range(first, first + _TOGETHER)) for first in range(0, len(_BANDS), _TOGETHER)
 ]
 
 

@@ -31,7 +31,6 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from geopeft_kit.bands import SENSORS
 from geopeft_kit.backbones.base import Backbone, adapt_kernels
 from geopeft_kit.backbones.card import (
     BackboneCard,
@@ -46,6 +45,7 @@ from geopeft_kit.backbones.hierarchical import (
 )
 from geopeft_kit.backbones.vit import RotaryViTBackbone, ViTBackbone
 from geopeft_kit.backbones.weights import State, load_strictly, strip_prefixes
+from geopeft_kit.bands import SENSORS
 
 PREFIX = "timm:"
 _LAYOUTS: dict[type[nn.Module], str] = {
@@ -101,7 +101,7 @@ def make_card(name: str) -> BackboneCard:
     )
     if _SATELLITE in name:
         notes = (
-            "DINOv3, self-distillation on 493 million satellite images (8-bit RGB); the "
+            "DINOv3, self-distillation on 493 million satellite images (8-bit RGB); "
             "statistics are those of display brightness, and reflectance is darker."
         )
     return BackboneCard(
@@ -145,7 +145,8 @@ def build(
     layout = str(card.architecture["layout"])
     # A ViT's position table keeps its published size and is resized per image.
     size = image_size if image_size and layout == "swin" else card.image_size
-    if state is not None and layout == "vit":
+    # DINOv3 computes its rotations into buffers that no checkpoint would fill.
+    if state is not None and layout == "vit" and "dinov3" not in card.name:
         with torch.device("meta"):  # no memory and no time for random numbers
             model = _network(card.name, size)
     else:
@@ -277,10 +278,10 @@ UNET_RESNET50 = BackboneCard(
     licence_code="Apache-2.0",
     source="random weights; network of timm",
     architecture={"layout": "resnet", "from_scratch": True},
-    notes="ResNet-50 with random weights and, by decoder='unet', the from-scratch UNet: "
-    "in the PEFT study (arXiv 2504.17397) it is the best of all on Sen1Floods11 (mIoU "
-    "90.75, ahead of each Prithvi), so no comparison should go without it. Use it with "
-    "method 'full'. Any other band takes new_bands='random', as all of its kernels are.",
+    notes="ResNet-50 with random weights and, by decoder='unet', the from-scratch "
+    "UNet: in the PEFT study (arXiv 2504.17397) it is the best of all on Sen1Floods11 "
+    "(90.75, ahead of each Prithvi), so no comparison should go without it. Use it "
+    "with method 'full'. Any other band takes new_bands='random', like all of its own.",
     cannot="Has no published weights: 'default' is random. Frozen, or with a PEFT "
     "method, it is a random feature extractor. The kit's UNet reads four maps; that of "
     "the study reads the one at stride 2 as well.",

@@ -76,7 +76,7 @@ class ScaleShiftFeatures(Method):
         """Refuse norms over channels and pixels, which have no axis of channels."""
         for path, module in backbone.model.named_modules():
             if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
-                return f"its norm {path} has a gain for every pixel, not one per channel"
+                return f"its norm {path} has a gain for every pixel, not per channel"
         return None
 
     def build(self, backbone: Backbone, blocks: list[Block]) -> list[Replacement]:
