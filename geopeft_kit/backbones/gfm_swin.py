@@ -8,7 +8,6 @@ Taught in notebook 01 (load a geospatial foundation model).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from timm.models.swin_transformer import SwinTransformer, checkpoint_filter_fn
 from torch import Tensor
@@ -84,8 +83,9 @@ def build(
     mask_token = None
     if state is not None:
         kept, mask_token = _encoder(state)
-        load_strictly(model, _timm_state(kept, model), card.name)
-    adapt_kernels(model.patch_embed.proj, plan.kernels)
+        # Microsoft's names as timm's, which has each merging in the next stage.
+        load_strictly(model, checkpoint_filter_fn(kept, model), card.name)
+    adapt_kernels(model.get_submodule("patch_embed.proj"), plan.kernels)
     backbone = GFMBackbone(card, model, plan, normalise, "swin")
     backbone.register_buffer("mask_token", mask_token, persistent=False)
     return backbone
@@ -99,11 +99,6 @@ def _encoder(state: Mapping[str, Tensor]) -> tuple[State, Tensor | None]:
         if key.startswith("encoder.") and key != _MASK_TOKEN
     }
     return kept or dict(state), state.get(_MASK_TOKEN)
-
-
-def _timm_state(state: State, model: Any) -> State:
-    """Microsoft's names as timm's; timm moved each merging to the next stage."""
-    return checkpoint_filter_fn(state, model)
 
 
 GFM_SWIN_BASE = BackboneCard(

@@ -30,10 +30,12 @@ class ScaleSkip2D(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        for name, start in (("scale", 1.0), ("bias", 0.0)):
-            for side in "xy":
-                value = start + 0.01 * torch.randn(1, channels, 1, 1)
-                self.register_parameter(f"{side}_skip{name}", nn.Parameter(value))
+
+        def around(start: float) -> nn.Parameter:
+            return nn.Parameter(start + 0.01 * torch.randn(1, channels, 1, 1))
+
+        self.x_skipscale, self.y_skipscale = around(1), around(1)
+        self.x_skipbias, self.y_skipbias = around(0), around(0)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """(B, C, H, W) both -> (B, C, H, W)."""
@@ -100,17 +102,6 @@ class CNNBlock(nn.Module):
         return self.last_act(self.scaler(x, identity))
 
 
-class _Level(nn.ModuleList):
-    """The blocks of one resolution."""
-
-    def through(self, x: Tensor, scaler: ScaleSkip2D) -> Tensor:
-        """All blocks, and a shortcut around them."""
-        before = x
-        for block in self:
-            x = block(x)
-        return scaler(x, before)
-
-
 class Encoder(nn.Module):
     """The way down, and the bottleneck's vector.
 
@@ -152,7 +143,7 @@ class Encoder(nn.Module):
         """(B, C, H, W) -> the vector (B, latent), and one map a level, fine first."""
         skips: list[Tensor] = []
         for level, blocks in enumerate(self.blocks_down):
-            x = blocks.through(x, self.block_scalers[level])
+            x = self.block_scalers[level](blocks(x), x)
             skips.append(x)
             if level < len(self.downsample):
                 x = self.downsample[level](x)
@@ -196,7 +187,7 @@ class Decoder(nn.Module):
         maps: list[Tensor] = []
         for level, blocks in enumerate(self.blocks_up):
             x = self.skip_scalers[level](x, skips[-1 - level])
-            x = blocks.through(x, self.block_scalers[level])
+            x = self.block_scalers[level](blocks(x), x)
             maps.append(x)
             if level < len(self.upsamplers):
                 x = self.upsamplers[level](x)
@@ -313,7 +304,7 @@ def _levels(
     dims: Sequence[int], depths: Sequence[int], sizes: Sequence[int], act: nn.Module
 ) -> nn.ModuleList:
     return nn.ModuleList(
-        _Level(CNNBlock(width, width, size, act) for _ in range(depth))
+        nn.Sequential(*(CNNBlock(width, width, size, act) for _ in range(depth)))
         for width, depth, size in zip(dims, depths, sizes, strict=True)
     )
 

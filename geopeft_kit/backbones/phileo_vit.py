@@ -238,7 +238,6 @@ def build(
         with torch.device("meta"):  # no memory and no time for random numbers
             model = ViTUPerNet(card, patch, stem)
         load_strictly(model, kept, card.name)
-        model.vit.pos_embed.requires_grad_(False)
     adapt_kernels(model.vit.patch_embed.proj, plan.kernels)
     return PhilEOViTBackbone(card, model, plan, normalise, patch)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from timm.layers import PatchEmbed, resample_abs_pos_embed
@@ -60,7 +61,7 @@ class GroupedViT(nn.Module):
                 for number, bands in groups.items()
             }
         )
-        norm = partial(nn.LayerNorm, eps=1e-6)
+        norm: Any = partial(nn.LayerNorm, eps=1e-6)
         self.blocks = nn.Sequential(
             *(Block(width, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth))
         )

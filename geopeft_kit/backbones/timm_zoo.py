@@ -185,7 +185,7 @@ def build_from_scratch(
     )
     if state is not None:
         load_strictly(model, _timm_state(model, state), card.name)
-    adapt_kernels(model.conv1, plan.kernels)
+    adapt_kernels(model.get_submodule("conv1"), plan.kernels)
     return HierarchicalBackbone(card, model, plan, normalise, "resnet")
 
 
