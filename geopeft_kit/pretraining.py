@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
 from geopeft_kit.backbones.base import Backbone
+from geopeft_kit.backbones.grouped import GroupedViTBackbone
 from geopeft_kit.training.callbacks import Checkpoint
 from geopeft_kit.training.fit import quiet_lightning
 from geopeft_kit.training.hardware import choose_device, choose_precision
@@ -79,6 +80,11 @@ class PretextTask(L.LightningModule):
             raise ValueError(
                 f"masked modelling is written for ViTs; {backbone.card.name!r} is a "
                 f"{backbone.layout}. Take a backbone whose layout is 'vit'."
+            )
+        if isinstance(backbone, GroupedViTBackbone):
+            raise ValueError(
+                f"masked modelling hides one token per patch; {backbone.card.name!r} "
+                "makes several. Take a plain ViT."
             )
         self.backbone = backbone
         self.objective = objective

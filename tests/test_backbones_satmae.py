@@ -24,6 +24,7 @@ from torch import Tensor
 
 from geopeft_kit import backbones
 from geopeft_kit.backbones import find_card, load_backbone
+from geopeft_kit.pretraining import Objective, PretextTask
 
 NAME = "satmae_multispectral_base"
 WIDTH, CODE, DEPTH, HEADS, SIDE = 48, 16, 4, 3, 12
@@ -172,6 +173,12 @@ def test_methods_fit() -> None:
     with torch.enable_grad():
         sum(m.square().mean() for m in backbone(image)).backward()
     assert all(p.grad is not None for p in backbone.parameters())
+
+
+def test_masked_modelling_needs_one_token_a_patch() -> None:
+    backbone = load_backbone(NAME, weights=None)
+    with pytest.raises(ValueError, match="hides one token per patch"):
+        PretextTask(backbone, Objective(), 0, 0, 1e-3, 10)
 
 
 def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
