@@ -80,7 +80,7 @@ class WavelengthEmbedding(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, h, w, D)."""
-        dtype = self.fclayer.l1.weight.dtype
+        dtype = self.weight_generator.bias_token.dtype  # a method may wrap layers
         codes = self.fclayer(wave_code(self.waves.float(), _CODE).to(dtype))
         kernels, bias = self.weight_generator(codes)
         shape = (-1, *self.patch_size)
