@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from archives import File
-from common import STUDY, Source, main, make, read_names
+from command import main
+from common import STUDY, Source, make, read_names
 from pixels import first_of_each, read_raster, relabel
 
 from geopeft_kit.data import Chip
@@ -34,9 +35,9 @@ SOURCE = Source(
     licence="CDLA-Permissive-1.0 (the data set's own page; not verified here)",
     download_mb=None,
     disk_mb=17000,
-    steps="Put BigEarthNet-S2, Reference_Maps (for --reben-7k) and metadata.parquet, or "
-    f"their archives, into DIR, and the study's lists ({STUDY}/reBEN/reBEN_7k); then "
-    "--from DIR. The archives need some 130 GB while they are unpacked.",
+    steps="Put BigEarthNet-S2, metadata.parquet and (for --reben-7k) Reference_Maps, "
+    f"or their archives, into DIR, and the study's lists ({STUDY}/reBEN/reBEN_7k); "
+    "then --from DIR. The archives need some 130 GB while they are unpacked.",
     small="a hundredth of each split and country (of reBEN-7k: a tenth)",
     layout="torchgeo 0.8.1, BigEarthNetV2",
 )
@@ -116,11 +117,10 @@ def read_chips(
     for patch, row in choose(folder, subset, reben_7k, share).iterrows():
         path = patch_file(folder / "BigEarthNet-S2", patch, "B02")
         blue, place = read_raster(path)
-        bands = [
-            blue if band == "02" else
-            read_raster(path.with_name(f"{patch}_B{band}.tif"), blue.shape[1:], "bilinear")[0]
-            for band in BANDS
-        ]  # fmt: skip
+        bands = []
+        for band in BANDS:
+            file = path.with_name(f"{patch}_B{band}.tif")
+            bands.append(read_raster(file, blue.shape[1:], "bilinear")[0])
         mask = None
         if reben_7k:
             path = patch_file(folder / "Reference_Maps", patch, "reference_map")

@@ -1,16 +1,13 @@
-"""What all data scripts share: the options, and the way from upstream to chip folder.
+"""What all data scripts share: the way from the upstream files to a chip folder.
 
 A script holds a `Source` (what the data set is), `files` (what it consists of),
-`read_chips` (how it becomes chips) and `convert`, which notebooks and tests call; the
-command line is the same for all.
+`read_chips` (how it becomes chips) and `convert`, which notebooks and tests call.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,70 +75,11 @@ class Source:
         return "\n".join(line for line in lines if line)
 
 
-def main(
-    source: Source,
-    convert: Callable[..., Path],
-    options: Callable[[argparse.ArgumentParser], None] | None = None,
-    arguments: Sequence[str] | None = None,
-) -> None:
-    """Run a data script from the command line.
-
-    Args:
-        source: What the data set is.
-        convert: Makes the chip folder; takes the folder of the upstream files (None:
-            download), the root, and the options by name.
-        options: Adds options of one data set alone.
-        arguments: In place of the process's own.
-    """
-    parser = argparse.ArgumentParser(
-        description=str(source), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--root",
-        type=Path,
-        default=Path("data"),
-        help="the chip folder is made in here (default: data)",
-    )
-    parser.add_argument(
-        "--from",
-        type=Path,
-        dest="folder",
-        metavar="DIR",
-        help="convert the upstream files in DIR; download nothing",
-    )
-    parser.add_argument(
-        "--subset",
-        choices=SUBSETS,
-        default="full",
-        help="small: a stated part, contained in full",
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="show source, sizes and licence, then stop",
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="make the chip folder again"
-    )
-    if options is not None:
-        options(parser)
-    settings = vars(parser.parse_args(arguments))
-    print(source)
-    if settings.pop("dry_run"):
-        return
-    try:
-        folder = convert(settings.pop("folder"), settings.pop("root"), **settings)
-    except (OSError, ValueError, RuntimeError) as error:
-        print(f"\n{error}", file=sys.stderr)
-        sys.exit(1)
-    print(summary(folder))
-
-
 def make(
     source: Source,
     given: Path | str | None,
     root: Path | str,
-    info: Mapping[str, Any],
+    info: Mapping[str, Any] | Callable[[Path], Mapping[str, Any]],
     read_chips: Callable[..., Iterable[Chip]],
     files: Callable[..., Iterable[File]] | None,
     needs: Sequence[str],
@@ -157,7 +95,8 @@ def make(
         given: Folder of the upstream files, unpacked or as downloaded; it is only
             read. None downloads.
         root: Where the chip folder is made, and `downloads` beside it.
-        info: Facts of the data set; licence, citation and source are filled in.
+        info: Facts of the data set, or a function that reads them from the folder;
+            licence, citation and source are filled in.
         read_chips: Called with the folder, the subset and the options.
         files: What to fetch, called in the same way; None where nothing can be.
         needs: Files and folders that must be there after unpacking.
@@ -175,7 +114,7 @@ def make(
         return target
     work = Path(root) / "downloads" / source.name
     listed = files(work, subset, **options) if files else ()
-    if given is None and files is not None:
+    if given is None and files is not None and source.download_mb != 0:
         free_space(target, source.disk_mb * (subset == "full"))
         folder = need_files(source, download(listed, work), *needs)
     elif given is None or all((Path(given) / name).exists() for name in needs):
@@ -191,7 +130,8 @@ def make(
     }
     chips = read_chips(folder, subset, **options)
     progress = tqdm(chips, "Converting", unit=" chips", mininterval=1)
-    return write_chip_folder(target, progress, facts | dict(info), overwrite=overwrite)
+    facts |= info(folder) if callable(info) else info
+    return write_chip_folder(target, progress, facts, overwrite=overwrite)
 
 
 def target_folder(root: Path | str, name: str, subset: str) -> Path:
@@ -269,17 +209,6 @@ def free_space(folder: Path, needed_mb: float) -> None:
             f"{there} has {free:.0f} MB free, and {needed_mb:.0f} MB are needed. Free "
             "some space, or choose another --root or --subset small."
         )
-
-
-def summary(folder: Path) -> str:
-    """What stands in a chip folder, in a few lines."""
-    info, index = read_chip_folder(folder)
-    counts = index.groupby(["region", index["split"].fillna("-")]).size()
-    lines = [f"{info.name}: {len(index)} chips in {folder}"]
-    lines += [
-        f"  {region:<16} {split:<12} {n:>6}" for (region, split), n in counts.items()
-    ]
-    return "\n".join(lines)
 
 
 def read_names(path: Path) -> list[str]:

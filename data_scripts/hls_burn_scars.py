@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 from archives import File
-from common import STUDY, Source, main, make, read_names
+from command import main
+from common import STUDY, Source, make, read_names
 from pixels import chip_name, first_of_each, read_mask, read_raster
 
 from geopeft_kit.data import Chip
@@ -29,7 +30,7 @@ SOURCE = Source(
     licence="CC-BY-4.0 (stated by the data set's loading script)",
     download_mb=2646,
     disk_mb=5300,
-    steps="Put hls_burn_scars.tar.gz, or what it unpacks to, and the study's three lists "
+    steps="Put hls_burn_scars.tar.gz, or what it unpacks to, and the study's lists "
     f"({STUDY}/burn_scars) into DIR; then --from DIR.",
     small="40 / 16 / 16 chips, in a seeded order",
     layout="the data set class of IBM/peft-geofm, src/peft_geofm/datasets",
@@ -50,8 +51,8 @@ INFO = {
     "classes": ["not burnt", "burnt"],
     "colours": ["#80cdc1", "#a50026"],
     "notes": "Values are reflectance as they are; NaN became 0 as in the study. "
-    "Upstream's -1 (missing) became 255. The region is the tile of the Sentinel-2 grid; "
-    "28 tiles have chips in both train and test.",
+    "Upstream's -1 (missing) became 255. Regions are tiles of the Sentinel-2 grid; 28 "
+    "tiles have chips in both train and test.",
 }
 
 
@@ -73,7 +74,7 @@ def read_chips(folder: Path, subset: str) -> Iterator[Chip]:
     for split in LISTS:
         names = read_names(folder / f"{split}_data.txt")
         if subset == "small":
-            names = first_of_each(names, lambda _: split, SMALL[split])
+            names = first_of_each(names, None, SMALL[split])
         for name in names:
             if name not in images:
                 raise FileNotFoundError(

@@ -121,12 +121,16 @@ def windows(
             yield row, column
 
 
-def cut(chip: Chip, size: int | None) -> Iterator[Chip]:
+def cut(
+    chip: Chip, size: int | None, left: int = 0, right: int | None = None
+) -> Iterator[Chip]:
     """A chip as windows that lie side by side; what is left at the border is dropped.
 
     Args:
         chip: With arrays, not paths.
         size: Side of a window in pixels; None yields the chip whole.
+        left: First column to use.
+        right: Column to stop before; None for the chip's width.
 
     Yields:
         Chips named after the corner, which keep the whole one's name as their scene.
@@ -139,7 +143,7 @@ def cut(chip: Chip, size: int | None) -> Iterator[Chip]:
         for name in ("image", "image_after", "mask")
         if (value := getattr(chip, name)) is not None
     }
-    for row, column in windows(*arrays["image"].shape[-2:], size):
+    for row, column in windows(*arrays["image"].shape[-2:], size, left, right):
         inside = np.s_[..., row : row + size, column : column + size]
         changes: dict[str, Any] = {name: a[inside] for name, a in arrays.items()}
         if chip.transform is not None:
@@ -147,7 +151,7 @@ def cut(chip: Chip, size: int | None) -> Iterator[Chip]:
             changes["transform"] = rasterio.windows.transform(box, chip.transform)
         yield replace(
             chip,
-            name=f"{chip.name}_{row:04d}_{column:04d}",
+            name=f"{chip.name}_{row:03d}_{column:03d}",
             extra={"scene": chip.name, **chip.extra},
             **changes,
         )
@@ -155,7 +159,7 @@ def cut(chip: Chip, size: int | None) -> Iterator[Chip]:
 
 def first_of_each(
     items: Sequence[Item],
-    group: Callable[[Item], Any],
+    group: Callable[[Item], Any] | None,
     count: int | Callable[[int], int],
     seed: int = 0,
 ) -> list[Item]:
@@ -163,7 +167,7 @@ def first_of_each(
 
     Args:
         items: All of them, in an order that does not depend on the disk.
-        group: Class, split or region of an item.
+        group: Class, split or region of an item; None takes all as one group.
         count: How many of each group, or a function of the group's size.
         seed: Of the order.
 
@@ -172,7 +176,8 @@ def first_of_each(
     """
     members: dict[Any, list[int]] = {}
     for position in np.random.default_rng(seed).permutation(len(items)).tolist():
-        members.setdefault(group(items[position]), []).append(position)
+        key = group(items[position]) if group else None
+        members.setdefault(key, []).append(position)
     chosen = [
         position
         for positions in members.values()

@@ -2,8 +2,8 @@
 
     python data_scripts/reben_7k.py --root data
 
-19 land-cover classes; 4690 / 946 / 945 patches and the 807 of Austria and Ireland apart,
-in a split "ood". The same as `bigearthnet.py --reben-7k`.
+19 land-cover classes; 4690 / 946 / 945 patches, and the 807 of Austria and Ireland
+apart, in a split "ood". The same as `bigearthnet.py --reben-7k`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 
 import bigearthnet
-from common import main
+from command import main
 
 SOURCE = replace(
     bigearthnet.SOURCE,

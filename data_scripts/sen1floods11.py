@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from archives import File
-from common import STUDY, Source, main, make, read_names
+from command import main
+from common import STUDY, Source, make, read_names
 from pixels import first_of_each, read_mask, read_raster
 
 from geopeft_kit.data import Chip
@@ -25,11 +26,11 @@ SOURCE = Source(
     title="Sen1Floods11: 446 hand-labelled Sentinel-2 chips of 512 x 512 pixels",
     paper="Bonafilia et al. 2020, doi 10.1109/CVPRW50498.2020.00113",
     home="https://github.com/cloudtostreet/Sen1Floods11, bucket gs://sen1floods11",
-    licence="not an open licence: its catalogue says 'proprietary', public for research",
+    licence="its catalogue says 'proprietary'; public for research",
     download_mb=None,
     disk_mb=3300,
-    steps="gsutil -m rsync -r gs://sen1floods11/v1.1 DIR/v1.1, and put the study's four "
-    f"lists ({STUDY}/sen1floods11) into DIR; then --from DIR.",
+    steps="gsutil -m rsync -r gs://sen1floods11/v1.1 DIR/v1.1, and put the study's "
+    f"four lists ({STUDY}/sen1floods11) into DIR; then --from DIR.",
     small="10 training, 4 validation and 4 test chips of each place, all of Bolivia",
     layout="the data set class of IBM/peft-geofm, src/peft_geofm/datasets",
 )

@@ -1,14 +1,11 @@
-"""Every data script, whole, against a server that serves a miniature of its upstream."""
+"""Every data script, whole, against a server with a miniature of its upstream."""
 
 from __future__ import annotations
 
 import importlib
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 from hub_server import serve

@@ -1,8 +1,8 @@
 """Miniatures of upstream data sets, in their exact layout, and a server for them.
 
 A builder writes what stands on the disk after download and unpacking; file names,
-formats and sidecar lists are those that the script's `SOURCE.layout` documents. `mirror`
-packs it into the archives that the script asks for and serves them on 127.0.0.1.
+formats and sidecar lists are those that the script's `SOURCE.layout` documents.
+`mirror` packs it into the archives that the script asks for, and serves them.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ def bigearthnet(home: Path, lists: Mapping[str, list[str]] | None = None) -> Non
         return f"S2A_MSIL2A_20170613T101031_N9999_R022_T{tile}_{number:02d}_71"
 
     wanted = lists or {
-        "train": [name("34VER", i) for i in range(20)],
+        "train": [name("34VER", i) for i in range(6)],
         "val": [name("34VER", i) for i in range(30, 32)],
         "test": [name("34VER", i) for i in range(40, 42)],
         "ood": [name("33UUP", 1), name("29UPU", 1)],
@@ -265,6 +265,247 @@ def _patch(home: Path, patch: str, number: int) -> None:
     geotiff(path, codes.astype(np.uint16), **at)
 
 
+# ---------------------------------------------------------------- others
+
+EUROSAT = (
+    "AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial", "Pasture",
+    "PermanentCrop", "Residential", "River", "SeaLake",
+)  # fmt: skip
+
+
+def eurosat(home: Path, rgb: bool = False) -> None:
+    folder = "2750" if rgb else "ds/images/remote_sensing/otherDatasets/sentinel_2/tif"
+    for number, split in enumerate(("train", "val", "test")):
+        names = [f"{label}_{number}" for label in EUROSAT]
+        # the lists name .jpg whatever the files are
+        lines(home / f"eurosat-spatial-{split}.txt", [f"{n}.jpg" for n in names])
+        for name in names:
+            label = name.split("_")[0]
+            if rgb:
+                picture(home / folder / label / f"{name}.jpg")
+            else:
+                path = home / folder / label / f"{name}.tif"
+                geotiff(path, stored(name, 13, 16), x=1e4 * number)
+
+
+def eurosat_rgb(home: Path) -> None:
+    eurosat(home, rgb=True)
+
+
+def geobench(home: Path) -> None:
+    """Samples as GEO-Bench's `write_sample_hdf5` writes them, pickled label and all."""
+    import pickle
+
+    import h5py
+
+    numbers = "01 02 03 04 05 06 07 08 08A 09 10 11 12".split()
+    optical = [f"{n} - band" for n in numbers]
+    cloudy = [f"{n} - band" for n in numbers if n != "10"] + ["Cloud Probability"]
+    sets = {
+        "m-cashew-plant": [f"{n}_2019-11-05" for n in cloudy],
+        "m-SA-crop-type": cloudy,
+        "m-brick-kiln": optical,
+        "m-forestnet": [f"0{n} - band" for n in range(2, 8)],
+        "m-eurosat": optical,
+    }
+    for name, bands in sets.items():
+        partition: dict[str, list[str]] = {}
+        for split, count in (("train", 3), ("valid", 1), ("test", 1)):
+            samples = [f"{split}_{i}" for i in range(count)]
+            if name == "m-forestnet":
+                samples = [f"-1.25_{101 + i}.5_2015_01_0{i + 1}" for i in range(count)]
+                samples = [s.replace("-1.25", f"-1.2{len(split)}") for s in samples]
+            partition[split] = samples
+            for number, sample in enumerate(samples):
+                path = home / name / f"{sample}.hdf5"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with h5py.File(path, "w") as file:
+                    for band in bands:
+                        file.create_dataset(
+                            band, data=stored(f"{sample}{band}", 1, 16)[0]
+                        )
+                    facts: dict[str, Any] = {"bands_order": bands}
+                    if name in ("m-cashew-plant", "m-SA-crop-type"):
+                        mask = rng(sample).integers(0, 7, (16, 16))
+                        file.create_dataset("label", data=mask.astype(np.uint8))
+                    else:
+                        facts = {"label": number % 2, **facts}
+                    file.attrs["pickle"] = str(pickle.dumps(facts))
+        (home / name / "default_partition.json").write_text(json.dumps(partition))
+
+
+def so2sat(home: Path) -> None:
+    import h5py
+
+    (home / "culture_10").mkdir(parents=True)
+    for name, count in (("training", 34), ("testing", 17)):
+        with h5py.File(home / f"culture_10/{name}.h5", "w") as file:
+            values = rng(name).random((count, 32, 32, 10)) * 0.4
+            file.create_dataset("sen2", data=values)
+            file.create_dataset("sen1", data=values[..., :8])
+            file.create_dataset("label", data=np.eye(17)[np.arange(count) % 17])
+
+
+def mados(home: Path) -> None:
+    sizes = {
+        "10": (492, 560, 665, 833),
+        "20": (704, 740, 783, 865, 1614, 2202),
+        "60": (443,),
+    }
+    for number, (split, count) in enumerate((("train", 3), ("val", 1), ("test", 1))):
+        names = []
+        for crop in range(1, count + 1):
+            scene = f"Scene_{number}"
+            names.append(f"{scene}_{crop}")
+            at = {"x": 1e4 * number, "y": 1e3 * crop}
+            for folder, waves in sizes.items():
+                for wave in waves:
+                    pixel = int(folder)
+                    image = rng(scene, crop, wave).random(
+                        (1, 240 // pixel, 240 // pixel)
+                    )
+                    path = home / "MADOS" / scene / folder
+                    path = path / f"{scene}_L2R_rhorc_{wave}_{crop}.tif"
+                    geotiff(path, (image * 0.2).astype(np.float32), pixel=pixel, **at)
+            mask = rng(scene, crop).integers(0, 16, (24, 24)).astype(np.float32)
+            path = home / "MADOS" / scene / "10" / f"{scene}_L2R_cl_{crop}.tif"
+            geotiff(path, mask, **at)
+        lines(home / f"MADOS/splits/{split}_X.txt", names)
+
+
+UCM = (
+    "agricultural airplane baseballdiamond beach buildings chaparral denseresidential "
+    "forest freeway golfcourse harbor intersection mediumresidential mobilehomepark "
+    "overpass parkinglot river runway sparseresidential storagetanks tenniscourt"
+).split()
+
+
+def uc_merced(home: Path) -> None:
+    for label in UCM:
+        for i in range(4):
+            size = 255 if i == 0 else 256  # some of upstream's are off by a few pixels
+            path = home / f"UCMerced_LandUse/Images/{label}/{label}{i:02d}.tif"
+            picture(path, values=np.full((size, size, 3), 40 * i))
+
+
+AID = (
+    "Airport BareLand BaseballField Beach Bridge Center Church Commercial "
+    "DenseResidential Desert Farmland Forest Industrial Meadow MediumResidential "
+    "Mountain Park Parking Playground Pond Port RailwayStation Resort River School "
+    "SparseResidential Square Stadium StorageTanks Viaduct"
+).split()
+
+
+def aid(home: Path) -> None:
+    for label in AID:
+        for i in range(1, 6):
+            picture(home / f"AID/{label}/{label.lower()}_{i}.jpg")
+
+
+def patternnet(home: Path) -> None:
+    for label in ("airplane", "beach"):
+        for i in range(3):
+            picture(home / f"PatternNet/images/{label}/{label}{i:03d}.jpg", 256)
+
+
+def levir_cd(home: Path) -> None:
+    for split, count in (("train", 2), ("val", 1), ("test", 1)):
+        for i in range(1, count + 1):
+            name = f"{split}_{i}.png"
+            picture(home / "A" / name, 32)
+            picture(home / "B" / name, 32)
+            picture(home / "label" / name, values=change_mask(name, 32))
+
+
+def change_mask(name: str, size: int) -> np.ndarray:
+    return 255 * rng(name, "mask").integers(0, 2, (size, size))
+
+
+def dsifn(home: Path) -> None:
+    for split, count in (("train", 3), ("val", 1), ("test", 2)):
+        for i in range(count):
+            picture(home / split / "t1" / f"{i}.jpg")
+            picture(home / split / "t2" / f"{i}.jpg")
+            picture(home / split / "mask" / f"{i}.png", values=change_mask(f"{i}", 16))
+
+
+def oscd(home: Path) -> None:
+    stem = "Onera Satellite Change Detection dataset - "
+    bands = "B01 B02 B03 B04 B05 B06 B07 B08 B8A B09 B10 B11 B12".split()
+    for split, cities in (
+        ("Train", ["abudhabi", "aguasclaras"]),
+        ("Test", ["chongqing"]),
+    ):
+        for city in cities:
+            images = home / f"{stem}Images" / city
+            for date in (1, 2):
+                for band in bands:
+                    path = images / f"imgs_{date}_rect" / f"{band}.tif"
+                    geotiff(path, stored(f"{city}{date}{band}", 1, 40), crs=None)
+            lines(images / "dates.txt", ["date_1: 20160120", "date_2: 20180328"])
+            mask = home / f"{stem}{split} Labels" / city / "cm" / "cm.png"
+            picture(mask, values=change_mask(city, 40))
+
+
+def whu_building(home: Path) -> None:
+    folder = home / "3. The cropped image tiles and raster labels"
+    for split, count in (("train", 3), ("val", 1), ("test", 2)):
+        for i in range(count):
+            picture(folder / split / "image" / f"{i}.tif")
+            picture(
+                folder / split / "label" / f"{i}.tif", values=change_mask(f"{i}", 16)
+            )
+
+
+def loveda(home: Path) -> None:
+    number = 0
+    for split in ("Train", "Val"):
+        for scene in ("Urban", "Rural"):
+            for _ in range(2):
+                folder, number = home / split / scene, number + 1
+                picture(folder / "images_png" / f"{number}.png", 32)
+                mask = rng(number).integers(0, 8, (32, 32))
+                picture(folder / "masks_png" / f"{number}.png", values=mask)
+
+
+def vaihingen(home: Path) -> None:
+    from torchgeo.datasets import Vaihingen2D
+
+    colours = np.array(Vaihingen2D.colormap)
+    for name in (n for names in Vaihingen2D.splits.values() for n in names):
+        picture(home / "top" / name, 36)
+        picture(home / name, values=colours[rng(name).integers(0, 6, (36, 36))])
+
+
+def spacenet2(home: Path) -> None:
+    for aoi, city, x in ((3, "Paris", 2.3), (5, "Khartoum", 32.5)):
+        for i in (1, 2, 10):
+            for product, size, bands in (("PAN", 26, 1), ("MUL", 7, 8)):
+                stem = f"AOI_{aoi}_{city}"
+                path = home / f"{stem}_Train" / product / f"{product}_{stem}_img{i}.tif"
+                geotiff(
+                    path, stored(path.name, bands, size, 2047), x=x + i * 0.01, y=15,
+                    pixel=1e-3 / size, crs="EPSG:4326",
+                )  # fmt: skip
+
+
+def phileo_bench(home: Path) -> None:
+    codes = np.array([10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 100])
+    for region in ("denmark-1", "europe", "uganda-1", "japan"):
+        for split, count in (("train", 30), ("val", 4), ("test", 3)):
+            stem = home / f"{region}_0_0_{split}"
+            draw = rng(region, split)
+            channels = 11 if region == "japan" else 10  # some carry the scene classes
+            image = draw.integers(0, 4000, (count, 8, 8, channels))
+            roads = draw.random((count, 8, 8, 1)) * 100
+            cover = draw.choice(codes, (count, 8, 8, 1))
+            stem.parent.mkdir(parents=True, exist_ok=True)
+            np.save(f"{stem}_s2.npy", image.astype(np.uint16))
+            np.save(f"{stem}_label_roads.npy", roads.astype(np.float32))
+            np.save(f"{stem}_label_building.npy", roads[::-1].astype(np.float32))
+            np.save(f"{stem}_label_lc.npy", cover.astype(np.uint8))
+
+
 BEN = {
     "BigEarthNet-S2.tar.gz": ("BigEarthNet-S2",),
     "Reference_Maps.tar.gz": ("Reference_Maps",),
@@ -281,11 +522,91 @@ UPSTREAMS = [
         (6, 16, 16), 10, {"hls_burn_scars.tar.gz": ("training", "validation")},
     ),
     Upstream(
-        "bigearthnet", bigearthnet, {"train": 20, "val": 2, "test": 2, "ood": 2},
-        (12, 12, 12), 6, BEN, {"reben_7k": True},
+        "bigearthnet", bigearthnet, {"train": 6, "val": 2, "test": 2, "ood": 2},
+        (12, 12, 12), 5, BEN, {"reben_7k": True},
     ),
     Upstream(
-        "bigearthnet", bigearthnet, {"train": 10, "val": 1, "test": 3},
+        "bigearthnet", bigearthnet, {"train": 3, "val": 1, "test": 3},
         (12, 12, 12), 5, BEN, {"share": 0.5},
+    ),
+    Upstream(
+        "eurosat", eurosat, {"train": 10, "val": 10, "test": 10}, (13, 16, 16), 30,
+        {"EuroSATallBands.zip": ("ds",)},
+    ),
+    *(
+        Upstream(
+            "geobench", geobench, {"train": 3, "val": 1, "test": 1}, (bands, 16, 16), 3,
+            options={"dataset": name}, by_hand=True,
+        )
+        for name, bands in (
+            ("m-cashew-plant", 12), ("m-SA-crop-type", 12), ("m-brick-kiln", 10),
+            ("m-forestnet", 6), ("m-eurosat", 13),
+        )
+    ),
+    Upstream(
+        "so2sat", so2sat, {"train": 34, "test": 17}, (10, 32, 32), 51, by_hand=True
+    ),
+    Upstream(
+        "mados", mados, {"train": 3, "val": 1, "test": 1}, (11, 24, 24), 5,
+        {"MADOS.zip": ("MADOS",)},
+    ),
+    Upstream(
+        "uc_merced", uc_merced, {"train": 42, "test": 42}, (3, 256, 256), 84,
+        {"UCMerced_LandUse.zip": ("UCMerced_LandUse",)},
+    ),
+    Upstream(
+        "aid", aid, {"train": 30, "test": 120}, (3, 16, 16), 150,
+        options={"train_share": 0.2}, by_hand=True,
+    ),
+    Upstream(
+        "geopile", patternnet, {"train": 6}, (3, 256, 256), 6,
+        {"PatternNet.zip": ("PatternNet",)}, {"part": "patternnet"},
+    ),
+    Upstream(
+        "levir_cd", levir_cd, {"train": 8, "val": 4, "test": 4}, (3, 2, 16, 16), 16,
+        options={"chip": 16}, by_hand=True,
+    ),
+    Upstream(
+        "dsifn", dsifn, {"train": 3, "val": 1, "test": 2}, (3, 2, 16, 16), 6,
+        by_hand=True,
+    ),
+    Upstream(
+        "oscd", oscd, {"train": 8, "test": 4}, (13, 2, 16, 16), 6,
+        {
+            f"Onera Satellite Change Detection dataset - {part}.zip":
+            (f"Onera Satellite Change Detection dataset - {part}",)
+            for part in ("Images", "Train Labels", "Test Labels")
+        },
+        {"chip": 16},
+    ),
+    Upstream(
+        "whu_building", whu_building, {"train": 3, "val": 1, "test": 2}, (3, 16, 16), 6,
+        {
+            "3. The cropped aerial image tiles and raster labels.zip":
+            ("3. The cropped image tiles and raster labels",)
+        },
+    ),
+    Upstream(
+        "loveda", loveda, {"train": 16, "test": 16}, (3, 16, 16), 32,
+        {"Train.zip": ("Train",), "Val.zip": ("Val",)}, {"chip": 16},
+    ),
+    Upstream(
+        "vaihingen", vaihingen, {"train": 64, "test": 68}, (3, 16, 16), 132,
+        options={"chip": 16}, by_hand=True,
+    ),
+    Upstream(
+        "spacenet2", spacenet2, {"train": 3, "test": 3}, (8, 26, 26), 6,
+        {
+            f"SN2_buildings_train_AOI_{city}.tar.gz": (f"AOI_{city}_Train",)
+            for city in ("3_Paris", "5_Khartoum")
+        },
+        {"cities": ["Paris", "Khartoum"]},
+    ),
+    *(
+        Upstream(
+            "phileo_bench", phileo_bench, {"train": 60, "val": 12, "test": 12},
+            (10, 8, 8), 48, options={"label": label, "n_shot": 20}, by_hand=True,
+        )
+        for label in ("roads", "lc")
     ),
 ]  # fmt: skip
