@@ -34,8 +34,8 @@ SOURCE = Source(
     licence="CC-BY-SA-4.0 (data set card); the parts have licences of their own",
     download_mb=0,
     disk_mb=10000,
-    steps="Fetch it with GEO-Bench's own tool (pip install geobench; geobench-download) "
-    "into $GEO_BENCH_DIR, and pass the folder that holds "
+    steps="Fetch it with GEO-Bench's own tool (pip install geobench; geobench-download)"
+    " into $GEO_BENCH_DIR, and pass the folder that holds "
     "<dataset>/default_partition.json (classification_v1.0 or segmentation_v1.0) as "
     "--from DIR.",
     small="a tenth of each split",

@@ -264,22 +264,6 @@ def test_terramesh_strips_leave_gaps() -> None:
 # ---------------------------------------------------------------- command line
 
 
-@pytest.mark.parametrize("name", ["eurosat_rgb", "amazon_forest", "terramesh"])
-def test_help_and_dry_run_say_what_it_is(name: str, tmp_path: Path) -> None:
-    def run(*options: str) -> str:
-        return subprocess.run(
-            [sys.executable, str(SCRIPTS / f"{name}.py"), *options],
-            capture_output=True, text=True, check=True, cwd=tmp_path,
-            env={"PYTHONPATH": str(SCRIPTS.parent)},
-        ).stdout  # fmt: skip
-
-    text = run("--help")
-    for word in ("source", "paper", "licence", "download", "MB", "--from", "--subset"):
-        assert word in text
-    assert "licence" in run("--dry-run")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_failure_is_one_message_and_an_exit_status(tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, str(SCRIPTS / "amazon_forest.py"), "--from", "nowhere"],

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+import os
+import runpy
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
+import upstreams
 from hub_server import serve
 from upstreams import UPSTREAMS, Mirror, Upstream, mirror
 
 from geopeft_kit import download
 from geopeft_kit.data import ChipData, read_chip_folder
 
+if TYPE_CHECKING:
+    from archives import File
+
 SCRIPTS = Path(__file__).resolve().parent.parent / "data_scripts"
+COMMANDS = sorted(
+    p.stem for p in SCRIPTS.glob("*.py") if "main(SOURCE" in p.read_text("utf-8")
+)
 DOWNLOADS = [row for row in UPSTREAMS if not row.by_hand]
 every = pytest.mark.parametrize("row", UPSTREAMS, ids=lambda row: row.id)
 fetched = pytest.mark.parametrize("row", DOWNLOADS, ids=lambda row: row.id)
@@ -132,6 +145,136 @@ def test_small_is_stated_and_lies_in_full(
     assert len(index) == row.small
     assert index["split"].nunique() == full["split"].nunique()
     assert module.SOURCE.small
+
+
+@fetched
+@pytest.mark.slow
+def test_every_fault_is_said_and_leaves_nothing(
+    row: Upstream, module: ModuleType, served: Mirror, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def fails(error: type[BaseException], match: str) -> None:
+        with pytest.raises(error, match=match):
+            module.convert(None, tmp_path, **row.options)
+        assert {p.name for p in tmp_path.iterdir()} <= {"downloads"}
+
+    served.content_type = "text/html"
+    fails(RuntimeError, "gave a web page instead of a file")
+    served.content_type = "application/octet-stream"
+    served.gone = True
+    fails(FileNotFoundError, r"does not exist .* 404")
+    served.gone = False
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "files", with_wrong_checksums(module.files))
+        name = next(iter(module.files(tmp_path, "full", **row.options)))
+        if name.md5 or name.sha256:
+            fails(RuntimeError, r"(MD5|SHA-256) is .*, expected 0{32}")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "read_chips", interrupted(module.read_chips))
+        served.cut_after = [10]
+        fails(KeyboardInterrupt, "in the middle")
+    assert "bytes=10-" in served.ranges, "a cut download started again"
+    check(row, module.convert(None, tmp_path, **row.options))
+
+
+def with_wrong_checksums(files: Callable[..., Any]) -> Callable[..., Any]:
+    def wrong(*arguments: Any, **options: Any) -> Iterator[File]:
+        for file in files(*arguments, **options):
+            md5, sha256 = file.md5 and "0" * 32, file.sha256 and "0" * 64
+            yield replace(file, md5=md5, sha256=sha256)
+
+    return wrong
+
+
+def interrupted(read_chips: Callable[..., Any]) -> Callable[..., Any]:
+    def stop(*arguments: Any, **options: Any) -> Iterator[Any]:
+        yield next(iter(read_chips(*arguments, **options)))
+        raise KeyboardInterrupt("in the middle")
+
+    return stop
+
+
+def test_a_killed_conversion_is_begun_again(tmp_path: Path) -> None:
+    import whu_building
+
+    home = tmp_path / "home"
+    upstreams.whu_building(home)
+    read = whu_building.read_chips
+
+    def killed(*arguments: Any) -> Iterator[Any]:
+        for number, chip in enumerate(read(*arguments)):
+            if number == 2:
+                os._exit(9)
+            yield chip
+
+    child = os.fork()
+    if child == 0:
+        whu_building.read_chips = killed
+        whu_building.convert(home, tmp_path / "data")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    left = tmp_path / "data/whu_building"
+    assert list(left.glob("images/*.tif")), "it was killed too early to test anything"
+    assert not (left / "dataset.json").exists()
+    folder = whu_building.convert(home, tmp_path / "data")
+    assert len(read_chip_folder(folder)[1]) == 6
+
+
+def test_a_broken_upstream_image_is_named(tmp_path: Path) -> None:
+    import whu_building
+
+    upstreams.whu_building(tmp_path)
+    image = tmp_path / whu_building.FOLDER / "train/image/1.tif"
+    for content in (image.read_bytes()[:100], b"<html>", b""):
+        image.write_bytes(content)
+        with pytest.raises(RuntimeError, match=r"train/image/1\.tif cannot be read"):
+            whu_building.convert(tmp_path, tmp_path / "data")
+        assert not (tmp_path / "data").exists()
+    mask = tmp_path / whu_building.FOLDER / "val/label/0.tif"
+    upstreams.picture(image)
+    upstreams.picture(mask, values=np.full((16, 16), 7))
+    with pytest.raises(ValueError, match=r"label/0\.tif holds 7; expected 0, 1, 255"):
+        whu_building.convert(tmp_path, tmp_path / "data")
+    mask.unlink()
+    with pytest.raises(FileNotFoundError, match="label holds no pictures"):
+        whu_building.convert(tmp_path, tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_and_dry_run_say_what_it_is(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def run(option: str) -> str:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", option])
+        runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        run("--help")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for word in ("source", "paper", "licence", "download", "small", "layout"):
+        assert f"  {word}" in text
+    for option in ("--root", "--from DIR", "--subset", "--dry-run", "--overwrite"):
+        assert option in text
+    assert "licence" in run("--dry-run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_has_to_be_got_by_hand_says_how(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for row in (row for row in UPSTREAMS if row.by_hand):
+        module = importlib.import_module(row.script)
+        message = "cannot be fetched by a script"
+        with pytest.raises(FileNotFoundError, match=message) as caught:
+            module.convert(None, tmp_path / "data", **row.options)
+        assert module.SOURCE.steps in str(caught.value)
+        with pytest.raises(FileNotFoundError, match="empty holds no"):
+            module.convert(tmp_path / "empty", tmp_path / "data", **row.options)
+        assert not (tmp_path / "data").exists()
 
 
 class read_only:

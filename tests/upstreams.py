@@ -62,9 +62,10 @@ class Mirror(Site):
     """Serves the files of a miniature at the paths of their real addresses."""
 
     files: dict[str, bytes] = field(default_factory=dict)
+    gone: bool = False
 
     def find(self, path: str) -> bytes | None:
-        return self.files.get(path)
+        return None if self.gone else self.files.get(path)
 
 
 def mirror(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from geopeft_kit.data.chips import ChipData
+from geopeft_kit.data.torchgeo_data import AnyData, as_data
 from geopeft_kit.model import Model
 from geopeft_kit.training.hardware import choose_device
 from geopeft_kit.training.metrics import RegionalMetrics
@@ -28,7 +28,7 @@ HEADLINE = {
 
 def evaluate(
     model: Model,
-    data: ChipData,
+    data: AnyData,
     split: str = "test",
     device: str | torch.device = "auto",
 ) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def evaluate(
 
     Args:
         model: A trained model.
-        data: The data set.
+        data: The data set, of any kind that `fit` takes.
         split: "train", "val" or "test"; "test" is the unseen region by default.
         device: Where to compute.
 
@@ -47,6 +47,7 @@ def evaluate(
     Raises:
         ValueError: The split has no chips.
     """
+    data = as_data(data, model.task, model.num_classes)
     if not isinstance(device, torch.device):
         device = choose_device(device)
     # a value that a class map may set apart is an ordinary number in a regression

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from geopeft_kit.data.chips import ChipData
 from geopeft_kit.data.loading import EpochSampler
+from geopeft_kit.data.torchgeo_data import AnyData, as_data
 from geopeft_kit.methods import Adapter, list_methods
 from geopeft_kit.model import Model
 from geopeft_kit.training.callbacks import Checkpoint, EarlyStop, History
@@ -61,7 +62,7 @@ class Run:
 
 def fit(
     model: Model,
-    data: ChipData,
+    data: AnyData,
     epochs: int = 10,
     learning_rate: float | None = None,
     decoder_learning_rate: float | None = None,
@@ -82,7 +83,8 @@ def fit(
     Args:
         model: From `build_model`, with a method attached to its backbone (without one,
             all weights train).
-        data: Chips with their splits.
+        data: Chips with their splits; or a torchgeo data set or data module, which is
+            taken as `TorchgeoData` takes it, its values as they are.
         epochs: Passes over the training split.
         learning_rate: For what trains inside the backbone; None takes the default of
             the method's card and prints it.
@@ -119,6 +121,7 @@ def fit(
         ValueError: An argument is out of its range, or the data's task is another.
         FileNotFoundError: `resume=True` and `folder` holds no checkpoint.
     """
+    data = as_data(data, model.task, model.num_classes)
     _check(model, data, epochs, head_start, folder, resume, patience)
     place = choose_device(device)
     model.to(place)
