@@ -68,7 +68,9 @@ def pickled_label(text: str, path: Path) -> int:
         steps = list(pickletools.genops(ast.literal_eval(text)))
     except (ValueError, SyntaxError, TypeError) as error:
         raise ValueError(f"{path} holds no readable label: {error}.") from error
-    steps = [s for s in steps if s[0].name not in ("MEMOIZE", "BINPUT", "LONG_BINPUT")]
+    steps = [
+        s for s in steps if s[0].name not in ("MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT")
+    ]
     for (_, key, _), (_, value, _) in zip(steps, steps[1:], strict=False):
         if key == "label" and type(value) is int:
             return value

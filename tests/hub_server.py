@@ -57,14 +57,15 @@ class Handler(BaseHTTPRequestHandler):
             return
         start = 0
         wanted = self.headers.get("Range")
-        if wanted and self.headers.get("If-Range") == site.etag:
-            start = int(wanted.removeprefix("bytes=").rstrip("-"))
+        end = len(content) - 1
+        if wanted and self.headers.get("If-Range", site.etag) == site.etag:
+            first, _, last = wanted.removeprefix("bytes=").partition("-")
+            start, end = int(first), int(last or end)
             self.send_response(206)
-            end = len(content) - 1
-            self.send_header("Content-Range", f"bytes {start}-{end}/{end + 1}")
+            self.send_header("Content-Range", f"bytes {start}-{end}/{len(content)}")
         else:
             self.send_response(200)
-        body = content[start:]
+        body = content[start : end + 1]
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Content-Type", site.content_type)
         if site.etag:

@@ -112,6 +112,44 @@ def test_bands_come_in_the_order_that_is_named(tmp_path: Path) -> None:
             assert np.array_equal(image[8], raster.read(1))
 
 
+@pytest.mark.slow
+def test_majortom_asks_for_the_bytes_of_its_cells_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import majortom
+    from hub_server import serve
+
+    home = tmp_path / "home"
+    with serve(upstreams.Mirror()) as site:
+        upstreams.majortom(home, site.root)
+        part = (home / "images/part_00001.parquet").read_bytes()
+        site.files = {
+            "/datasets/Major-TOM/Core-S2L2A/resolve/main/metadata.parquet":
+            (home / "metadata.parquet").read_bytes(),
+            "/images/part_00001.parquet": part,
+        }  # fmt: skip
+        monkeypatch.setenv("HF_ENDPOINT", site.root)
+        cell = 23_000 / 1e6  # megabytes of one, and a little more
+        folders = [
+            majortom.convert(None, tmp_path / f"{n}", max_mb=n * cell, chip=16)
+            for n in (1, 3, 9)
+        ]
+    names = [set(read_chip_folder(folder)[1]["chip"]) for folder in folders]
+    assert [len(n) for n in names] == [4, 12, 20], "four chips a cell, five cells"
+    assert names[0] < names[1] < names[2]
+    index = read_chip_folder(folders[2])[1]
+    assert "500U_5R" not in set(index["region"]), "it lies outside of the box"
+    data = ChipData(folders[0])
+    assert data.splits == ["unlabelled"]
+    assert data.dataset("unlabelled")[0]["image"].shape == (12, 16, 16)
+    local = majortom.convert(home, tmp_path / "local", chip=16)
+    assert set(read_chip_folder(local)[1]["chip"]) == names[2]
+    with pytest.raises(ValueError, match=r"no cell lies inside 100"):
+        majortom.convert(home, tmp_path / "x", bbox=(100, 0, 101, 1))
+    with pytest.raises(ValueError, match="west below east"):
+        majortom.convert(home, tmp_path / "x", bbox=(7, 45, 5, 46))
+
+
 @pytest.mark.real
 @pytest.mark.slow
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ def small(sample: dict[str, Tensor]) -> dict[str, Tensor]:
     return sample | {"image": resized}
 
 
+@pytest.mark.slow
 def test_a_data_set_trains(tmp_path: Path) -> None:
     from torchgeo.datasets import UCMerced
 
@@ -50,6 +51,7 @@ def test_a_data_set_trains(tmp_path: Path) -> None:
         gk.evaluate(run.model, data)
 
 
+@pytest.mark.slow
 def test_a_data_module_trains(tmp_path: Path) -> None:
     from torchgeo.datamodules import LoveDADataModule
 
@@ -70,6 +72,7 @@ def test_a_data_module_trains(tmp_path: Path) -> None:
     assert batch["mask"].dtype == torch.int64
 
 
+@pytest.mark.slow
 def test_change_pairs_train(tmp_path: Path) -> None:
     from torchgeo.datasets import OSCD
 
@@ -89,6 +92,7 @@ def test_change_pairs_train(tmp_path: Path) -> None:
     assert 0 <= run.metrics["overall"]["miou"] <= 1
 
 
+@pytest.mark.slow
 def test_a_geo_data_module_gives_the_patches_of_its_sampler(tmp_path: Path) -> None:
     from torchgeo.datasets import RasterDataset
     from torchgeo.samplers import GridGeoSampler

@@ -507,6 +507,45 @@ def phileo_bench(home: Path) -> None:
             np.save(f"{stem}_label_lc.npy", cover.astype(np.uint8))
 
 
+def majortom(home: Path, root: str = "https://hub.invalid", size: int = 32) -> None:
+    """Metadata, and a parquet file with one row group a cell, a GeoTIFF a band."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    coarse = {"B01": 6, "B09": 6, "B02": 1, "B03": 1, "B04": 1, "B08": 1}
+    bands = "B01 B02 B03 B04 B05 B06 B07 B08 B8A B09 B11 B12".split()
+    tables, rows = [], []
+    for number in range(6):
+        cell = {"grid_cell": [f"500U_{number}R"]}
+        for band in bands:
+            step = coarse.get(band, 2)
+            path = home / "scratch.tif"
+            pixels = stored(f"{number}{band}", 1, size // step)
+            geotiff(path, pixels, x=2e4 * number, pixel=10.0 * step)
+            cell[band] = [path.read_bytes()]
+            path.unlink()
+        tables.append(pa.table(cell))
+        for cloud in (80.0, 1.0 + number):  # two dates, the clear one comes later
+            rows.append(
+                {
+                    "grid_cell": cell["grid_cell"][0],
+                    "centre_lat": 45.5,
+                    "centre_lon": 5.5 + number * (1 if number == 5 else 0.1),
+                    "cloud_cover": cloud,
+                    "timestamp": "2020-06-01 10:00:00",
+                    "product_id": f"S2A_{number}_{cloud:g}",
+                    "parquet_url": f"{root}/images/part_00001.parquet",
+                    "parquet_row": number,
+                }
+            )
+    (home / "images").mkdir(parents=True)
+    path = home / "images/part_00001.parquet"
+    with pq.ParquetWriter(path, tables[0].schema) as writer:
+        for table in tables:
+            writer.write_table(table)
+    pd.DataFrame(rows).to_parquet(home / "metadata.parquet")
+
+
 BEN = {
     "BigEarthNet-S2.tar.gz": ("BigEarthNet-S2",),
     "Reference_Maps.tar.gz": ("Reference_Maps",),
