@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ SOURCE = Source(
     home="https://bigearth.net, by the copy of torchgeo on Hugging Face",
     licence="CDLA-Permissive-1.0 (the data set's own page; not verified here)",
     download_mb=None,
-    disk_mb=17000,
+    disk_mb=190000,
     steps="Put BigEarthNet-S2, metadata.parquet and (for --reben-7k) Reference_Maps, "
     f"or their archives, into DIR, and the study's lists ({STUDY}/reBEN/reBEN_7k); "
     "then --from DIR. The archives need some 130 GB while they are unpacked.",
@@ -177,8 +178,9 @@ def convert(
     if reben_7k:
         needs += ["Reference_Maps", *(f"{split}.txt" for split in LISTS)]
     name = "reben_7k" if reben_7k else f"bigearthnet_{100 * share:g}pct"
+    described = replace(SOURCE, disk_mb=2700 if reben_7k else SOURCE.disk_mb * share)
     return make(
-        SOURCE, source, root, info, read_chips, files, needs, subset, overwrite, name,
+        described, source, root, info, read_chips, files, needs, subset, overwrite, name,
         reben_7k=reben_7k, share=share,
     )  # fmt: skip
 

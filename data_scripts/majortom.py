@@ -58,8 +58,8 @@ INFO = {
     "bands": "sentinel2_l2a",
     "scale": 1e-4,
     "notes": "Unlabelled, for pretraining. Bands of 20 and 60 m were resampled "
-    "(bilinear) to 10 m. Values are as MajorTOM stores them; the offset of 1000 that products "
-    "carry since processing baseline 04.00 is not taken off.",
+    "(bilinear) to 10 m. Values are as MajorTOM stores them: the "
+    "offset of 1000 that products carry since baseline 04.00 is not taken off.",
 }
 
 

@@ -94,6 +94,12 @@ def files(folder: Path, subset: str) -> Iterator[File]:
             yield File(f"{URL}/{path}", path)
 
 
+def file_of(folder: Path, name: str, kind: str) -> Path:
+    """A file of a chip: in upstream's own folders, or right in the folder."""
+    flat = folder / f"{name}_{kind}.tif"
+    return flat if flat.is_file() else folder / HAND / kind / flat.name
+
+
 def read_dates(folder: Path) -> dict[str, str]:
     """Date of the Sentinel-2 image of each place, where the metadata are there."""
     if not (folder / DATES).is_file():
@@ -108,15 +114,8 @@ def read_chips(folder: Path, subset: str) -> Iterator[Chip]:
     """The chips of all splits."""
     dates = read_dates(folder)
     for split, name in choose(folder, subset):
-        image, mask = (
-            next(
-                (p for p in (folder / HAND / kind / tif, folder / tif) if p.is_file()),
-                folder / HAND / kind / tif,
-            )
-            for kind in ("S2Hand", "LabelHand")
-            for tif in [f"{name}_{kind}.tif"]
-        )
-        pixels, place = read_raster(image)
+        pixels, place = read_raster(file_of(folder, name, "S2Hand"))
+        mask = file_of(folder, name, "LabelHand")
         yield Chip(
             name,
             pixels,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -123,8 +124,9 @@ def convert(
     tar = SpaceNet2.tarballs["train"]
     stems = [tar[CITIES[c]][0].removeprefix("SN2_buildings_train_") for c in cities]
     needs = [f"{stem.removesuffix('.tar.gz')}_Train" for stem in stems]
+    described = replace(SOURCE, disk_mb=SOURCE.disk_mb / len(CITIES) * len(cities))
     return make(
-        SOURCE, source, root, INFO, read_chips, files, needs, subset, overwrite,
+        described, source, root, INFO, read_chips, files, needs, subset, overwrite,
         cities=list(cities),
     )  # fmt: skip
 

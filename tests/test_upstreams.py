@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import runpy
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -28,9 +29,24 @@ SCRIPTS = Path(__file__).resolve().parent.parent / "data_scripts"
 COMMANDS = sorted(
     p.stem for p in SCRIPTS.glob("*.py") if "main(SOURCE" in p.read_text("utf-8")
 )
-DOWNLOADS = [row for row in UPSTREAMS if not row.by_hand]
-every = pytest.mark.parametrize("row", UPSTREAMS, ids=lambda row: row.id)
-fetched = pytest.mark.parametrize("row", DOWNLOADS, ids=lambda row: row.id)
+EVERYDAY = ("sen1floods11", "hls_burn_scars", "whu_building")
+
+
+def rows(choose: Callable[[Upstream], bool]) -> pytest.MarkDecorator:
+    """A test for each data set; all but a few are slow."""
+    chosen = [
+        pytest.param(
+            row, id=row.id, marks=[] if row.script in EVERYDAY else pytest.mark.slow
+        )
+        for row in UPSTREAMS
+        if choose(row)
+    ]
+    return pytest.mark.parametrize("row", chosen)
+
+
+every = rows(lambda row: True)
+fetched = rows(lambda row: not row.by_hand)
+packed = rows(lambda row: bool(row.archives))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,6 +54,13 @@ def _path() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(SCRIPTS))
         yield
+
+
+@pytest.fixture(autouse=True)
+def _much_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scripts ask for the room that the real data sets take."""
+    large = shutil.disk_usage(".")._replace(free=10**15)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: large)
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +154,30 @@ def test_converts_what_is_on_the_disk_and_only_reads_it(
         check(row, folder)
     assert listing(home) == before
     assert {p.name for p in tmp_path.iterdir()} == {folder.name}
+
+
+@packed
+@pytest.mark.slow
+def test_converts_archives_that_are_on_the_disk(
+    row: Upstream, module: ModuleType, served: Mirror, home: Path, tmp_path: Path
+) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    work = tmp_path / "data/downloads" / module.SOURCE.name
+    for file in module.files(work, "full", **row.options):
+        content = upstreams.pack(row, home, file.name)
+        assert content is not None
+        (mine / file.name).write_bytes(content)
+    before = listing(mine)
+    with read_only(mine):
+        check(row, module.convert(mine, tmp_path / "data", **row.options))
+    assert listing(mine) == before
+    assert served.ranges == [], "something was fetched"
+    victim = max(mine.iterdir(), key=lambda path: path.stat().st_size)
+    victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
+    with pytest.raises((ValueError, RuntimeError), match=victim.name):
+        module.convert(mine, tmp_path / "again", **row.options)
+    assert not (tmp_path / "again" / module.SOURCE.name).exists()
 
 
 @every

@@ -604,7 +604,8 @@ UPSTREAMS = [
     ),
     Upstream(
         "levir_cd", levir_cd, {"train": 8, "val": 4, "test": 4}, (3, 2, 16, 16), 16,
-        options={"chip": 16}, by_hand=True,
+        {"train.zip": ("A", "B", "label"), "val.zip": (), "test.zip": ()},
+        {"chip": 16}, by_hand=True,
     ),
     Upstream(
         "dsifn", dsifn, {"train": 3, "val": 1, "test": 2}, (3, 2, 16, 16), 6,
