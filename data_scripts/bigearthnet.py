@@ -180,8 +180,8 @@ def convert(
     name = "reben_7k" if reben_7k else f"bigearthnet_{100 * share:g}pct"
     described = replace(SOURCE, disk_mb=2700 if reben_7k else SOURCE.disk_mb * share)
     return make(
-        described, source, root, info, read_chips, files, needs, subset, overwrite, name,
-        reben_7k=reben_7k, share=share,
+        described, source, root, info, read_chips, files, needs, subset, overwrite,
+        name, reben_7k=reben_7k, share=share,
     )  # fmt: skip
 
 

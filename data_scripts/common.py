@@ -20,7 +20,7 @@ from geopeft_kit.data import Chip, read_chip_folder, write_chip_folder
 from geopeft_kit.data.folder import FACTS
 
 SUBSETS = ("full", "small")
-# Lists and archives whose SHA-256 stands here were computed from the real files.
+# The PEFT study's split lists, at the commit that their SHA-256 were computed from.
 STUDY = (
     "https://raw.githubusercontent.com/IBM/peft-geofm/"
     "a08307ebe699ec87c63368be64139d8471226ce8/datasets_splits"
@@ -225,6 +225,7 @@ def read_names(path: Path) -> list[str]:
     """
     if not path.is_file():
         raise FileNotFoundError(
-            f"there is no list {path}. Put it there, or run without --from to fetch it."
+            f"the list {path.name} is missing. Put it into the folder that --from "
+            "names, or run without --from to fetch it."
         )
     return path.read_text(encoding="utf-8").split()

@@ -297,8 +297,7 @@ def geobench(home: Path) -> None:
     """Samples as GEO-Bench's `write_sample_hdf5` writes them, pickled label and all."""
     import pickle
 
-    import h5py
-
+    h5py = pytest.importorskip("h5py")
     numbers = "01 02 03 04 05 06 07 08 08A 09 10 11 12".split()
     optical = [f"{n} - band" for n in numbers]
     cloudy = [f"{n} - band" for n in numbers if n != "10"] + ["Cloud Probability"]
@@ -336,8 +335,7 @@ def geobench(home: Path) -> None:
 
 
 def so2sat(home: Path) -> None:
-    import h5py
-
+    h5py = pytest.importorskip("h5py")
     (home / "culture_10").mkdir(parents=True)
     for name, count in (("training", 34), ("testing", 17)):
         with h5py.File(home / f"culture_10/{name}.h5", "w") as file:
