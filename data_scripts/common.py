@@ -58,9 +58,10 @@ class Source:
     layout: str = ""
 
     def __str__(self) -> str:
-        size = "size not stated" if self.download_mb is None else ""
-        size = size or f"{self.download_mb:,g} MB ({self.download_mb * 1e6:,.0f} bytes)"
-        if self.download_mb == 0:
+        size = "size not stated here; the server says it before it begins"
+        if self.download_mb:
+            size = f"about {self.download_mb:,g} MB"
+        elif self.download_mb == 0:
             size = "by hand, then --from DIR"
         lines = [
             self.title,

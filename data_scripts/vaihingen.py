@@ -16,7 +16,7 @@ import numpy as np
 from archives import File
 from command import chip_option, main
 from common import Source, make
-from pixels import cut, first_of_each, read_raster
+from pixels import cut, first_of_each, read_raster, relabel
 
 from geopeft_kit.data import Chip
 
@@ -50,16 +50,9 @@ def read_colours(path: Path) -> np.ndarray:
 
     colours = read_raster(path)[0].astype(int)
     code = colours[0] << 16 | colours[1] << 8 | colours[2]
-    known = {
-        r << 16 | g << 8 | b: n for n, (r, g, b) in enumerate(Vaihingen2D.colormap)
-    }
-    wrong = set(np.unique(code).tolist()) - set(known)
-    if wrong:
-        raise ValueError(
-            f"{path} holds the colour #{min(wrong):06x}, which is no class; expected "
-            f"{', '.join(f'#{c:06x}' for c in known)}."
-        )
-    return np.vectorize(known.__getitem__, otypes=[np.uint8])(code)
+    numbers = enumerate(Vaihingen2D.colormap)
+    known = {r << 16 | g << 8 | b: number for number, (r, g, b) in numbers}
+    return relabel(code, known, str(path))
 
 
 def read_chips(folder: Path, subset: str, chip: int | None) -> Iterator[Chip]:

@@ -311,6 +311,11 @@ def test_help_and_dry_run_say_what_it_is(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_list_of_scripts_is_complete() -> None:
+    text = (SCRIPTS / "README.md").read_text("utf-8")
+    assert [name for name in COMMANDS if f"`{name}.py`" not in text] == []
+
+
 def test_what_has_to_be_got_by_hand_says_how(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for row in (row for row in UPSTREAMS if row.by_hand):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -225,8 +226,10 @@ def _split_sets(
 def _module_sets(module: L.LightningDataModule) -> dict[str, Dataset]:
     """The data sets of a data module, once it is prepared."""
     module.prepare_data()
-    for stage in ("fit", "validate", "test"):
-        module.setup(stage)
+    module.setup("fit")
+    for stage in ("validate", "test"):
+        with suppress(FileNotFoundError):  # not on the disk: no such split
+            module.setup(stage)
     sets: dict[str, Dataset] = {}
     for split in SPLITS:
         data = getattr(module, f"{split}_dataset", None)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from geopeft_kit.data.chips import ChipData
 from geopeft_kit.data.torchgeo_data import AnyData, as_data
 from geopeft_kit.model import Model
 from geopeft_kit.training.hardware import choose_device
@@ -47,17 +48,17 @@ def evaluate(
     Raises:
         ValueError: The split has no chips.
     """
-    data = as_data(data, model.task, model.num_classes)
+    chips: ChipData = as_data(data, model.task, model.num_classes)
     if not isinstance(device, torch.device):
         device = choose_device(device)
     # a value that a class map may set apart is an ordinary number in a regression
-    ignored = None if model.task == "regression" else data.ignore_index
+    ignored = None if model.task == "regression" else chips.ignore_index
     metrics = RegionalMetrics(model.task, model.num_classes, ignored)
     training = model.training
     model.to(device).eval()
     try:
         with torch.inference_mode():
-            for batch in data.dataloader(split):
+            for batch in chips.dataloader(split):
                 meta = batch_meta(batch)
                 if meta is not None:
                     meta = {key: value.to(device) for key, value in meta.items()}
