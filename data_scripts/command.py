@@ -68,6 +68,13 @@ def main(
     except (OSError, ValueError, RuntimeError) as error:
         print(f"\n{error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        print(
+            "\nInterrupted. What was fetched is kept, nothing is half-converted; run "
+            "again to go on.",
+            file=sys.stderr,
+        )
+        sys.exit(130)
     print(summary(folder))
 
 

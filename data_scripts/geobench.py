@@ -94,7 +94,8 @@ PARTS = {
          "small-scale mixed plantation", "small-scale oil palm plantation", "mining",
          "fish pond", "logging", "secondary forest", "other"),
         scale=1 / 255,
-        notes="Landsat 8 as 8-bit pictures: brightness by / 255, no reflectance.",
+        notes="Landsat 8 as 8-bit pictures: brightness by / 255, no reflectance. The "
+        "infrared bands are named by the files; upstream does not document them.",
     ),
     "m-eurosat": Part(
         ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B09", "B10", "B11",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import pickletools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,7 +66,7 @@ def pickled_label(text: str, path: Path) -> int:
         ValueError: There is no such number.
     """
     try:
-        steps = list(pickletools.genops(ast.literal_eval(text)))
+        steps = list(pickletools.genops(io.BytesIO(ast.literal_eval(text))))
     except (ValueError, SyntaxError, TypeError) as error:
         raise ValueError(f"{path} holds no readable label: {error}.") from error
     steps = [

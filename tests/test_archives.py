@@ -86,9 +86,13 @@ def test_broken_archives_are_refused_and_whole_ones_unpack_once(
             unpack([archive], out)
         assert list(out.iterdir()) == []
     archive.write_bytes(whole)
+    (out / ".a.bin.part/deep").mkdir(parents=True)
+    (out / ".a.bin.part/deep/old.txt").write_text("half")
     unpack([archive], out)
+    assert not (out / "deep/old.txt").exists()
     assert (out / "deep/b.txt").read_text() == "evil"
     (out / "fine.txt").unlink()
+    assert not (out / ".a.bin.part").exists(), "left by a run that was killed"
     archive.unlink()
     unpack([archive], out)  # done: nothing is read again
     assert not (out / "fine.txt").exists()

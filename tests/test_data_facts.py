@@ -64,15 +64,14 @@ def test_one_percent_lies_in_ten(tmp_path: Path) -> None:
 def test_scenes_that_train_are_nested(tmp_path: Path) -> None:
     from scenes import class_chips
 
-    upstreams.uc_merced(tmp_path)
-    images = tmp_path / "UCMerced_LandUse/Images"
+    upstreams.aid(tmp_path)
     trained = [
         {
             chip.name
-            for chip in class_chips(images, ["airplane", "beach"], share)
+            for chip in class_chips(tmp_path / "AID", ["Airport", "Beach"], share)
             if chip.split == "train"
         }
-        for share in (0.25, 0.5)
+        for share in (0.34, 0.67)
     ]
     assert trained[0] < trained[1]
     assert [len(names) for names in trained] == [2, 4]

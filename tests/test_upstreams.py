@@ -125,23 +125,32 @@ def check(row: Upstream, folder: Path) -> ChipData:
     return data
 
 
-@fetched
+@pytest.mark.parametrize(
+    "row", [r for r in UPSTREAMS if r.script in EVERYDAY], ids=lambda row: row.id
+)
 def test_downloads_converts_and_then_does_nothing(
     row: Upstream, module: ModuleType, served: Mirror, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     folder = module.convert(None, tmp_path, **row.options)
     check(row, folder)
+    does_nothing(row, module, served, folder, capsys)
+    served.files.clear()  # what was fetched is kept: made again without the server
+    module.convert(None, tmp_path, overwrite=True, **row.options)
+    check(row, folder)
+
+
+def does_nothing(
+    row: Upstream, module: ModuleType, served: Mirror, folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """A second run changes no file, asks no server, and says so."""
     before, asked = listing(folder), len(served.ranges)
     capsys.readouterr()
-    assert module.convert(None, tmp_path, **row.options) == folder
+    assert module.convert(None, folder.parent, **row.options) == folder
     assert "nothing to do" in capsys.readouterr().out
     assert listing(folder) == before
     assert len(served.ranges) == asked
-    served.files.clear()  # what was fetched is kept: made again without the server
-    module.convert(None, tmp_path, overwrite=True, **row.options)
-    assert len(served.ranges) == asked
-    check(row, folder)
 
 
 @every
@@ -152,8 +161,14 @@ def test_converts_what_is_on_the_disk_and_only_reads_it(
     with read_only(home):
         folder = module.convert(home, tmp_path, **row.options)
         check(row, folder)
+        small = module.convert(home, tmp_path, subset="small", **row.options)
     assert listing(home) == before
-    assert {p.name for p in tmp_path.iterdir()} == {folder.name}
+    assert {p.name for p in tmp_path.iterdir()} == {folder.name, small.name}
+    full, part = (read_chip_folder(f)[1] for f in (folder, small))
+    assert set(part["chip"]) <= set(full["chip"])
+    assert len(part) == row.small
+    assert part["split"].nunique() == full["split"].nunique()
+    assert module.SOURCE.small, "what it takes is stated"
 
 
 @packed
@@ -180,25 +195,11 @@ def test_converts_archives_that_are_on_the_disk(
     assert not (tmp_path / "again" / module.SOURCE.name).exists()
 
 
-@every
-@pytest.mark.slow
-def test_small_is_stated_and_lies_in_full(
-    row: Upstream, module: ModuleType, home: Path, tmp_path: Path
-) -> None:
-    full = read_chip_folder(module.convert(home, tmp_path, **row.options))[1]
-    small = module.convert(home, tmp_path, subset="small", **row.options)
-    index = read_chip_folder(small)[1]
-    assert set(index["chip"]) <= set(full["chip"])
-    assert len(index) == row.small
-    assert index["split"].nunique() == full["split"].nunique()
-    assert module.SOURCE.small
-
-
 @fetched
 @pytest.mark.slow
 def test_every_fault_is_said_and_leaves_nothing(
     row: Upstream, module: ModuleType, served: Mirror, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     def fails(error: type[BaseException], match: str) -> None:
         with pytest.raises(error, match=match):
@@ -221,7 +222,9 @@ def test_every_fault_is_said_and_leaves_nothing(
         served.cut_after = [10]
         fails(KeyboardInterrupt, "in the middle")
     assert "bytes=10-" in served.ranges, "a cut download started again"
-    check(row, module.convert(None, tmp_path, **row.options))
+    folder = module.convert(None, tmp_path, **row.options)
+    check(row, folder)
+    does_nothing(row, module, served, folder, capsys)
 
 
 def with_wrong_checksums(files: Callable[..., Any]) -> Callable[..., Any]:
