@@ -14,21 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import rasterio
-from common import (
-    Source,
-    free_space,
-    is_done,
-    main,
-    need_files,
-    read_raster,
-    target_folder,
-    windows,
-)
+from command import main
+from common import Source, make
+from pixels import cut, first_of_each, read_raster
 from rasterio.transform import array_bounds
-from rasterio.windows import Window
 
-from geopeft_kit.data import Chip, write_chip_folder
+from geopeft_kit.data import Chip
 
 SOURCE = Source(
     name="amazon_forest",
@@ -41,6 +32,8 @@ SOURCE = Source(
     steps="Download the record from https://zenodo.org/records/3233081 by hand, unpack "
     "it so that DIR holds training/images, training/masks, validation/images and "
     "validation/masks, and pass --from DIR.",
+    small="8 windows of each upstream chip",
+    layout="the unpacked Zenodo record",
 )
 FOLDERS = ("training", "validation")
 CUT_LONGITUDE = -53.5
@@ -49,6 +42,18 @@ SMALL_WINDOWS = 8  # windows of each chip in the small subset
 # As for EuroSAT: 8-bit pictures taken as reflectance 0-0.275 stretched to 0-255. The
 # colours agree; it is not documented upstream.
 SCALE = 2750 / 255 / 10000
+INFO = {
+    "name": "Amazon forest",
+    "task": "segmentation",
+    "bands": ("RED", "GREEN", "BLUE"),
+    "classes": ["not forest", "forest"],
+    "colours": ["#d8b365", "#1b7837"],
+    "scale": SCALE,
+    "notes": f"Region by longitude of the upstream chip, cut at {CUT_LONGITUDE}. "
+    "Upstream masks (1 forest, 2 not forest) became 1 and 0; one, 515 pixels wide, was "
+    "squeezed to 512. Stored 8-bit values become reflectance by x 2750 / 255 / 10000, "
+    "which upstream does not document.",
+}
 
 
 def find_pairs(folder: Path) -> list[tuple[str, Path, Path]]:
@@ -96,37 +101,29 @@ def chips_of(
     """The windows of one upstream chip."""
     scene = f"{columns['upstream']}_{image.name.replace('.tiff', '').replace('.', '_')}"
     pixels, place = read_raster(image)
-    crs, transform = place["crs"], place["transform"]
-    west, _, east, _ = array_bounds(*pixels.shape[1:], transform)
-    truth = None if mask is None else read_mask(mask, pixels.shape[1:])
-    corners = list(windows(*pixels.shape[1:], size))
-    if small:  # the same order whatever the subset, so that small lies in full
-        order = np.random.default_rng(0).permutation(len(corners))
-        corners = [corners[i] for i in sorted(order[:SMALL_WINDOWS])]
-    for row, column in corners:
-        inside = slice(row, row + size), slice(column, column + size)
-        yield Chip(
-            f"{scene}_{row:03d}_{column:03d}",
-            pixels[:, *inside],
-            mask=None if truth is None else truth[inside],
-            region="west" if (west + east) / 2 < CUT_LONGITUDE else "east",
-            crs=crs,
-            transform=rasterio.windows.transform(
-                Window(column, row, size, size), transform
-            ),
-            extra={"scene": scene, **columns},
-        )
+    west, _, east, _ = array_bounds(*pixels.shape[1:], place["transform"])
+    whole = Chip(
+        scene,
+        pixels,
+        mask=None if mask is None else read_mask(mask, pixels.shape[1:]),
+        region="west" if (west + east) / 2 < CUT_LONGITUDE else "east",
+        extra=columns,
+        **place,
+    )
+    # the same order whatever the subset, so that small lies in full
+    found = list(cut(whole, size))
+    yield from first_of_each(found, None, SMALL_WINDOWS) if small else found
 
 
 def read_chips(
-    folder: Path, size: int, subset: str, with_unlabelled: bool
+    folder: Path, subset: str, chip: int, with_unlabelled: bool
 ) -> Iterator[Chip]:
     """The windows of all upstream chips."""
     for part, image, mask in find_pairs(folder):
-        yield from chips_of(image, mask, size, subset == "small", upstream=part)
+        yield from chips_of(image, mask, chip, subset == "small", upstream=part)
     if with_unlabelled:
         for image in sorted((folder / "test").glob("*.tif*")):
-            yield from chips_of(image, None, size, subset == "small", upstream="test")
+            yield from chips_of(image, None, chip, subset == "small", upstream="test")
 
 
 def convert(
@@ -151,32 +148,12 @@ def convert(
     Returns:
         The chip folder.
     """
-    target = target_folder(root, SOURCE.name, subset)
-    settings = {"subset": subset, "chip": chip, "with_unlabelled": with_unlabelled}
-    if is_done(target, settings, overwrite):
-        return target
     if chip not in SIZES:
         raise ValueError(f"chip is {chip}; allowed are {', '.join(map(str, SIZES))}.")
-    folder = need_files(SOURCE, source, *FOLDERS)
-    free_space(target, SOURCE.disk_mb)
-    info = {
-        "name": "Amazon forest",
-        "task": "segmentation",
-        "bands": ("RED", "GREEN", "BLUE"),
-        "classes": ["not forest", "forest"],
-        "colours": ["#d8b365", "#1b7837"],
-        "scale": SCALE,
-        "licence": SOURCE.licence,
-        "citation": SOURCE.paper,
-        "source": SOURCE.home,
-        "notes": f"Region by longitude of the upstream chip, cut at {CUT_LONGITUDE}. "
-        "Upstream masks (1 forest, 2 not forest) became 1 and 0; one, 515 pixels wide, "
-        "was squeezed to 512. Stored 8-bit values "
-        "become reflectance by x 2750 / 255 / 10000, which upstream does not document.",
-        "extra": {"settings": settings},
-    }
-    chips = read_chips(folder, chip, subset, with_unlabelled)
-    return write_chip_folder(target, chips, info, overwrite=overwrite)
+    return make(
+        SOURCE, source, root, INFO, read_chips, None, FOLDERS, subset, overwrite,
+        chip=chip, with_unlabelled=with_unlabelled,
+    )  # fmt: skip
 
 
 def _options(parser: argparse.ArgumentParser) -> None:

@@ -1,32 +1,30 @@
-"""What all data scripts share: the options, safe archives, windows, and a summary.
+"""What all data scripts share: the way from the upstream files to a chip folder.
 
-A script holds a `Source` (what the data set is) and a function `convert(source, root,
-...)` that notebooks and tests call; the command line is the same for all.
+A script holds a `Source` (what the data set is), `files` (what it consists of),
+`read_chips` (how it becomes chips) and `convert`, which notebooks and tests call.
 """
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import json
 import shutil
-import stat
-import sys
-import warnings
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import rasterio
-from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from archives import File, download, gather
+from tqdm.auto import tqdm
 
-from geopeft_kit.data import read_chip_folder
+from geopeft_kit.data import Chip, read_chip_folder, write_chip_folder
 from geopeft_kit.data.folder import FACTS
 
 SUBSETS = ("full", "small")
+# The PEFT study's split lists, at the commit that their SHA-256 were computed from.
+STUDY = (
+    "https://raw.githubusercontent.com/IBM/peft-geofm/"
+    "a08307ebe699ec87c63368be64139d8471226ce8/datasets_splits"
+)
 
 
 @dataclass(frozen=True)
@@ -39,9 +37,13 @@ class Source:
         paper: How to cite it.
         home: Where it comes from.
         licence: As far as it is known.
-        download_mb: Size of the download; 0 where there is none to automate.
-        disk_mb: Size of the chip folder.
+        download_mb: Size of the download; 0 where there is none to automate, None
+            where upstream does not state it (the server does, before it begins).
+        disk_mb: Size of the chip folder, or what its pixels take unpacked, which is
+            more.
         steps: How to get it by hand, where no download can be automated.
+        small: What `--subset small` takes.
+        layout: Who documents the files' names and formats.
     """
 
     name: str
@@ -49,76 +51,88 @@ class Source:
     paper: str
     home: str
     licence: str
-    download_mb: float
+    download_mb: float | None
     disk_mb: float
     steps: str = ""
+    small: str = ""
+    layout: str = ""
 
     def __str__(self) -> str:
+        size = "size not stated here; the server says it before it begins"
+        if self.download_mb:
+            size = f"about {self.download_mb:,g} MB"
+        elif self.download_mb == 0:
+            size = "by hand, then --from DIR"
         lines = [
             self.title,
             f"  source   {self.home}",
             f"  paper    {self.paper}",
             f"  licence  {self.licence}",
-            f"  download {self.download_mb:g} MB, chip folder {self.disk_mb:g} MB",
+            f"  download {size}; chip folder up to {self.disk_mb:,g} MB",
+            f"  small    {self.small}" if self.small else "",
+            f"  layout   {self.layout}" if self.layout else "",
+            f"  by hand  {self.steps}" if self.steps else "",
         ]
-        return "\n".join(lines)
+        return "\n".join(line for line in lines if line)
 
 
-def main(
+def make(
     source: Source,
-    convert: Callable[..., Path],
-    options: Callable[[argparse.ArgumentParser], None] | None = None,
-) -> None:
-    """Run a data script from the command line.
+    given: Path | str | None,
+    root: Path | str,
+    info: Mapping[str, Any] | Callable[[Path], Mapping[str, Any]],
+    read_chips: Callable[..., Iterable[Chip]],
+    files: Callable[..., Iterable[File]] | None,
+    needs: Sequence[str],
+    subset: str = "full",
+    overwrite: bool = False,
+    name: str | None = None,
+    **options: Any,
+) -> Path:
+    """Make a chip folder: fetch, check, unpack, convert; nothing when it is there.
 
     Args:
         source: What the data set is.
-        convert: Makes the chip folder; takes the folder of the upstream files (None:
-            download), the root, and the options by name.
-        options: Adds options of one data set alone.
+        given: Folder of the upstream files, unpacked or as downloaded; it is only
+            read. None downloads.
+        root: Where the chip folder is made, and `downloads` beside it.
+        info: Facts of the data set, or a function that reads them from the folder;
+            licence, citation and source are filled in.
+        read_chips: Called with the folder, the subset and the options.
+        files: What to fetch, called in the same way; None where nothing can be.
+        needs: Files and folders that must be there after unpacking.
+        subset: "full" or "small".
+        overwrite: Make it again where it stands.
+        name: Of the chip folder, where it is not the source's.
+        **options: Of this data set; kept in the facts.
+
+    Returns:
+        The chip folder.
     """
-    parser = argparse.ArgumentParser(
-        description=str(source), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--root",
-        type=Path,
-        default=Path("data"),
-        help="the chip folder is made in here (default: data)",
-    )
-    parser.add_argument(
-        "--from",
-        type=Path,
-        dest="folder",
-        metavar="DIR",
-        help="convert the upstream files in DIR; download nothing",
-    )
-    parser.add_argument(
-        "--subset",
-        choices=SUBSETS,
-        default="full",
-        help="small: a stated part, contained in full",
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="show source, sizes and licence, then stop",
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="make the chip folder again"
-    )
-    if options is not None:
-        options(parser)
-    settings = vars(parser.parse_args())
-    print(source)
-    if settings.pop("dry_run"):
-        return
-    try:
-        folder = convert(settings.pop("folder"), settings.pop("root"), **settings)
-    except (OSError, ValueError, RuntimeError) as error:
-        print(f"\n{error}", file=sys.stderr)
-        sys.exit(1)
-    print(summary(folder))
+    target = target_folder(root, name or source.name, subset)
+    settings = {"subset": subset, **options}
+    if is_done(target, settings, overwrite):
+        return target
+    work = Path(root) / "downloads" / source.name
+    listed = files(work, subset, **options) if files else ()
+    if given is None and files is not None and source.download_mb != 0:
+        free_space(target, source.disk_mb * (subset == "full"))
+        folder = need_files(source, download(listed, work), *needs)
+    elif given is None or all((Path(given) / name).exists() for name in needs):
+        folder = need_files(source, given, *needs)
+    else:
+        found = gather(listed, Path(given), work).is_dir()
+        folder = need_files(source, work if found else given, *needs)
+    facts = {
+        "licence": source.licence,
+        "citation": source.paper,
+        "source": source.home,
+        "extra": {"settings": settings},
+    }
+    chips = read_chips(folder, subset, **options)
+    progress = tqdm(chips, "Converting", unit=" chips", mininterval=1)
+    facts |= info(folder) if callable(info) else info
+    return write_chip_folder(target, progress, facts, overwrite=overwrite)
 
 
 def target_folder(root: Path | str, name: str, subset: str) -> Path:
@@ -179,62 +193,6 @@ def need_files(source: Source, folder: Path | str | None, *names: str) -> Path:
     return Path(folder)
 
 
-def check_md5(path: Path, expected: str) -> Path:
-    """Compare a download with the MD5 that the source publishes.
-
-    Args:
-        path: The file; removed when it differs.
-        expected: 32 hexadecimal digits.
-
-    Returns:
-        The path.
-
-    Raises:
-        RuntimeError: The file is another one.
-    """
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "md5").hexdigest()
-    if found != expected:
-        path.unlink()
-        path.with_name(f"{path.name}.sha256").unlink(missing_ok=True)
-        raise RuntimeError(
-            f"{path} has MD5 {found}, but its source publishes {expected}. It was "
-            "removed; run the script again, and report it if it happens twice."
-        )
-    return path
-
-
-def unzip(archive: Path, folder: Path) -> Path:
-    """Unpack a zip file, refusing members that point out of the folder.
-
-    Args:
-        archive: The file.
-        folder: Where its members go.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ValueError: No zip file, or one with an absolute path, a `..` or a link.
-    """
-    try:
-        with zipfile.ZipFile(archive) as file:
-            for member in file.infolist():
-                target = (folder / member.filename).resolve()
-                link = stat.S_ISLNK(member.external_attr >> 16)
-                if link or not target.is_relative_to(folder.resolve()):
-                    raise ValueError(
-                        f"{archive} holds {member.filename!r}, which points out of the "
-                        "folder. Nothing was unpacked; do not trust this file."
-                    )
-            file.extractall(folder)
-    except zipfile.BadZipFile as error:
-        raise ValueError(
-            f"{archive} is no zip file ({error}). Remove it and run the script again."
-        ) from error
-    return folder
-
-
 def free_space(folder: Path, needed_mb: float) -> None:
     """Refuse to start a conversion that the disk cannot hold.
 
@@ -250,60 +208,25 @@ def free_space(folder: Path, needed_mb: float) -> None:
     if free < needed_mb:
         raise OSError(
             f"{there} has {free:.0f} MB free, and {needed_mb:.0f} MB are needed. Free "
-            "some space, or choose another --root."
+            "some space, or choose another --root or --subset small."
         )
 
 
-def read_raster(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
-    """All bands of a raster, and where it lies.
+def read_names(path: Path) -> list[str]:
+    """The names in a split list, one a line.
 
     Args:
-        path: Anything that rasterio opens.
+        path: A text file.
 
     Returns:
-        (C, H, W) values, and `crs` and `transform` by name.
+        The names in the list's own order.
 
     Raises:
-        RuntimeError: The file cannot be read, being cut short for instance.
+        FileNotFoundError: There is no such list.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            with rasterio.open(path) as raster:
-                return raster.read(), {"crs": raster.crs, "transform": raster.transform}
-    except RasterioError as error:
-        raise RuntimeError(
-            f"{path} cannot be read: {error}. Copy or download it again."
-        ) from error
-
-
-def windows(
-    height: int, width: int, size: int, left: int = 0, right: int | None = None
-) -> Iterator[tuple[int, int]]:
-    """Corners of square windows that lie side by side inside a raster.
-
-    Args:
-        height: Of the raster.
-        width: Of the raster.
-        size: Of a window.
-        left: First column to use.
-        right: Column to stop before; None for the raster's width.
-
-    Yields:
-        (row, column) of the upper left corner.
-    """
-    right = width if right is None else right
-    for row in range(0, height - size + 1, size):
-        for column in range(left, right - size + 1, size):
-            yield row, column
-
-
-def summary(folder: Path) -> str:
-    """What stands in a chip folder, in a few lines."""
-    info, index = read_chip_folder(folder)
-    counts = index.groupby(["region", index["split"].fillna("-")]).size()
-    lines = [f"{info.name}: {len(index)} chips in {folder}"]
-    lines += [
-        f"  {region:<16} {split:<12} {n:>6}" for (region, split), n in counts.items()
-    ]
-    return "\n".join(lines)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"the list {path.name} is missing. Put it into the folder that --from "
+            "names, or run without --from to fetch it."
+        )
+    return path.read_text(encoding="utf-8").split()

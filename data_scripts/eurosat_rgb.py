@@ -16,20 +16,13 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-from common import (
-    Source,
-    check_md5,
-    free_space,
-    is_done,
-    main,
-    need_files,
-    target_folder,
-    unzip,
-)
+from archives import File
+from command import main
+from common import Source, make
+from pixels import first_of_each
 
-from geopeft_kit.data import Chip, write_chip_folder
-from geopeft_kit.download import fetch, hub_url
+from geopeft_kit.data import Chip
+from geopeft_kit.download import hub_url
 
 SOURCE = Source(
     name="eurosat_rgb",
@@ -39,6 +32,8 @@ SOURCE = Source(
     licence="MIT (stated by the data set's owner); contains Copernicus Sentinel data",
     download_mb=94,
     disk_mb=130,
+    small="100 / 40 / 40 images of each class",
+    layout="torchgeo's EuroSATSpatial (lists), torchvision's EuroSAT (images)",
 )
 CLASSES = {
     "AnnualCrop": "#e8c547",
@@ -71,25 +66,26 @@ LIST_MD5 = {
     "val": "acf392290050bb3df790dc8fc0ebf193",
     "test": "5ec1733f9c16116bf0aa2d921fc613ef",
 }
+INFO = {
+    "name": "EuroSAT RGB",
+    "task": "classification",
+    "bands": ("RED", "GREEN", "BLUE"),
+    "classes": list(CLASSES),
+    "colours": list(CLASSES.values()),
+    "scale": SCALE,
+    "notes": "Regions are blocks of longitude: train_block, val_block, test_block. "
+    "The images have no georeference. Stored 8-bit values become reflectance by "
+    "x 2750 / 255 / 10000, an assumption that upstream does not document.",
+}
 
 
-def download(folder: Path) -> Path:
-    """Fetch the images and the three lists, check them, unpack.
-
-    Args:
-        folder: Where the files are kept, so that a second run fetches nothing.
-
-    Returns:
-        The folder, in the layout that `convert` reads.
-    """
+def files(folder: Path, subset: str, in_region: float) -> Iterator[File]:
+    """The three lists and the images."""
     for split, md5 in LIST_MD5.items():
         name = LISTS[split][0]
-        check_md5(fetch(hub_url(REPO, name, LIST_REVISION), folder / name), md5)
+        yield File(hub_url(REPO, name, LIST_REVISION), name, md5=md5)
     name, revision, md5 = IMAGES
-    archive = check_md5(fetch(hub_url(REPO, name, revision), folder / name), md5)
-    if not (folder / "2750").is_dir():
-        unzip(archive, folder)
-    return folder
+    yield File(hub_url(REPO, name, revision), name, md5=md5, unpack=True)
 
 
 def read_lists(folder: Path) -> dict[str, list[str]]:
@@ -108,11 +104,8 @@ def read_lists(folder: Path) -> dict[str, list[str]]:
 
 def choose(names: list[str], per_class: int, seed: int = 0) -> list[str]:
     """The first images of each class in a seeded order: smaller lies in larger."""
-    order = np.random.default_rng(seed).permutation(len(names))
-    taken: dict[str, list[str]] = {name: [] for name in CLASSES}
-    for name in (names[i] for i in order):
-        taken[name.rpartition("_")[0]].append(name)
-    return sorted(n for members in taken.values() for n in members[:per_class])
+    chosen = first_of_each(names, lambda n: n.rpartition("_")[0], per_class, seed)
+    return sorted(chosen)
 
 
 def read_chips(folder: Path, subset: str, in_region: float) -> Iterator[Chip]:
@@ -161,37 +154,14 @@ def convert(
     Returns:
         The chip folder.
     """
-    target = target_folder(root, SOURCE.name, subset)
-    settings = {"subset": subset, "in_region": in_region}
-    if is_done(target, settings, overwrite):
-        return target
     if not 0 <= in_region < 1:
         raise ValueError(
             f"in_region is {in_region}; it must be at least 0 and below 1."
         )
-    free_space(target, SOURCE.disk_mb + (0 if source else 2 * SOURCE.download_mb))
-    folder = (
-        download(Path(root) / "downloads" / SOURCE.name)
-        if source is None
-        else (need_files(SOURCE, source, "2750"))
-    )
-    info = {
-        "name": "EuroSAT RGB",
-        "task": "classification",
-        "bands": ("RED", "GREEN", "BLUE"),
-        "classes": list(CLASSES),
-        "colours": list(CLASSES.values()),
-        "scale": SCALE,
-        "licence": SOURCE.licence,
-        "citation": SOURCE.paper,
-        "source": SOURCE.home,
-        "notes": "Regions are blocks of longitude: train_block, val_block, test_block. "
-        "The images have no georeference. Stored 8-bit values become reflectance by "
-        "x 2750 / 255 / 10000, an assumption that upstream does not document.",
-        "extra": {"settings": settings},
-    }
-    chips = read_chips(folder, subset, in_region)
-    return write_chip_folder(target, chips, info, overwrite=overwrite)
+    return make(
+        SOURCE, source, root, INFO, read_chips, files, ["2750"], subset, overwrite,
+        in_region=in_region,
+    )  # fmt: skip
 
 
 def _options(parser: argparse.ArgumentParser) -> None:

@@ -15,21 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import rasterio
-from common import (
-    Source,
-    free_space,
-    is_done,
-    main,
-    need_files,
-    read_raster,
-    target_folder,
-    windows,
-)
-from rasterio.windows import Window
+from archives import File
+from command import main
+from common import Source, make
+from pixels import cut, read_raster
 
-from geopeft_kit.data import Chip, write_chip_folder
-from geopeft_kit.download import fetch
+from geopeft_kit.data import Chip
 
 SOURCE = Source(
     name="terramesh",
@@ -39,6 +30,8 @@ SOURCE = Source(
     licence="CC-BY-SA-4.0 (data set card of TerraMesh): attribute, and share alike",
     download_mb=6,
     disk_mb=3,
+    small="the same as full: there are five chips",
+    layout="the folder examples of IBM/terramind",
 )
 URL = (
     "https://raw.githubusercontent.com/IBM/terramind/"
@@ -91,20 +84,27 @@ CLASSES = {
 SHARES = {"train": 0.6, "val": 0.2, "test": 0.2}  # of the width that the gaps leave
 
 
-def download(folder: Path) -> Path:
-    """Fetch the ten files.
+INFO = {
+    "name": "TerraMesh samples",
+    "task": "segmentation",
+    "bands": "sentinel2_l2a",
+    "classes": list(CLASSES),
+    "colours": list(CLASSES.values()),
+    "scale": 1e-4,
+    "notes": "Land cover 1-9 became 0-8, and 0 became 255 (no label). 1000 was taken "
+    f"off {', '.join(CARRIES_1000)} (Chile), which carries the offset of processing "
+    "baseline 04.00. Canada's land cover is one class.",
+}
 
-    Args:
-        folder: Where the files are kept, so that a second run fetches nothing.
 
-    Returns:
-        The folder, in the layout that `convert` reads.
-    """
+def files(
+    folder: Path, subset: str, chip: int | None, buffer: int | None
+) -> Iterator[File]:
+    """Two files a place; their SHA-256 were computed from them."""
     for sample, (_, image, mask) in PLACES.items():
         for layer, sha256 in (("S2L2A", image), ("LULC", mask)):
             name = f"{layer}/{sample}.tif"
-            fetch(f"{URL}/{name}", folder / name, sha256=sha256)
-    return folder
+            yield File(f"{URL}/{name}", name, sha256=sha256)
 
 
 def read_pair(folder: Path, sample: str) -> tuple[np.ndarray, np.ndarray, dict]:
@@ -147,7 +147,9 @@ def strips(width: int, size: int, buffer: int) -> dict[str, tuple[int, int]]:
     return found
 
 
-def read_chips(folder: Path, chip: int | None, buffer: int) -> Iterator[Chip]:
+def read_chips(
+    folder: Path, subset: str, chip: int | None, buffer: int | None
+) -> Iterator[Chip]:
     """Whole chips, or the windows of each."""
     there = sorted(p.stem for p in (folder / "S2L2A").glob("*.tif"))
     unknown = [name for name in there if name not in PLACES]
@@ -158,32 +160,17 @@ def read_chips(folder: Path, chip: int | None, buffer: int) -> Iterator[Chip]:
         )
     for sample in there:
         image, mask, place = read_pair(folder, sample)
-        columns = {"region": PLACES[sample][0], "crs": place["crs"]}
+        scene = {"scene": sample}
+        whole = Chip(
+            sample, image, mask, region=PLACES[sample][0], extra=scene, **place
+        )
         if chip is None:
-            yield Chip(
-                sample,
-                image,
-                mask,
-                **columns,
-                transform=place["transform"],
-                extra={"scene": sample},
-            )
+            yield whole
             continue
-        height, width = mask.shape
-        for split, (left, right) in strips(width, chip, buffer).items():
-            for row, column in windows(height, width, chip, left, right):
-                rows, cols = slice(row, row + chip), slice(column, column + chip)
-                yield Chip(
-                    f"{sample}_{row:03d}_{column:03d}",
-                    image[:, rows, cols],
-                    mask[rows, cols],
-                    **columns,
-                    split=split,
-                    transform=rasterio.windows.transform(
-                        Window(column, row, chip, chip), place["transform"]
-                    ),
-                    extra={"scene": sample},
-                )
+        spans = strips(mask.shape[1], chip, buffer or 0)
+        for split, span in spans.items():
+            whole.split = split
+            yield from cut(whole, chip, *span)
 
 
 def convert(
@@ -207,39 +194,15 @@ def convert(
     Returns:
         The chip folder.
     """
-    target = target_folder(root, SOURCE.name, subset)
-    settings = {"chip": chip, "buffer": buffer if chip else None}
-    if is_done(target, settings, overwrite):
-        return target
     if chip is not None and (chip < 8 or buffer < 0):
         raise ValueError(
             f"chip is {chip} and buffer {buffer}; chip must be 8 or more, "
             "buffer 0 or more."
         )
-    free_space(target, SOURCE.disk_mb + (0 if source else SOURCE.download_mb))
-    folder = (
-        download(Path(root) / "downloads" / SOURCE.name)
-        if source is None
-        else (need_files(SOURCE, source, "S2L2A", "LULC"))
-    )
-    cut = f"cut into windows of {chip} pixels, gaps of {buffer}" if chip else "whole"
-    info = {
-        "name": "TerraMesh samples",
-        "task": "segmentation",
-        "bands": "sentinel2_l2a",
-        "classes": list(CLASSES),
-        "colours": list(CLASSES.values()),
-        "scale": 1e-4,
-        "licence": SOURCE.licence,
-        "citation": SOURCE.paper,
-        "source": SOURCE.home,
-        "notes": f"Chips are {cut}. Land cover 1-9 became 0-8, and 0 became 255 (no "
-        f"label). 1000 was taken off {', '.join(CARRIES_1000)} (Chile), which carries "
-        "the offset of processing baseline 04.00. Canada's land cover is one class.",
-        "extra": {"settings": settings},
-    }
-    chips = read_chips(folder, chip, buffer)
-    return write_chip_folder(target, chips, info, overwrite=overwrite)
+    return make(
+        SOURCE, source, root, INFO, read_chips, files, ["S2L2A", "LULC"], subset,
+        overwrite, chip=chip, buffer=buffer if chip else None,
+    )  # fmt: skip
 
 
 def _options(parser: argparse.ArgumentParser) -> None:

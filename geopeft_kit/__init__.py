@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from geopeft_kit import baselines, bands, plots
     from geopeft_kit.backbones import list_backbones, load_backbone
     from geopeft_kit.comparison import Candidate, compare
-    from geopeft_kit.data import ChipData, simulated_data
+    from geopeft_kit.data import ChipData, TorchgeoData, simulated_data
     from geopeft_kit.inference import predict_scene
     from geopeft_kit.maps import save_map, show_map
     from geopeft_kit.methods import attach, list_methods, load_adapter
@@ -31,6 +31,7 @@ __all__ = [
     "ChipData",
     "MapLayer",
     "Raster",
+    "TorchgeoData",
     "attach",
     "baselines",
     "bands",
@@ -55,7 +56,7 @@ __all__ = [
 _ROOMS = {
     "backbones": ("list_backbones", "load_backbone"),
     "comparison": ("Candidate", "compare"),
-    "data": ("ChipData", "simulated_data"),
+    "data": ("ChipData", "TorchgeoData", "simulated_data"),
     "inference": ("predict_scene",),
     "maps": ("save_map", "show_map"),
     "methods": ("attach", "list_methods", "load_adapter"),

@@ -47,7 +47,11 @@ def hub_url(repo: str, file: str, revision: str = "main") -> str:
 
 
 def fetch(
-    url: str, path: str | Path, sha256: str | None = None, progress: bool = True
+    url: str,
+    path: str | Path,
+    sha256: str | None = None,
+    progress: bool = True,
+    md5: str | None = None,
 ) -> Path:
     """Return a local file, downloading it when it is not there yet.
 
@@ -59,6 +63,8 @@ def fetch(
         path: where the file shall lie.
         sha256: expected checksum, 64 hexadecimal digits, or None.
         progress: print the size before and show a bar.
+        md5: expected MD5, 32 hexadecimal digits, where its source publishes that and
+            no SHA-256; it guards against accidents, not against malice.
 
     Returns:
         ``path``.
@@ -73,31 +79,56 @@ def fetch(
     if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
         raise ValueError(f"{url!r} is not an http or https address")
     if path.is_file():  # also serves a cache that cannot be written to
-        return _verify(path, sha256, progress)
+        return _verify(path, sha256, progress, md5)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{path.name}.lock")):
             if not path.is_file():  # another process may have been faster
-                _download(url, path, sha256, progress)
+                _download(url, path, sha256, progress, md5)
     except OSError as error:
         if isinstance(error, FileNotFoundError) and error.errno is None:
             raise  # the server's 404, in our own words
         raise RuntimeError(_disk_message(path, error)) from error
-    return _verify(path, sha256, progress)
+    return _verify(path, sha256, progress, md5)
 
 
 def sha256_of(path: str | Path) -> str:
     """SHA-256 of a file, 64 hexadecimal digits."""
+    return _digest(path, "sha256")
+
+
+def _digest(path: str | Path, algorithm: str) -> str:
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, algorithm).hexdigest()
 
 
-def _verify(path: Path, sha256: str | None, progress: bool) -> Path:
+def _differs(path: Path, sha256: str | None, md5: str | None) -> str:
+    """What is wrong with a file, in words; "" if it has the checksum asked for."""
+    name, expected = ("SHA-256", sha256) if sha256 or not md5 else ("MD5", md5)
+    if expected is None:
+        return ""
+    actual = _digest(path, name.replace("-", "").lower())
+    same = actual == expected.lower()
+    return "" if same else f"{name} is {actual}, expected {expected}"
+
+
+def _verify(path: Path, sha256: str | None, progress: bool, md5: str | None) -> Path:
     """Compare with the known checksum, or record one; delete what differs."""
+    if wrong := _differs(path, sha256, md5):
+        path.unlink()
+        raise RuntimeError(
+            f"{path.name}: {wrong}. The file was deleted ({path}); download it again, "
+            "and if it differs again, do not trust its source"
+        )
+    return path if sha256 or md5 else _record(path, progress)
+
+
+def _record(path: Path, progress: bool) -> Path:
+    """Keep the checksum of a first download beside it; compare later ones with it."""
     actual = sha256_of(path)
     sidecar = path.with_name(f"{path.name}.sha256")
     recorded = sidecar.is_file()
-    expected = sha256 or (sidecar.read_text().split()[0] if recorded else actual)
+    expected = sidecar.read_text().split()[0] if recorded else actual
     if actual != expected.lower():
         path.unlink()
         raise RuntimeError(
@@ -105,7 +136,7 @@ def _verify(path: Path, sha256: str | None, progress: bool) -> Path:
             f"deleted ({path}); download it again, and if it differs again, do not "
             "trust its source"
         )
-    if sha256 is None and not recorded and os.access(path.parent, os.W_OK):
+    if not recorded and os.access(path.parent, os.W_OK):
         _write_text(sidecar, f"{actual}  {path.name}\n")
         if progress:
             print(
@@ -171,7 +202,9 @@ class _Part:
         self.note.unlink(missing_ok=True)
 
 
-def _download(url: str, path: Path, sha256: str | None, progress: bool) -> None:
+def _download(
+    url: str, path: Path, sha256: str | None, progress: bool, md5: str | None
+) -> None:
     """Fetch into ``<name>.part`` with retries, check, then rename."""
     part = _Part(path.with_name(f"{path.name}.part"))
     reason = ""
@@ -195,11 +228,11 @@ def _download(url: str, path: Path, sha256: str | None, progress: bool) -> None:
             f"{size:,} bytes are kept: call again later to go on from there, or "
             f"{_BY_HAND}"
         )
-    if sha256 is not None and (actual := sha256_of(part.path)) != sha256.lower():
+    if wrong := _differs(part.path, sha256, md5):
         part.discard()
         raise RuntimeError(
-            f"{url}: SHA-256 is {actual}, expected {sha256}. The file was deleted; try "
-            "once more, and if it differs again, do not trust its source"
+            f"{url}: {wrong}. The file was deleted; try once more, and if it differs "
+            "again, do not trust its source"
         )
     os.replace(part.path, path)
     part.discard()

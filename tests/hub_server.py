@@ -30,6 +30,10 @@ class Site:
         """Address of the one file."""
         return self.root + self.path
 
+    def find(self, path: str) -> bytes | None:
+        """What lies at a path; None where nothing does."""
+        return self.content if path == self.path else None
+
 
 class Handler(BaseHTTPRequestHandler):
     """One file, with ranges, as a hub serves it."""
@@ -47,19 +51,21 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Retry-After", "0")
             self.end_headers()
             return
-        if self.path != site.path:
+        content = site.find(self.path)
+        if content is None:
             self.send_error(404)
             return
         start = 0
         wanted = self.headers.get("Range")
-        if wanted and self.headers.get("If-Range") == site.etag:
-            start = int(wanted.removeprefix("bytes=").rstrip("-"))
+        end = len(content) - 1
+        if wanted and self.headers.get("If-Range", site.etag) == site.etag:
+            first, _, last = wanted.removeprefix("bytes=").partition("-")
+            start, end = int(first), int(last or end)
             self.send_response(206)
-            end = len(site.content) - 1
-            self.send_header("Content-Range", f"bytes {start}-{end}/{end + 1}")
+            self.send_header("Content-Range", f"bytes {start}-{end}/{len(content)}")
         else:
             self.send_response(200)
-        body = site.content[start:]
+        body = content[start : end + 1]
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Content-Type", site.content_type)
         if site.etag:

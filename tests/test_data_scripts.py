@@ -163,30 +163,10 @@ def test_a_download_with_another_md5_is_refused(
 
     name, revision, _ = eurosat_rgb.IMAGES
     monkeypatch.setattr(eurosat_rgb, "IMAGES", (name, revision, "0" * 32))
-    with pytest.raises(RuntimeError, match=r"EuroSAT\.zip has MD5 .* publishes 000"):
+    with pytest.raises(RuntimeError, match=r"EuroSAT\.zip: MD5 is .*, expected 000"):
         eurosat_rgb.convert(None, tmp_path / "data")
     assert not (tmp_path / "data/downloads/eurosat_rgb/EuroSAT.zip").exists()
     assert not (tmp_path / "data/eurosat_rgb").exists()
-
-
-@pytest.mark.parametrize("name", ["../evil.txt", "/tmp/evil.txt", "link"])
-def test_archives_that_point_out_are_refused(tmp_path: Path, name: str) -> None:
-    from common import unzip
-
-    archive = tmp_path / "a.zip"
-    with zipfile.ZipFile(archive, "w") as file:
-        file.writestr("fine.txt", "fine")
-        member = zipfile.ZipInfo(name)
-        if name == "link":
-            member.external_attr = 0o120777 << 16
-        file.writestr(member, "/etc/hosts")
-    (tmp_path / "out").mkdir()
-    with pytest.raises(ValueError, match="points out of the folder"):
-        unzip(archive, tmp_path / "out")
-    assert list((tmp_path / "out").iterdir()) == []
-    archive.write_text("<html>busy</html>")
-    with pytest.raises(ValueError, match="no zip file"):
-        unzip(archive, tmp_path / "out")
 
 
 # ---------------------------------------------------------------- Amazon forest
@@ -282,22 +262,6 @@ def test_terramesh_strips_leave_gaps() -> None:
 
 
 # ---------------------------------------------------------------- command line
-
-
-@pytest.mark.parametrize("name", ["eurosat_rgb", "amazon_forest", "terramesh"])
-def test_help_and_dry_run_say_what_it_is(name: str, tmp_path: Path) -> None:
-    def run(*options: str) -> str:
-        return subprocess.run(
-            [sys.executable, str(SCRIPTS / f"{name}.py"), *options],
-            capture_output=True, text=True, check=True, cwd=tmp_path,
-            env={"PYTHONPATH": str(SCRIPTS.parent)},
-        ).stdout  # fmt: skip
-
-    text = run("--help")
-    for word in ("source", "paper", "licence", "download", "MB", "--from", "--subset"):
-        assert word in text
-    assert "licence" in run("--dry-run")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failure_is_one_message_and_an_exit_status(tmp_path: Path) -> None:

@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from geopeft_kit.data.chips import ChipData
     from geopeft_kit.data.folder import Chip, read_chip_folder, write_chip_folder
     from geopeft_kit.data.simulated import simulated_data
+    from geopeft_kit.data.torchgeo_data import TorchgeoData
 
 __all__ = [
     "Chip",
     "ChipData",
+    "TorchgeoData",
     "read_chip_folder",
     "simulated_data",
     "write_chip_folder",
@@ -25,6 +27,7 @@ __all__ = [
 _ROOMS = {
     "Chip": "folder",
     "ChipData": "chips",
+    "TorchgeoData": "torchgeo_data",
     "read_chip_folder": "folder",
     "simulated_data": "simulated",
     "write_chip_folder": "folder",

@@ -529,7 +529,7 @@ def read_chip_folder(
         )
     try:
         index = gpd.read_parquet(folder / INDEX)
-    except (OSError, ValueError, TypeError) as error:
+    except Exception as error:  # pyarrow's, shapely's and pyproj's have no common root
         raise ValueError(
             f"{folder / INDEX} is not readable as GeoParquet: {error}."
         ) from error
@@ -560,8 +560,35 @@ def _check_index(folder: Path, index: gpd.GeoDataFrame, info: DatasetInfo) -> No
             f"{folder / INDEX}: footprints are in {index.crs.to_string()}; expected "
             "EPSG:4326."
         )
+    _check_cells(folder, index)
     _check_files(folder, index)
     _check_labels(folder, index, info)
+
+
+def _check_cells(folder: Path, index: gpd.GeoDataFrame) -> None:
+    """Names are text, sizes are whole numbers above 0, dates are dates."""
+    import pandas as pd
+
+    def refuse(name: str, value: object, wanted: str) -> None:
+        raise ValueError(
+            f"{folder / INDEX}: column {name!r} holds {str(value)[:40]!r}; expected "
+            f"{wanted}. Write the chip folder again."
+        )
+
+    for name in ("chip", "region", "split", *FILE_COLUMNS):
+        for value in index[name].dropna() if name in index else ():
+            text = isinstance(value, str)
+            if not text and (name in FILE_COLUMNS or not np.isscalar(value)):
+                refuse(name, value, "text")
+    for name in ("width", "height"):
+        for value in index[name]:
+            if not isinstance(value, int | np.integer) or value < 1:
+                refuse(name, value, "a whole number above 0")
+    for name in {"date", "date_after"} & set(index):
+        try:
+            pd.to_datetime(index[name])
+        except (ValueError, TypeError) as error:
+            refuse(name, error, "dates")
 
 
 def _check_files(folder: Path, index: gpd.GeoDataFrame) -> None:
@@ -604,5 +631,5 @@ def _check_labels(folder: Path, index: gpd.GeoDataFrame, info: DatasetInfo) -> N
                 continue
             try:
                 info.class_number(number)
-            except ValueError as error:
+            except (ValueError, TypeError) as error:
                 raise ValueError(f"{folder / INDEX}: chip {chip!r}: {error}") from error

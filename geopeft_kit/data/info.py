@@ -72,6 +72,7 @@ class DatasetInfo:
         object.__setattr__(self, "bands", resolve_bands(self.bands))
         if self.task not in TASKS:
             raise ValueError(f"task is {self.task!r}; allowed are {', '.join(TASKS)}.")
+        _check_types(self)
         self._check_classes()
         for name in ("scale", "offset"):
             _check_per_band(name, getattr(self, name), self.bands)
@@ -210,6 +211,25 @@ class DatasetInfo:
             return cls.from_dict(values), digest
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
+
+
+def _check_types(info: DatasetInfo) -> None:
+    """Refuse values of a wrong type, which a file made by hand may hold."""
+    for name in ("name", "licence", "citation", "source", "notes"):
+        if not isinstance(getattr(info, name), str):
+            raise ValueError(f"{name} is {getattr(info, name)!r}; it must be text.")
+    for name in ("classes", "colours"):
+        values = getattr(info, name)
+        if not isinstance(values, tuple) or not all(isinstance(v, str) for v in values):
+            raise ValueError(f"{name} is {values!r}; it must be a list of text.")
+    if not isinstance(info.ignore_index, int):
+        raise ValueError(
+            f"ignore_index is {info.ignore_index!r}; it must be a whole number."
+        )
+    if info.nodata is not None and not isinstance(info.nodata, int | float):
+        raise ValueError(f"nodata is {info.nodata!r}; it must be a number or None.")
+    if not isinstance(info.simulated, bool) or not isinstance(info.extra, Mapping):
+        raise ValueError("simulated must be true or false, and extra a mapping.")
 
 
 def _check_per_band(name: str, value: object, bands: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from geopeft_kit.data.chips import ChipData
+from geopeft_kit.data.torchgeo_data import AnyData, as_data
 from geopeft_kit.model import Model
 from geopeft_kit.training.hardware import choose_device
 from geopeft_kit.training.metrics import RegionalMetrics
@@ -28,7 +29,7 @@ HEADLINE = {
 
 def evaluate(
     model: Model,
-    data: ChipData,
+    data: AnyData,
     split: str = "test",
     device: str | torch.device = "auto",
 ) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def evaluate(
 
     Args:
         model: A trained model.
-        data: The data set.
+        data: The data set, of any kind that `fit` takes.
         split: "train", "val" or "test"; "test" is the unseen region by default.
         device: Where to compute.
 
@@ -47,16 +48,17 @@ def evaluate(
     Raises:
         ValueError: The split has no chips.
     """
+    chips: ChipData = as_data(data, model.task, model.num_classes)
     if not isinstance(device, torch.device):
         device = choose_device(device)
     # a value that a class map may set apart is an ordinary number in a regression
-    ignored = None if model.task == "regression" else data.ignore_index
+    ignored = None if model.task == "regression" else chips.ignore_index
     metrics = RegionalMetrics(model.task, model.num_classes, ignored)
     training = model.training
     model.to(device).eval()
     try:
         with torch.inference_mode():
-            for batch in data.dataloader(split):
+            for batch in chips.dataloader(split):
                 meta = batch_meta(batch)
                 if meta is not None:
                     meta = {key: value.to(device) for key, value in meta.items()}

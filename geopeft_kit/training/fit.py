@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from geopeft_kit.data.chips import ChipData
 from geopeft_kit.data.loading import EpochSampler
+from geopeft_kit.data.torchgeo_data import AnyData, as_data
 from geopeft_kit.methods import Adapter, list_methods
 from geopeft_kit.model import Model
 from geopeft_kit.training.callbacks import Checkpoint, EarlyStop, History
@@ -61,7 +62,7 @@ class Run:
 
 def fit(
     model: Model,
-    data: ChipData,
+    data: AnyData,
     epochs: int = 10,
     learning_rate: float | None = None,
     decoder_learning_rate: float | None = None,
@@ -82,7 +83,8 @@ def fit(
     Args:
         model: From `build_model`, with a method attached to its backbone (without one,
             all weights train).
-        data: Chips with their splits.
+        data: Chips with their splits; or a torchgeo data set or data module, which is
+            taken as `TorchgeoData` takes it, its values as they are.
         epochs: Passes over the training split.
         learning_rate: For what trains inside the backbone; None takes the default of
             the method's card and prints it.
@@ -119,7 +121,8 @@ def fit(
         ValueError: An argument is out of its range, or the data's task is another.
         FileNotFoundError: `resume=True` and `folder` holds no checkpoint.
     """
-    _check(model, data, epochs, head_start, folder, resume, patience)
+    chips: ChipData = as_data(data, model.task, model.num_classes)
+    _check(model, chips, epochs, head_start, folder, resume, patience)
     place = choose_device(device)
     model.to(place)
     frozen = not any(p.requires_grad for p in model.backbone.parameters())
@@ -129,22 +132,22 @@ def fit(
         "decoder_learning_rate": decoder_learning_rate or DECODER_LEARNING_RATE,
         "weight_decay": weight_decay,
         "head_start": resolve_head_start(model, head_start),
-        "cache_features": _resolve_cache(model, data, cache_features, frozen),
+        "cache_features": _resolve_cache(model, chips, cache_features, frozen),
         "precision": choose_precision(precision, place),
         "seed": seed,
     }
     checkpoint = Path(folder) / "last.ckpt" if folder is not None else None
     cache = None
     if not resume:
-        cache = start_decoder(model, data, place, settings["head_start"], seed)
+        cache = start_decoder(model, chips, place, settings["head_start"], seed)
     if not settings["cache_features"]:
-        loader = data.dataloader("train", shuffle=True, seed=seed)
+        loader = chips.dataloader("train", shuffle=True, seed=seed)
     else:
-        loader = _cached_loader(model, data, cache, place, seed)
-    task = _make_task(model, data, loader, settings)
+        loader = _cached_loader(model, chips, cache, place, seed)
+    task = _make_task(model, chips, loader, settings)
     tracker = Tracker()
     history = History(
-        data, validate_every or (1 if patience else None), epochs, progress
+        chips, validate_every or (1 if patience else None), epochs, progress
     )
     callbacks: list[L.Callback] = [history, tracker]
     if patience:
@@ -173,7 +176,7 @@ def fit(
         model=model,
         history=history.table(),
         resources=tracker.resources(model),
-        metrics=evaluate(model, data, "val", place) if "val" in data.splits else {},
+        metrics=evaluate(model, chips, "val", place) if "val" in chips.splits else {},
         settings=settings,
         folder=Path(folder) if folder is not None else None,
     )
