@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from geopeft_kit import baselines, plots
     from geopeft_kit.backbones import list_backbones, load_backbone
     from geopeft_kit.comparison import Candidate, compare
-    from geopeft_kit.data import ChipData, simulated_data
+    from geopeft_kit.data import ChipData, check_data, simulated_data
     from geopeft_kit.inference import predict_scene
     from geopeft_kit.maps import save_map, show_map
     from geopeft_kit.methods import attach, list_methods, load_adapter
@@ -34,6 +34,7 @@ __all__ = [
     "attach",
     "baselines",
     "build_model",
+    "check_data",
     "chip_layers",
     "compare",
     "evaluate",
@@ -54,7 +55,7 @@ __all__ = [
 _ROOMS = {
     "backbones": ("list_backbones", "load_backbone"),
     "comparison": ("Candidate", "compare"),
-    "data": ("ChipData", "simulated_data"),
+    "data": ("ChipData", "check_data", "simulated_data"),
     "inference": ("predict_scene",),
     "maps": ("save_map", "show_map"),
     "methods": ("attach", "list_methods", "load_adapter"),
