@@ -108,7 +108,8 @@ def main() -> None:
             ratios.append(bare / kit)
             print(f"bare {bare:.2f} s, kit {kit:.2f} s: {bare / kit:.2f} x its speed")
         print(f"median {statistics.median(ratios):.2f} x the bare loop")
-        if not hasattr(data, "cache"): return
+        if not hasattr(data, "cache"):
+            return
         packing = seconds(lambda: data.cache())
         packed = data.dataloader("train", shuffle=True)
         epoch(packed)

@@ -109,7 +109,8 @@ def pixel_regions(raster: rasterio.DatasetReader, cutting: Cutting) -> gpd.GeoDa
     Returns:
         Columns region and geometry.
     """
-    from shapely import transform
+    import geopandas as gpd
+    from shapely import intersection, transform
     from shapely.geometry import box
 
     height, width = raster.height, raster.width
@@ -126,14 +127,15 @@ def pixel_regions(raster: rasterio.DatasetReader, cutting: Cutting) -> gpd.GeoDa
         def pixels(xy: np.ndarray) -> np.ndarray:
             return np.stack(apply_affine(to_pixel, *xy.T), axis=1)  # (N, 2)
 
-        table = region_polygons(cutting.regions, raster.crs)
-        table = table.set_geometry(transform(table.geometry.to_numpy(), pixels))
-        table = table.set_geometry(table.intersection(box(0, 0, width, height)))
+        named = region_polygons(cutting.regions, raster.crs)
+        shapes = transform(named.geometry.to_numpy(), pixels)
+        shapes = intersection(shapes, box(0, 0, width, height))
+        table = gpd.GeoDataFrame({"region": named["region"]}, geometry=shapes)
     if cutting.buffer_m:
         # Mitred corners: the shrunken block is a block again.
         half = cutting.buffer_m / metres / 2
         table = table.set_geometry(table.buffer(-half, join_style="mitre"))
-    return table[~table.is_empty].set_crs(None)
+    return table[~table.is_empty]
 
 
 def _grid(polygon: Any, cutting: Cutting) -> Iterator[Window]:
@@ -246,7 +248,6 @@ def point_chips(
     table: gpd.GeoDataFrame,
     info: DatasetInfo,
     cutting: Cutting,
-    column: str,
     own_regions: bool = False,
 ) -> Iterator[Chip]:
     """A chip around each labelled point.
@@ -256,11 +257,10 @@ def point_chips(
 
     Args:
         path: Of the raster.
-        table: Points with a label in `column`; those outside of the scene are another
-            scene's.
+        table: Points with the number of a class in the column value; those outside of
+            the scene are another scene's.
         info: Facts of the data set to be.
         cutting: How it is cut; chips across a border of regions are left out.
-        column: Of the labels.
         own_regions: Take regions from the points' own column of that name instead.
 
     Yields:
@@ -294,5 +294,5 @@ def point_chips(
             chip = _chip(raster, path, window, names[0], info) if names else None
             if chip is not None:
                 chip.name = f"{chip.name}_{number}"
-                chip.label = points[column].iloc[number]
+                chip.label = int(points["value"].iloc[number])
                 yield chip

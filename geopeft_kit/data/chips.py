@@ -18,14 +18,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import lightning as L
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 from geopeft_kit.bands import band_indices, resolve_bands
+from geopeft_kit.data.augmentation import Augmentation
 from geopeft_kit.data.folder import index_chips, read_chip_folder, write_chip_folder
 from geopeft_kit.data.info import DatasetInfo
 from geopeft_kit.data.loading import ChipDataset, ChipTable, EpochSampler
+from geopeft_kit.data.packing import pack, pack_key
 from geopeft_kit.data.reading import ChipReader
 from geopeft_kit.data.splits import nested_order, resolve_split
+from geopeft_kit.download import cache_folder
 
 if TYPE_CHECKING:
     import geopandas as gpd
@@ -57,7 +61,11 @@ class ChipData(L.LightningDataModule):
         val_fraction: Share of the training chips that validates, drawn scene by scene.
         num_workers: Processes that read; 0 reads in this one.
         seed: Of splits and of the order in training.
-        augment: Flip and turn training chips, image and mask alike.
+        augment: True flips and turns training chips, image and mask alike. A list of
+            kornia's transforms (`kornia.augmentation`, or torchgeo's) does what they
+            do: geometry to image and mask, colour to the bands below.
+        colour_bands: Bands that brightness and contrast may change; None takes red,
+            green and blue. Hue and saturation always meet these three alone.
         cache: Keep chips in memory once read. None does so up to 512 MB of stored
             pixels when `num_workers` is 0 (a worker's memory is its own).
         buffer_m: Distance in metres within which a test chip counts as touching a
@@ -86,9 +94,10 @@ class ChipData(L.LightningDataModule):
         val_fraction: float = 0.2,
         num_workers: int = 0,
         seed: int = 0,
-        augment: bool = False,
+        augment: bool | Sequence[nn.Module] = False,
         cache: bool | None = None,
         buffer_m: float = 0.0,
+        colour_bands: str | Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -102,7 +111,10 @@ class ChipData(L.LightningDataModule):
         available = self.info.bands
         self.bands = available if bands is None else resolve_bands(bands)
         self.batch_size, self.num_workers = batch_size, num_workers
-        self.seed, self.augment = seed, augment
+        self.seed, self.augment = seed, bool(augment)
+        self._augmentation = None
+        if not isinstance(augment, bool):
+            self._augmentation = Augmentation(augment, self.bands, colour_bands)
         self._read_facts()
         reader = ChipReader(self.folder, self.info, band_indices(self.bands, available))
         if cache is None:
@@ -268,7 +280,7 @@ class ChipData(L.LightningDataModule):
                 f"split {split!r} of {self.name} has no chips; it has {there}. Choose "
                 "one of these, or other test_regions or val_fraction."
             )
-        return ChipDataset(self._table, rows)
+        return ChipDataset(self._table, rows, self._augmentation)
 
     def dataloader(
         self,
@@ -283,8 +295,8 @@ class ChipData(L.LightningDataModule):
             split: "train", "val", "test" or another of `splits`.
             shuffle: In an order that depends on the seed and the epoch alone.
             seed: None takes the data's own.
-            augment: Flip and turn; None does so for shuffled training chips where the
-                data says `augment=True`.
+            augment: As the data says, else flips and turns. None does so for shuffled
+                training chips where the data was built with `augment`.
 
         Returns:
             A loader of dicts: image (B,C,H,W), mask (B,H,W) or label (B,) ...
@@ -347,6 +359,36 @@ class ChipData(L.LightningDataModule):
     def predict_dataloader(self) -> DataLoader:
         """Test batches, for Lightning's `predict`."""
         return self.dataloader("test")
+
+    def cache(self, folder: str | os.PathLike[str] | None = None) -> Path:
+        """Pack all chips into one memory-mapped file, and read from it from now on.
+
+        The pack is named after the content of the files, so other files make another
+        pack. It is written whole or not at all, and used again where it stands. Files
+        that change while this object lives are not looked at again.
+
+        Args:
+            folder: Where packs are kept; None takes the kit's cache folder. A pack is
+                as large as the chips are without compression.
+
+        Returns:
+            The folder of the pack; delete it to free the space.
+
+        Raises:
+            ValueError: Chips differ in size or type.
+            RuntimeError: A chip cannot be read.
+            OSError: The pack cannot be written.
+        """
+        table = self._table
+        names = [name for part in table.files.values() for name in part if name]
+        info = self.info
+        facts = f"{info.task} {info.nodata} {info.ignore_index} {len(info.classes)}"
+        root = cache_folder() / "packed" if folder is None else Path(folder)
+        target = root / pack_key(self.folder, names, self.bands, facts)[:32]
+        chips = (table.read_file(row) for row in range(len(self.index)))
+        table.packed = pack(target, chips, len(self.index), info)
+        table.stored.clear()
+        return target
 
     def subset(self, n: int, seed: int = 0, split: str = "train") -> ChipData:
         """The same data with only `n` chips in one split.

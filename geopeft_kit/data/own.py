@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import rasterio
@@ -27,9 +27,6 @@ from geopeft_kit.data.info import CLASS_TASKS, DatasetInfo
 from geopeft_kit.data.pairing import RASTERS, Pair, pair_files, pair_table
 from geopeft_kit.data.places import place_pairs, read_vector
 from geopeft_kit.data.reading import ChipReader, Grid
-
-if TYPE_CHECKING:
-    import geopandas as gpd
 
 VECTORS = (".gpkg", ".shp", ".geojson", ".json", ".parquet", ".csv", ".fgb")
 
@@ -316,25 +313,26 @@ def _from_scenes(request: Request) -> Collected:
     if regions is None:
         regions = "scene" if len(scenes) > 1 else "blocks"
     cutting = Cutting(**{**vars(request.cutting), "regions": regions})
+    burnt = shapes.make_shapes(table, info, request.column, request.background)
     shapes.check_places(scenes, table, info)
     spaced = regions not in ("scene", "region") if isinstance(regions, str) else True
-    chips = _scene_chips(scenes, table, info, cutting, request)
+    chips = _scene_chips(scenes, burnt, info, cutting, request.column)
     return Collected(info, chips, scenes, spaced)
 
 
 def _scene_chips(
     scenes: Sequence[Path],
-    table: gpd.GeoDataFrame,
+    burnt: shapes.Shapes,
     info: DatasetInfo,
     cutting: Cutting,
-    request: Request,
+    column: str | None,
 ) -> Iterator[Chip]:
-    burnt = shapes.make_shapes(table, info, request.column, request.background)
     if info.task != "classification":
         for path in scenes:
             yield from chipping.scene_chips(path, burnt, info, cutting)
         return
-    if not set(table.geom_type) <= shapes.POINTS or request.column is None:
+    table = burnt.table
+    if not set(table.geom_type) <= shapes.POINTS or column is None:
         raise ValueError(
             "task 'classification' takes points with a column of labels: column=... "
             "For polygons use task='segmentation'."
@@ -343,9 +341,7 @@ def _scene_chips(
     if own and "region" not in table:
         raise ValueError("regions='region', but the points have no column region.")
     for path in scenes:
-        yield from chipping.point_chips(
-            path, table, info, cutting, request.column, own_regions=own
-        )
+        yield from chipping.point_chips(path, table, info, cutting, own_regions=own)
 
 
 def common_folder(files: Sequence[Path]) -> Path:

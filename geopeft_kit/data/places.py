@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from geopeft_kit.data.chipping import Cutting
     from geopeft_kit.data.pairing import Pair
 
+MOST_BLOCKS = 100_000
 BLOCKS = 4  # along the longer side, where no block size is given
 
 
@@ -193,6 +194,9 @@ def square_blocks(
     Returns:
         Columns region ("block_ROW_COLUMN") and geometry. What is left at the far
         edges goes to the last block of its row or column.
+
+    Raises:
+        ValueError: There would be more blocks than anyone can mean.
     """
     import geopandas as gpd
     from shapely.geometry import box
@@ -201,6 +205,10 @@ def square_blocks(
     side = side or max(right - left, high - low) / BLOCKS
     columns = max(1, int((right - left) / side + 1e-6))
     rows = max(1, int((high - low) / side + 1e-6))
+    if rows * columns > MOST_BLOCKS:
+        raise ValueError(
+            f"{rows} x {columns} blocks are too many; choose a larger block_m."
+        )
     names, boxes = [], []
     for row in range(rows):
         for column in range(columns):
@@ -288,6 +296,8 @@ def place_pairs(pairs: list[Pair], cutting: Cutting, asked: bool) -> None:
         ValueError: Regions are asked for and an image has no georeference, or lies in
             no region.
     """
+    import shapely
+
     table = _footprints([pair.image for pair in pairs])
     if table is None:
         if asked:
@@ -301,23 +311,27 @@ def place_pairs(pairs: list[Pair], cutting: Cutting, asked: bool) -> None:
     grid = Affine.translation(left, low)
     metres = metres_per_unit(crs, grid, high - low, right - left)
     if isinstance(cutting.regions, str) and cutting.regions == "blocks":
-        side = cutting.block_m / metres if cutting.block_m else None
-        regions = square_blocks((left, low, right, high), side)
+        side = max(right - left, high - low) / BLOCKS
+        side = cutting.block_m / metres if cutting.block_m else side
+        names, holders = _blocks_of(table, side)
     else:
-        regions = region_polygons(cutting.regions, crs)
+        names, holders = _polygons_of(table, region_polygons(cutting.regions, crs))
     half = cutting.buffer_m / metres / 2
-    inner = regions.geometry.buffer(-half, join_style="mitre") if half else None
-    kept = []
-    for pair, shape in zip(pairs, table.geometry, strict=True):
-        holding = np.flatnonzero(regions.intersects(shape.centroid))
-        if not len(holding):
-            raise ValueError(
-                f"image {pair.name!r} lies in none of the regions. Draw them larger, "
-                "or leave the image out."
-            )
-        pair.region = str(regions["region"].iloc[holding[0]])
-        if inner is None or inner.iloc[holding[0]].covers(shape):
-            kept.append(pair)
+    inner = shapely.buffer(holders, -half, join_style="mitre")
+    free = (
+        shapely.covers(inner, table.geometry.to_numpy())
+        if half
+        else [True] * len(pairs)
+    )
+    lost = [pair.name for pair, name in zip(pairs, names, strict=True) if not name]
+    if lost:
+        raise ValueError(
+            f"image {lost[0]!r} lies in none of the regions. Draw them larger, or "
+            "leave the image out."
+        )
+    for pair, name in zip(pairs, names, strict=True):
+        pair.region = name
+    kept = [pair for pair, inside in zip(pairs, free, strict=True) if inside]
     if len(kept) < len(pairs):
         warnings.warn(
             f"{len(pairs) - len(kept)} of {len(pairs)} images lie within "
@@ -330,6 +344,36 @@ def place_pairs(pairs: list[Pair], cutting: Cutting, asked: bool) -> None:
             "Choose a smaller buffer or larger blocks."
         )
     pairs[:] = kept
+
+
+def _blocks_of(table: gpd.GeoDataFrame, side: float) -> tuple[list[str], np.ndarray]:
+    """The square block around each centre; only blocks with chips are made."""
+    import shapely
+
+    left, low = table.total_bounds[:2]
+    centres = shapely.centroid(table.geometry.to_numpy())
+    columns = np.floor((shapely.get_x(centres) - left) / side).astype(int)
+    rows = np.floor((shapely.get_y(centres) - low) / side).astype(int)
+    x, y = left + columns * side, low + rows * side
+    names = [f"block_{r}_{c}" for r, c in zip(rows, columns, strict=True)]
+    return names, shapely.box(x, y, x + side, y + side)
+
+
+def _polygons_of(
+    table: gpd.GeoDataFrame, regions: gpd.GeoDataFrame
+) -> tuple[list[str], np.ndarray]:
+    """The first of the user's regions around each centre; "" where there is none."""
+    import shapely
+
+    centres = shapely.centroid(table.geometry.to_numpy())
+    chip, region = regions.sindex.query(centres, predicate="intersects")
+    first = dict(zip(chip[::-1].tolist(), region[::-1].tolist(), strict=True))
+    names, holders = regions["region"].tolist(), regions.geometry.to_numpy()
+    found = [first.get(number) for number in range(len(table))]
+    return (
+        ["" if each is None else names[each] for each in found],
+        np.array([None if each is None else holders[each] for each in found]),
+    )
 
 
 def _footprints(paths: Sequence[Path]) -> gpd.GeoDataFrame | None:

@@ -69,7 +69,6 @@ def make_shapes(
             "points alone. Lines become polygons with table.buffer(metres), several "
             "points in one row become rows with table.explode()."
         )
-    table = table[[*([column] if column in table else []), table.geometry.name]]
     nothing = np.nan if info.task == "regression" else float(info.ignore_index)
     fill = nothing if background is None else float(info.class_number(background))
     return Shapes(
