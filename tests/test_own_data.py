@@ -419,7 +419,8 @@ def test_regions_of_polygons_and_several_scenes(scene: Path, tmp_path: Path) -> 
         ],
         crs=UTM,
     ).to_crs(4326)
-    data = _cut(scene, tmp_path, regions=halves, test_regions=["east"])
+    alone = {"val_fraction": 0, "test_regions": ["east"]}
+    data = _cut(scene, tmp_path, regions=halves, **alone)
     assert data.regions == ["east", "west"]
     for sample in data.dataset("test"):
         assert sample["bounds"][0] >= x + 1000 - 1
@@ -434,7 +435,7 @@ def test_regions_of_polygons_and_several_scenes(scene: Path, tmp_path: Path) -> 
     both = pd.concat([shapes.to_crs(UTM), more])
     data = gk.ChipData.from_pairs(
         [scene, other], both, folder=tmp_path / "both", column="kind", size=32,
-        test_regions=["two"], **WET,
+        test_regions=["two"], val_fraction=0, **WET,
     )  # fmt: skip
     assert data.regions == ["scene", "two"]
     assert (data.index["region"] == "two").sum() == 4

@@ -109,20 +109,20 @@ class Augmentation:
         assert self.move is not None
         shape = image.shape
         flat = image.reshape(1, -1, *shape[-2:])  # (1, C or 2C, H, W)
-        # A layer of ones goes the same way and says what lay inside of the chip.
-        known = torch.ones(shape[-2:])
-        layers = known if mask is None else torch.stack([known, mask.float()])
-        flat, below = self.move(flat, layers.reshape(1, -1, *shape[-2:]))
+        # A channel of ones goes along and says what lay wholly inside of the chip.
+        flat = torch.cat([flat, torch.ones(1, 1, *shape[-2:])], dim=1)
+        target = torch.zeros(shape[-2:]) if mask is None else mask.float()
+        flat, target = self.move(flat, target[None, None])
         if flat.shape[-2:] != shape[-2:]:
             raise ValueError(
                 f"the transforms make {tuple(flat.shape[-2:])} of {tuple(shape[-2:])} "
                 "pixels; the size of a chip has to stay. Give crops the chip's size."
             )
-        inside = below[0, 0] > 0.5
-        image = torch.where(inside, flat.reshape(shape), 0.0)
+        inside = flat[0, -1] > 0.999
+        image = torch.where(inside, flat[0, :-1].reshape(shape), 0.0)
         if mask is None:
             return image, None
-        return image, torch.where(inside, below[0, 1], float(ignore)).to(mask.dtype)
+        return image, torch.where(inside, target[0, 0], float(ignore)).to(mask.dtype)
 
     def _recoloured(self, image: Tensor) -> Tensor:
         if not self.colour:

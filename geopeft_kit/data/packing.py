@@ -162,7 +162,7 @@ def _write(
                     )
             found = {name: (a.shape, a.dtype) for name, a in arrays.items()}
             if found != kinds:
-                name = next(n for n in {*found, *kinds} if found.get(n) != kinds.get(n))
+                name = next(n for n in PARTS if found.get(n) != kinds.get(n))
                 raise ValueError(
                     f"chip {number} has {_words(found.get(name))} as its {name}, the "
                     f"first has {_words(kinds.get(name))}. Only chips of one size and "
