@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import rasterio
 import torch
@@ -127,3 +130,33 @@ def test_chips_of_two_sizes_cannot_be_packed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="6 x 8 x 16 uint16 as its image.*cut them"):
         data.cache(tmp_path / "packs")
     assert list((tmp_path / "packs").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_packed_epochs_are_fast_and_memory_stays(tmp_path: Path) -> None:
+    """Processor time, so that other work on the machine does not count."""
+    noise = np.random.default_rng(0).integers(1, 4000, (6, 224, 224)).astype(np.uint16)
+    chips = toy_chips(20, image=noise, mask=np.zeros((224, 224), int))
+    folder = write_chip_folder(tmp_path / "toy", chips, INFO)
+    data = gk.ChipData(folder, split="random", val_fraction=0, cache=False)
+
+    def epoch() -> float:
+        start = time.process_time()
+        for _ in data.dataloader("train"):
+            pass
+        return time.process_time() - start
+
+    decoded = min(epoch() for _ in range(2))
+    data.cache(tmp_path / "packs")
+    epoch()
+    before = own_memory()
+    packed = min(epoch() for _ in range(6))
+    assert packed < decoded / 2
+    assert own_memory() - before < 16 * 1024**2, "less than six of the sixty chips"
+
+
+def own_memory() -> int:
+    """Bytes of this process alone; pages of a mapped file are the system's."""
+    gc.collect()
+    info = psutil.Process().memory_info()
+    return info.rss - getattr(info, "shared", 0)

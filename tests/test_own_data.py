@@ -175,7 +175,7 @@ def test_masks_with_other_numbers_are_renumbered(pairs: Path) -> None:
         with rasterio.open(path, "r+") as file:
             file.write(np.where(file.read() == 1, 200, 7).astype(np.uint8))
     masks = {"images": pairs / "images", "masks": pairs / "masks"}
-    with pytest.raises(ValueError, match="Found are 200, 7"):
+    with pytest.raises(ValueError, match="Found are 7, 200"):
         gk.ChipData.from_pairs(**masks, **STATED)
     given = STATED | {"classes": {7: "land", 200: "water"}}
     with pytest.raises(ValueError, match="writes new files: pass folder"):
@@ -454,6 +454,25 @@ def test_nodata_stays_out_and_empty_windows_are_left_out(tmp_path: Path) -> None
     assert len(data.index) == 2, "the two windows in the west hold no data"
     sample = data.dataset(data.splits[0])[0]
     assert (sample["mask"][:, :8] == 255).all() and (sample["mask"][:, 8:] == 0).all()
+
+
+def test_a_bow_tie_is_two_triangles(tmp_path: Path) -> None:
+    path = write(tmp_path / "s.tif", pixels(height=64, width=64))
+    x, y = CORNER
+    corners = [(x, y), (x + 640, y - 640), (x + 640, y), (x, y - 640)]
+    tie = gpd.GeoSeries([shapely.Polygon(corners)], crs=UTM)
+    data = gk.ChipData.from_pairs(
+        path, tie, folder=tmp_path / "c", size=64, regions="scene", classes=["a"],
+        split="random", **STATED,
+    )  # fmt: skip
+    mask = data.dataset(data.splits[0])[0]["mask"]
+    assert mask[32, 3] == 0 and mask[32, 60] == 0
+    assert mask[3, 32] == 255 and mask[60, 32] == 255
+
+
+def test_a_folder_alone_is_not_enough(pairs: Path) -> None:
+    with pytest.raises(ValueError, match="masks is missing"):
+        gk.ChipData.from_pairs(pairs / "images", **WET)
 
 
 # ------------------------------------------------------------ points

@@ -89,8 +89,9 @@ def _read_all(
     rng = np.random.default_rng(0)
     rows, samples = [], []
     for row in tqdm(index.to_dict("records"), "reading", leave=False, disable=None):
+        name = str(row["chip"])
         known = {
-            "chip": str(row["chip"]),
+            "chip": name,
             "split": row["split"] if isinstance(row["split"], str) else "(none)",
             "region": str(row["region"]),
             "size": f"{row['height']} x {row['width']}",
@@ -102,7 +103,7 @@ def _read_all(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", NotGeoreferencedWarning)
                 stored = reader.read(
-                    known["chip"],
+                    name,
                     str(image),
                     after if info.task == "change" else None,
                     mask if info.target == "mask" else None,

@@ -110,6 +110,14 @@ def collect(request: Request) -> Collected:
     if request.cuts:
         return _from_scenes(request)
     if request.masks is None:
+        if (
+            isinstance(request.images, str | os.PathLike)
+            and Path(request.images).is_dir()
+        ):
+            raise ValueError(
+                "masks is missing. Pass masks=, a folder or a list, matched by file "
+                "name; or a table with the columns image and mask or label."
+            )
         pairs = pair_table(request.images)
     else:
         pairs = pair_files(request.images, request.masks, request.suffixes)
@@ -177,7 +185,8 @@ def _found(pairs: Sequence[Pair]) -> str:
     masks = [pair.mask for pair in pairs if pair.mask is not None]
     for mask in masks[:: max(1, len(masks) // 8)][:8]:
         values |= set(np.unique(_read_mask(mask)).tolist())
-    shown = ", ".join(map(str, sorted(values, key=str)[:20]))
+    ordered = sorted(values, key=lambda value: (isinstance(value, str), value))
+    shown = ", ".join(map(str, ordered[:20]))
     return f"{shown}{', ...' if len(values) > 20 else ''}"
 
 

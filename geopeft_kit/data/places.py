@@ -51,6 +51,8 @@ def read_vector(
     """
     import geopandas as gpd
 
+    if isinstance(source, gpd.GeoSeries):
+        source = gpd.GeoDataFrame(geometry=source)
     if isinstance(source, gpd.GeoDataFrame):
         table, name = source, f"the {what}"
     else:

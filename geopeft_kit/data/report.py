@@ -163,7 +163,7 @@ def _plot_classes(axis: Axes, classes: pd.DataFrame, info: DatasetInfo) -> None:
 
 
 def _plot_nodata(axis: Axes, chips: pd.DataFrame) -> None:
-    steps = np.linspace(0, 1, 21)
+    steps = np.linspace(0, 1, 21).tolist()
     axis.hist(chips["nodata"].dropna(), steps, color="0.6", label="no data")
     if "labelled" in chips:
         axis.hist(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import rasterio
+import shapely
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.warp import transform_bounds
 
@@ -69,6 +70,11 @@ def make_shapes(
             "points alone. Lines become polygons with table.buffer(metres), several "
             "points in one row become rows with table.explode()."
         )
+    if kinds <= AREAS:  # a bow-tie becomes two triangles, a spike goes
+        whole = shapely.make_valid(
+            table.geometry.to_numpy(), method="structure", keep_collapsed=False
+        )
+        table = table.set_geometry(whole, crs=table.crs)
     nothing = np.nan if info.task == "regression" else float(info.ignore_index)
     fill = nothing if background is None else float(info.class_number(background))
     return Shapes(
@@ -157,8 +163,6 @@ def to_scene(shapes: Shapes, raster: rasterio.DatasetReader) -> gpd.GeoDataFrame
     Returns:
         Columns value and geometry; the later of two overlapping shapes wins.
     """
-    import shapely
-
     table = shapes.table
     target = raster.crs.to_wkt()
     if table.crs.equals(target):
@@ -170,10 +174,9 @@ def to_scene(shapes: Shapes, raster: rasterio.DatasetReader) -> gpd.GeoDataFrame
             (box[2] - box[0]) / raster.width, (box[3] - box[1]) / raster.height
         )
         margin = (box[0] - step, box[1] - step, box[2] + step, box[3] + step)
-        solid = shapely.make_valid(near.geometry.to_numpy())
-        cut = shapely.intersection(solid, shapely.box(*margin))
+        cut = shapely.intersection(near.geometry.to_numpy(), shapely.box(*margin))
         near = near.set_geometry(shapely.segmentize(cut, step), crs=table.crs)
-    return near.to_crs(target)
+    return near[~near.is_empty].to_crs(target)
 
 
 def check_places(
