@@ -2,14 +2,15 @@
 
     python benchmarks/loading.py --chips 200 --epochs 5
 
-Writes simulated-size chips of random numbers (six bands, 224 x 224, uint16, deflate),
+Writes chips of random numbers (six bands, 224 x 224, uint16, deflate),
 then measures, alternating so that both meet the same machine:
 
 - a bare loop over rasterio, which reads image and mask and does nothing else;
-- the kit's loader without its memory: it also checks, scales and batches;
-- the kit's loader on packed chips (`data.cache()`), and the memory of five epochs.
+- the kit's loader without its memory: it also checks, scales and batches, and decodes
+  the chips of a batch side by side where there are cores for it;
+- the kit's loader on packed chips (`data.cache()`), and the memory of some epochs.
 
-The times depend on the machine and on what else it does; the ratios hardly do.
+The times depend on the machine and on what else it does; the ratios much less.
 """
 
 from __future__ import annotations
@@ -65,11 +66,11 @@ def epoch(loader: torch.utils.data.DataLoader) -> None:
         pass
 
 
-def seconds(action: Callable[[], None]) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
+def seconds(action: Callable[[], object]) -> tuple[float, float]:
+    """Wall time and processor time of one call."""
+    wall, processor = time.perf_counter(), time.process_time()
     action()
-    return time.perf_counter() - start
+    return time.perf_counter() - wall, time.process_time() - processor
 
 
 def memory_mib() -> float:
@@ -87,8 +88,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--workers", type=int, default=0)
     given = parser.parse_args()
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, ")
-    print(f"torch {torch.__version__} with {torch.get_num_threads()} threads, ")
+    print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
     print(f"{given.chips} chips of 6 x {given.size} x {given.size}, uint16")
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root) / "chips"
@@ -100,25 +100,29 @@ def main() -> None:
         data = gk.ChipData(folder, **options, **workers)
         names = data.index["chip"].tolist()
         loader = data.dataloader("train")
-        bare_loop(folder, names), epoch(loader)  # warm the disk cache
+        bare_loop(folder, names)
+        epoch(loader)  # both once, so that the files are in the system's memory
         ratios = []
         for _ in range(given.epochs):
             bare = seconds(lambda: bare_loop(folder, names))
             kit = seconds(lambda: epoch(loader))
-            ratios.append(bare / kit)
-            print(f"bare {bare:.2f} s, kit {kit:.2f} s: {bare / kit:.2f} x its speed")
-        print(f"median {statistics.median(ratios):.2f} x the bare loop")
-        if not hasattr(data, "cache"):
-            return
-        packing = seconds(lambda: data.cache())
+            ratios.append([b / k for b, k in zip(bare, kit, strict=True)])
+            print(f"bare {bare[0]:.2f} s ({bare[1]:.2f} s of processor time), ", end="")
+            print(f"kit {kit[0]:.2f} s ({kit[1]:.2f} s)")
+        wall, processor = (statistics.median(r) for r in zip(*ratios, strict=True))
+        print(f"kit / bare loop: {wall:.2f} x the throughput in wall time,")
+        print(f"{processor:.2f} x for the same processor time (medians)")
+        packing = seconds(data.cache)[0]
         packed = data.dataloader("train", shuffle=True)
         epoch(packed)
         before = memory_mib()
         times = [seconds(lambda: epoch(packed)) for _ in range(given.epochs)]
-        per_1000 = statistics.median(times) * 1000 / given.chips
-        print(f"packing {packing:.2f} s; packed epoch {min(times):.2f} s at best,")
-        print(f"{per_1000:.2f} s for 1,000 chips (median); memory of the process")
-        print(f"{before:.0f} MiB before, {memory_mib():.0f} MiB after the epochs")
+        scale = 1000 / len(names)
+        wall, processor = (scale * min(t) for t in zip(*times, strict=True))
+        print(f"packing {packing:.2f} s; packed, 1,000 chips take {wall:.2f} s")
+        print(f"({processor:.2f} s of processor time), best of {given.epochs} epochs")
+        print(f"memory of the process: {before:.0f} MiB before these epochs,")
+        print(f"{memory_mib():.0f} MiB after them")
 
 
 if __name__ == "__main__":

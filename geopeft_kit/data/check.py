@@ -25,7 +25,7 @@ from geopeft_kit.data.chips import ChipData
 from geopeft_kit.data.folder import FACTS, read_chip_folder
 from geopeft_kit.data.info import CLASS_TASKS, DatasetInfo
 from geopeft_kit.data.reading import ChipReader, StoredChip
-from geopeft_kit.data.report import DataReport, Finding
+from geopeft_kit.data.report import DataReport, Finding, sorted_splits
 from geopeft_kit.data.splits import touching_chips
 
 PIXELS = 500  # of each chip that take part in the statistics of bands
@@ -170,7 +170,8 @@ def _classes_table(chips: pd.DataFrame, info: DatasetInfo) -> pd.DataFrame:
     if info.task not in CLASS_TASKS:
         return pd.DataFrame()
     table = {}
-    for split, group in chips.groupby("split", sort=False):
+    for split in sorted_splits(chips["split"]):
+        group = chips[chips["split"] == split]
         counts = np.zeros(len(info.classes))
         if info.target == "mask":
             for each in group["counts"].dropna() if "counts" in group else []:

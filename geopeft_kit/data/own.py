@@ -23,7 +23,7 @@ from geopeft_kit.data import chipping, shapes
 from geopeft_kit.data.asking import ask, check_scale, look_at
 from geopeft_kit.data.chipping import Cutting
 from geopeft_kit.data.folder import Chip
-from geopeft_kit.data.info import CLASS_TASKS, DatasetInfo
+from geopeft_kit.data.info import CLASS_TASKS, MASK_TASKS, DatasetInfo
 from geopeft_kit.data.pairing import RASTERS, Pair, pair_files, pair_table
 from geopeft_kit.data.places import place_pairs, read_vector
 from geopeft_kit.data.reading import ChipReader, Grid
@@ -128,6 +128,11 @@ def collect(request: Request) -> Collected:
         raise ValueError(
             f"task {task!r} needs labels, but these are masks. Pass a table with the "
             "columns image and label, or task='segmentation'."
+        )
+    if task in MASK_TASKS and not any(p.mask for p in pairs):
+        raise ValueError(
+            f"task {task!r} needs masks, but these are labels. Pass a table with the "
+            "columns image and mask, or task='classification'."
         )
     info = _facts(request, task, [p.image for p in pairs], lambda: _found(pairs))
     spaced = _place(pairs, request)
@@ -249,11 +254,12 @@ def _renumbered(
             f"chip {pair.name!r}: mask is {values.shape[0]} x {values.shape[1]} pixels,"
             f" its image {grid.height} x {grid.width}. Cut or warp both to one grid."
         )
-    result = np.full(values.shape, -1, np.int64)
+    unknown = np.iinfo(np.int64).min
+    result = np.full(values.shape, unknown, np.int64)
     result[values == info.ignore_index] = info.ignore_index
     for value, number in numbers.items():
         result[values == value] = number
-    strange = np.unique(values[result == -1]).tolist()
+    strange = np.unique(values[result == unknown]).tolist()
     if strange:
         raise ValueError(
             f"chip {pair.name!r}: mask value {strange[0]:g} is none of "
@@ -318,6 +324,8 @@ def _from_scenes(request: Request) -> Collected:
         return ", ".join(map(str, sorted(set(table[request.column]), key=str)[:20]))
 
     info = _facts(request, task, scenes, found)
+    if "nodata" not in request.facts:
+        _check_nodata(scenes)
     regions = request.regions
     if regions is None:
         regions = "scene" if len(scenes) > 1 else "blocks"
@@ -327,6 +335,20 @@ def _from_scenes(request: Request) -> Collected:
     spaced = regions not in ("scene", "region") if isinstance(regions, str) else True
     chips = _scene_chips(scenes, burnt, info, cutting, request.column)
     return Collected(info, chips, scenes, spaced)
+
+
+def _check_nodata(scenes: Sequence[Path]) -> None:
+    """Refuse scenes whose files state different values as no data."""
+    stated: dict[str, Path] = {}
+    for path in scenes:
+        with rasterio.open(path) as raster:
+            stated.setdefault(str(raster.nodata), path)
+    if len(stated) > 1:
+        (one, a), (other, b), *_ = stated.items()
+        raise ValueError(
+            f"{a} states nodata={one}, {b} nodata={other}. Convert them alike, or say "
+            "what holds for all: facts={'nodata': ...}."
+        )
 
 
 def _scene_chips(

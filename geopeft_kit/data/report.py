@@ -25,6 +25,20 @@ LEVELS = ("error", "warning", "note")
 _SIGNS = {"error": "&#10006; error", "warning": "&#9888; warning", "note": "note"}
 
 
+def sorted_splits(splits: Iterable[str]) -> list[str]:
+    """Names of splits: train, val, test, then others.
+
+    Args:
+        splits: One a chip.
+
+    Returns:
+        Each name once.
+    """
+    first = ["train", "val", "test"]
+    found = set(splits)
+    return [s for s in first if s in found] + sorted(found - set(first))
+
+
 @dataclass
 class Finding:
     """One thing that was found.
@@ -182,7 +196,7 @@ def _plot_places(axis: Axes, index: gpd.GeoDataFrame, chips: pd.DataFrame) -> No
         return
     looks: dict[str, Any] = {"train": OKABE_ITO["blue"], "val": OKABE_ITO["orange"]}
     looks |= {"test": OKABE_ITO["vermillion"]}
-    for split in dict.fromkeys(chips["split"]):
+    for split in sorted_splits(chips["split"]):
         shapes = index.geometry[placed & (chips["split"] == split).to_numpy()]
         if len(shapes):
             colour = looks.get(split, "0.7")
@@ -190,4 +204,5 @@ def _plot_places(axis: Axes, index: gpd.GeoDataFrame, chips: pd.DataFrame) -> No
                         alpha=0.7, aspect=None)  # fmt: skip
             axis.plot([], [], "s", color=colour, label=split)
     axis.set(xlabel="longitude (degrees)", ylabel="latitude (degrees)")
-    axis.legend(frameon=False, fontsize="small")
+    axis.legend(frameon=False, fontsize="small", ncols=4, loc="lower left",
+                bbox_to_anchor=(0, 1))  # fmt: skip
