@@ -6,8 +6,7 @@ Writes chips of random numbers (six bands, 224 x 224, uint16, deflate),
 then measures, alternating so that both meet the same machine:
 
 - a bare loop over rasterio, which reads image and mask and does nothing else;
-- the kit's loader without its memory: it also checks, scales and batches, and decodes
-  the chips of a batch side by side where there are cores for it;
+- the kit's loader without its memory: it also checks, scales and batches;
 - the kit's loader on packed chips (`data.cache()`), and the memory of some epochs.
 
 The times depend on the machine and on what else it does; the ratios much less.

@@ -107,23 +107,29 @@ def epoch(data: gk.ChipData, number: int) -> list[torch.Tensor]:
     return [batch["image"] for batch in loader]
 
 
-def test_draws_depend_on_seed_and_epoch_alone(folder: Path) -> None:
-    def make(**changes: Any) -> gk.ChipData:
-        transforms = [K.RandomRotation(90.0, p=1.0), K.RandomBrightness((0.8, 1.2))]
-        given = {"test_regions": ["a"], "augment": transforms, "batch_size": 4}
-        return gk.ChipData(folder, **given | changes)
+def jittered(folder: Path, **changes: Any) -> gk.ChipData:
+    transforms = [K.RandomRotation(90.0, p=1.0), K.RandomBrightness((0.8, 1.2))]
+    given = {"test_regions": ["a"], "augment": transforms, "batch_size": 4}
+    return gk.ChipData(folder, **given | changes)
 
-    one = make()
+
+def test_draws_depend_on_seed_and_epoch_alone(folder: Path) -> None:
+    one = jittered(folder)
     torch.manual_seed(1)
     state = torch.get_rng_state()
     first = epoch(one, 3)
     assert torch.equal(state, torch.get_rng_state()), "dropout keeps its own stream"
     torch.manual_seed(2)
-    resumed = epoch(make(), 3)  # a new process that begins at epoch 3
+    resumed = epoch(jittered(folder), 3)  # a new process that begins at epoch 3
     assert all(torch.equal(a, b) for a, b in zip(first, resumed, strict=True))
     assert not torch.equal(first[0], epoch(one, 4)[0])
-    assert not torch.equal(first[0], epoch(make(seed=1), 3)[0])
-    workers = epoch(make(num_workers=2), 3)
+    assert not torch.equal(first[0], epoch(jittered(folder, seed=1), 3)[0])
+
+
+@pytest.mark.slow
+def test_worker_processes_draw_the_same(folder: Path) -> None:
+    first = epoch(jittered(folder), 3)
+    workers = epoch(jittered(folder, num_workers=2), 3)
     assert all(torch.equal(a, b) for a, b in zip(first, workers, strict=True))
 
 

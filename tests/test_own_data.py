@@ -335,7 +335,7 @@ def test_too_few_names(pairs: Path) -> None:
 # ------------------------------------------------------------ a scene with polygons
 
 
-@pytest.mark.parametrize("overlap", [0.0, 0.5])
+@pytest.mark.parametrize("overlap", [0.3, pytest.param(0.0, marks=pytest.mark.slow)])
 def test_each_pixel_has_the_class_of_the_polygon_at_its_centre(
     scene: Path, tmp_path: Path, overlap: float
 ) -> None:
@@ -378,7 +378,9 @@ def test_later_polygons_win_and_background_is_a_choice(
     assert len(data.index) > len(_cut(scene, tmp_path / "b").index)
 
 
-@pytest.mark.parametrize("buffer_m", [100.0, 233.0])
+@pytest.mark.parametrize(
+    "buffer_m", [233.0, pytest.param(100.0, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("crs", [UTM, "EPSG:4326", "EPSG:3857"])
 def test_no_test_chip_is_within_the_buffer(
     tmp_path: Path, buffer_m: float, crs: str

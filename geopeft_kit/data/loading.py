@@ -7,10 +7,8 @@ any sampler that has `set_epoch`. Taught in `notebooks/02_probe_and_full.ipynb`.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,7 +16,7 @@ import numpy as np
 import torch
 from rasterio.errors import NotGeoreferencedWarning
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler, get_worker_info
+from torch.utils.data import Dataset, Sampler
 
 from geopeft_kit.data.augmentation import Augmentation
 from geopeft_kit.data.packing import PackedChips
@@ -26,10 +24,6 @@ from geopeft_kit.data.reading import ChipReader, StoredChip
 
 if TYPE_CHECKING:
     import geopandas as gpd
-
-
-THREADS = min(4, os.cpu_count() or 1)
-"""That read the chips of one batch side by side."""
 
 
 class AugmentedKey(NamedTuple):
@@ -134,18 +128,9 @@ class ChipTable:
         if self.packed is not None:
             return [self.packed.read(row) for row in rows]
         found = {row: self.stored[row] for row in rows if row in self.stored}
-        missing = [row for row in dict.fromkeys(rows) if row not in found]
         with warnings.catch_warnings():  # pictures without a place are welcome here
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            if len(missing) > 1 and get_worker_info() is None:
-                # GDAL decodes without the interpreter's lock. Worker processes are
-                # many already.
-                with ThreadPoolExecutor(THREADS) as pool:
-                    found |= zip(
-                        missing, pool.map(self.read_file, missing), strict=True
-                    )
-            else:
-                found |= {row: self.read_file(row) for row in missing}
+            found |= {row: self.read_file(row) for row in rows if row not in found}
         if self.cache:
             self.stored |= found
         return [found[row] for row in rows]

@@ -190,7 +190,8 @@ class ChipReader:
             (C, H, W) float32, or (C, 2, H, W) for a change pair.
         """
         shape = (-1, *(1,) * (stored.image.ndim - 1))
-        image = np.multiply(stored.image, self.scale.reshape(shape), dtype=np.float32)
+        image = stored.image.astype(np.float32)  # always a copy
+        image *= self.scale.reshape(shape)
         if self.offset.any():
             image += self.offset.reshape(shape)
         if stored.invalid is not None:
