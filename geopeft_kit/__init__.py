@@ -15,7 +15,12 @@ if TYPE_CHECKING:
     from geopeft_kit import baselines, bands, plots
     from geopeft_kit.backbones import list_backbones, load_backbone
     from geopeft_kit.comparison import Candidate, compare
-    from geopeft_kit.data import ChipData, TorchgeoData, simulated_data
+    from geopeft_kit.data import (
+        ChipData,
+        TorchgeoData,
+        check_data,
+        simulated_data,
+    )
     from geopeft_kit.inference import predict_scene
     from geopeft_kit.maps import save_map, show_map
     from geopeft_kit.methods import attach, list_methods, load_adapter
@@ -36,6 +41,7 @@ __all__ = [
     "baselines",
     "bands",
     "build_model",
+    "check_data",
     "chip_layers",
     "compare",
     "evaluate",
@@ -56,7 +62,7 @@ __all__ = [
 _ROOMS = {
     "backbones": ("list_backbones", "load_backbone"),
     "comparison": ("Candidate", "compare"),
-    "data": ("ChipData", "TorchgeoData", "simulated_data"),
+    "data": ("ChipData", "TorchgeoData", "check_data", "simulated_data"),
     "inference": ("predict_scene",),
     "maps": ("save_map", "show_map"),
     "methods": ("attach", "list_methods", "load_adapter"),

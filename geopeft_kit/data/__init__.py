@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from geopeft_kit.data.check import check_data
     from geopeft_kit.data.chips import ChipData
     from geopeft_kit.data.folder import Chip, read_chip_folder, write_chip_folder
     from geopeft_kit.data.simulated import simulated_data
@@ -18,6 +19,7 @@ __all__ = [
     "Chip",
     "ChipData",
     "TorchgeoData",
+    "check_data",
     "read_chip_folder",
     "simulated_data",
     "write_chip_folder",
@@ -28,6 +30,7 @@ _ROOMS = {
     "Chip": "folder",
     "ChipData": "chips",
     "TorchgeoData": "torchgeo_data",
+    "check_data": "check",
     "read_chip_folder": "folder",
     "simulated_data": "simulated",
     "write_chip_folder": "folder",

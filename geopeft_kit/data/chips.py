@@ -11,23 +11,39 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lightning as L
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 from geopeft_kit.bands import band_indices, resolve_bands
-from geopeft_kit.data.folder import read_chip_folder
+from geopeft_kit.data.augmentation import Augmentation
+from geopeft_kit.data.folder import index_chips, read_chip_folder, write_chip_folder
+from geopeft_kit.data.info import DatasetInfo
 from geopeft_kit.data.loading import ChipDataset, ChipTable, EpochSampler
+from geopeft_kit.data.packing import pack, pack_key
 from geopeft_kit.data.reading import ChipReader
 from geopeft_kit.data.splits import nested_order, resolve_split
+from geopeft_kit.download import cache_folder
+
+if TYPE_CHECKING:
+    import geopandas as gpd
 
 CACHE_LIMIT = 512 * 1024**2  # bytes of stored pixels that are kept in memory unasked
 _FIRST = ("train", "val", "test")
+
+
+class InPlace(NamedTuple):
+    """A data set whose index is in memory alone; its files lie in `folder`."""
+
+    folder: Path
+    info: DatasetInfo
+    index: gpd.GeoDataFrame
 
 
 class ChipData(L.LightningDataModule):
@@ -45,7 +61,11 @@ class ChipData(L.LightningDataModule):
         val_fraction: Share of the training chips that validates, drawn scene by scene.
         num_workers: Processes that read; 0 reads in this one.
         seed: Of splits and of the order in training.
-        augment: Flip and turn training chips, image and mask alike.
+        augment: True flips and turns training chips, image and mask alike. A list of
+            kornia's transforms (`kornia.augmentation`, or torchgeo's) does what they
+            do: geometry to image and mask, colour to the bands below.
+        colour_bands: Bands that brightness and contrast may change; None takes red,
+            green and blue. Hue and saturation always meet these three alone.
         cache: Keep chips in memory once read. None does so up to 512 MB of stored
             pixels when `num_workers` is 0 (a worker's memory is its own).
         buffer_m: Distance in metres within which a test chip counts as touching a
@@ -66,7 +86,7 @@ class ChipData(L.LightningDataModule):
 
     def __init__(
         self,
-        folder: str | os.PathLike[str],
+        folder: str | os.PathLike[str] | InPlace,
         bands: str | Sequence[str] | None = None,
         split: str = "region",
         test_regions: Sequence[str] | None = None,
@@ -74,25 +94,133 @@ class ChipData(L.LightningDataModule):
         val_fraction: float = 0.2,
         num_workers: int = 0,
         seed: int = 0,
-        augment: bool = False,
+        augment: bool | Sequence[nn.Module] = False,
         cache: bool | None = None,
         buffer_m: float = 0.0,
+        colour_bands: str | Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be 1 or more.")
-        self.folder = Path(folder)
-        self.info, self.index = read_chip_folder(self.folder)
+        if isinstance(folder, InPlace):
+            self.folder, self.info, self.index = folder
+        else:
+            self.folder = Path(folder)
+            self.info, self.index = read_chip_folder(self.folder)
+        self.test_regions = list(test_regions or ())
         available = self.info.bands
         self.bands = available if bands is None else resolve_bands(bands)
         self.batch_size, self.num_workers = batch_size, num_workers
-        self.seed, self.augment = seed, augment
+        self.seed, self.augment = seed, bool(augment)
+        self._augmentation = None
+        if not isinstance(augment, bool):
+            self._augmentation = Augmentation(augment, self.bands, colour_bands)
         self._read_facts()
         reader = ChipReader(self.folder, self.info, band_indices(self.bands, available))
         if cache is None:
             cache = num_workers == 0 and self._stored_bytes() <= CACHE_LIMIT
         self._table = ChipTable(self.index, reader, cache)
         self._resolve(split, test_regions, val_fraction, seed, buffer_m)
+
+    @classmethod
+    def from_pairs(
+        cls,
+        images: Any,
+        masks: Any = None,
+        *,
+        bands: str | Sequence[str] | None = None,
+        scale: float | Sequence[float] | None = None,
+        offset: float | Sequence[float] = 0.0,
+        classes: Sequence[str] | Mapping[int, str] | None = None,
+        task: str | None = None,
+        folder: str | os.PathLike[str] | None = None,
+        column: str | None = None,
+        background: str | None = None,
+        suffixes: tuple[str, str] = ("", ""),
+        regions: Any = None,
+        size: int = 224,
+        overlap: float = 0.0,
+        block_m: float | None = None,
+        buffer_m: float = 0.0,
+        test_regions: Sequence[str] | None = None,
+        test_fraction: float = 0.2,
+        name: str = "My data",
+        facts: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+        **options: Any,
+    ) -> ChipData:
+        """Your own images and labels as chips.
+
+        What the numbers mean is never assumed: without `bands`, `scale` or `classes`
+        the error proposes what they may be.
+
+        Args:
+            images: A folder or a list of images; a CSV or DataFrame with the columns
+                image, mask or label, and perhaps region, split, date, scene; or one or
+                several big rasters.
+            masks: A folder or a list of masks, matched by file name; None for a table;
+                or polygons or points (GeoPackage, shapefile, GeoJSON, GeoDataFrame,
+                CSV with lon and lat) on big rasters.
+            bands: What each band of the files is, in order.
+            scale: Reflectance of one stored unit, one number or one a band.
+            offset: Added after scaling.
+            classes: Names in the order of their numbers; or number in the masks ->
+                name, which needs `folder`. None for regression.
+            task: As in `DatasetInfo`. None is "segmentation", or "classification" for
+                a table with labels.
+            folder: Chip folder to write, whole or not at all. None leaves masks and
+                images where they are and writes nothing; shapes need a folder.
+            column: Of the shapes: class or value.
+            background: Class of ground that no shape covers; None leaves it unlabelled.
+            suffixes: Cut off the file names of images and of masks to match them.
+            regions: What can be held out: "blocks" (squares), "folder" (the image's),
+                "region" (the column), "scene" (one a raster), or polygons with a
+                column region. None takes a column or sub-folders where there are any,
+                else scenes where there are several, else blocks.
+            size: Side in pixels of the chips that are cut.
+            overlap: Share of a chip that it has in common with the next one.
+            block_m: Side of a block in metres; None takes a quarter of the scene.
+            buffer_m: Distance in metres kept between blocks or polygons of regions.
+            test_regions: Regions to hold out. None draws some, see `test_fraction`,
+                unless the table has splits; `data.test_regions` says which.
+            test_fraction: Share of the chips that the drawn regions have.
+            name: Of the data set.
+            facts: More attributes of `DatasetInfo`: nodata, colours, licence ...
+            overwrite: Replace a data set that stands in `folder`.
+            **options: Of `ChipData`: batch_size, augment, seed ...
+
+        Returns:
+            The data. A folder opens again with `ChipData(folder, test_regions=...)`.
+
+        Raises:
+            FileNotFoundError: Something is missing on disk.
+            ValueError: Something does not fit, or has to be stated; says what.
+        """
+        from geopeft_kit.data import own
+        from geopeft_kit.data.chipping import Cutting
+        from geopeft_kit.data.places import draw_regions
+
+        cutting = Cutting(size, overlap, regions, block_m, buffer_m)
+        request = own.Request(
+            images, masks, bands, scale, offset, classes, task, column, background,
+            suffixes, cutting, regions, name, facts or {}, folder is None,
+        )  # fmt: skip
+        info, chips, files, spaced = own.collect(request)
+        source: Path | InPlace
+        if folder is None:
+            common = own.common_folder(files)
+            source = InPlace(common, info, index_chips(common, chips, info))
+            index = source.index
+        else:
+            source = write_chip_folder(folder, chips, info, overwrite)
+            index = read_chip_folder(source)[1]
+        drawn = test_regions is None and options.get("split", "region") == "region"
+        if drawn and index["split"].isna().all():
+            seed = options.get("seed", 0)
+            test_regions = draw_regions(index["region"], test_fraction, seed)
+        # Regions with a buffer between them need no second, coarser look.
+        options.setdefault("buffer_m", 0.0 if spaced else buffer_m)
+        return cls(source, test_regions=test_regions, **options)
 
     def _read_facts(self) -> None:
         info = self.info
@@ -152,7 +280,7 @@ class ChipData(L.LightningDataModule):
                 f"split {split!r} of {self.name} has no chips; it has {there}. Choose "
                 "one of these, or other test_regions or val_fraction."
             )
-        return ChipDataset(self._table, rows)
+        return ChipDataset(self._table, rows, self._augmentation)
 
     def dataloader(
         self,
@@ -167,8 +295,8 @@ class ChipData(L.LightningDataModule):
             split: "train", "val", "test" or another of `splits`.
             shuffle: In an order that depends on the seed and the epoch alone.
             seed: None takes the data's own.
-            augment: Flip and turn; None does so for shuffled training chips where the
-                data says `augment=True`.
+            augment: As the data says, else flips and turns. None does so for shuffled
+                training chips where the data was built with `augment`.
 
         Returns:
             A loader of dicts: image (B,C,H,W), mask (B,H,W) or label (B,) ...
@@ -231,6 +359,36 @@ class ChipData(L.LightningDataModule):
     def predict_dataloader(self) -> DataLoader:
         """Test batches, for Lightning's `predict`."""
         return self.dataloader("test")
+
+    def cache(self, folder: str | os.PathLike[str] | None = None) -> Path:
+        """Pack all chips into one memory-mapped file, and read from it from now on.
+
+        The pack is named after the content of the files, so other files make another
+        pack. It is written whole or not at all, and used again where it stands. Files
+        that change while this object lives are not looked at again.
+
+        Args:
+            folder: Where packs are kept; None takes the kit's cache folder. A pack is
+                as large as the chips are without compression.
+
+        Returns:
+            The folder of the pack; delete it to free the space.
+
+        Raises:
+            ValueError: Chips differ in size or type.
+            RuntimeError: A chip cannot be read.
+            OSError: The pack cannot be written.
+        """
+        table = self._table
+        names = [name for part in table.files.values() for name in part if name]
+        info = self.info
+        facts = f"{info.task} {info.nodata} {info.ignore_index} {len(info.classes)}"
+        root = cache_folder() / "packed" if folder is None else Path(folder)
+        target = root / pack_key(self.folder, names, self.bands, facts)[:32]
+        chips = (table.read_file(row) for row in range(len(self.index)))
+        table.packed = pack(target, chips, len(self.index), info)
+        table.stored.clear()
+        return target
 
     def subset(self, n: int, seed: int = 0, split: str = "train") -> ChipData:
         """The same data with only `n` chips in one split.

@@ -139,6 +139,33 @@ def write_chip_folder(
     return folder
 
 
+def index_chips(
+    folder: str | os.PathLike[str],
+    chips: Iterable[Chip],
+    info: DatasetInfo,
+) -> gpd.GeoDataFrame:
+    """The index of files that stay where they are; nothing is written.
+
+    Args:
+        folder: Holds all files, in whatever sub-folders.
+        chips: With paths of rasters in `folder`, no arrays.
+        info: Facts of the data set.
+
+    Returns:
+        What `read_chip_folder` would return for them.
+
+    Raises:
+        ValueError: A chip does not fit the facts, or there are none.
+    """
+    writer = _Writer(Path(folder), info)
+    rows = [writer.add(chip) for chip in chips]
+    if not rows:
+        raise ValueError(f"no chips found in {folder}.")
+    index = _make_index(rows, writer.outlines, info)
+    _check_index(Path(folder), index, info)
+    return index
+
+
 @dataclass
 class _Outline:
     """Size and place of a raster."""

@@ -18,6 +18,8 @@ from rasterio.errors import NotGeoreferencedWarning
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from geopeft_kit.data.augmentation import Augmentation
+from geopeft_kit.data.packing import PackedChips
 from geopeft_kit.data.reading import ChipReader, StoredChip
 
 if TYPE_CHECKING:
@@ -94,12 +96,14 @@ class ChipTable:
         reader: Reads their files.
         cache: True keeps each chip in memory once it was read.
         stored: The chips kept, by row; shared by all data sets on this table.
+        packed: All chips in one file, read instead of theirs.
     """
 
     index: gpd.GeoDataFrame
     reader: ChipReader
     cache: bool
     stored: dict[int, StoredChip] = field(default_factory=dict)
+    packed: PackedChips | None = None
 
     def __post_init__(self) -> None:
         info, index = self.reader.info, self.index
@@ -121,15 +125,25 @@ class ChipTable:
 
     def read(self, rows: Sequence[int]) -> list[StoredChip]:
         """Chips of some rows, from memory where they are kept."""
+        if self.packed is not None:
+            return [self.packed.read(row) for row in rows]
         found = {row: self.stored[row] for row in rows if row in self.stored}
         with warnings.catch_warnings():  # pictures without a place are welcome here
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            found |= {row: self._read(row) for row in rows if row not in found}
+            found |= {row: self.read_file(row) for row in rows if row not in found}
         if self.cache:
             self.stored |= found
         return [found[row] for row in rows]
 
-    def _read(self, row: int) -> StoredChip:
+    def read_file(self, row: int) -> StoredChip:
+        """One chip from its own files.
+
+        Args:
+            row: Of the index.
+
+        Returns:
+            The stored values, checked.
+        """
         return self.reader.read(
             self.chips[row],
             str(self.files["image"][row]),
@@ -148,10 +162,16 @@ class ChipDataset(Dataset):
     Args:
         table: The index and its reader.
         rows: Rows of the table that belong to the split.
+        augmentation: What an `AugmentedKey` asks for; None flips and turns.
     """
 
-    def __init__(self, table: ChipTable, rows: np.ndarray) -> None:
-        self.table = table
+    def __init__(
+        self,
+        table: ChipTable,
+        rows: np.ndarray,
+        augmentation: Augmentation | None = None,
+    ) -> None:
+        self.table, self.augmentation = table, augmentation
         self.rows = rows.tolist()
         # A key is in every sample or in none, so that batches can be stacked.
         self.has_date = not np.isnan(table.date[rows]).any()
@@ -189,7 +209,11 @@ class ChipDataset(Dataset):
         table = self.table
         image = table.reader.reflectance(stored)
         mask = torch.from_numpy(stored.mask) if self.has_mask else None
-        if isinstance(key, AugmentedKey):
+        if isinstance(key, AugmentedKey) and self.augmentation is not None:
+            info = table.reader.info
+            ignore = np.nan if info.task == "regression" else info.ignore_index
+            image, mask = self.augmentation(image, mask, key, ignore)
+        elif isinstance(key, AugmentedKey):
             both = [image] if mask is None else [image, mask]
             image, *rest = flip_and_turn(both, key)
             mask = rest[0] if rest else None

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import rasterio
 import torch
+from rasterio.crs import CRS
 from rasterio.errors import RasterioError
 from torch import Tensor
 
@@ -188,7 +190,8 @@ class ChipReader:
             (C, H, W) float32, or (C, 2, H, W) for a change pair.
         """
         shape = (-1, *(1,) * (stored.image.ndim - 1))
-        image = np.multiply(stored.image, self.scale.reshape(shape), dtype=np.float32)
+        image = stored.image.astype(np.float32)  # always a copy
+        image *= self.scale.reshape(shape)
         if self.offset.any():
             image += self.offset.reshape(shape)
         if stored.invalid is not None:
@@ -233,9 +236,14 @@ def _grid(raster: rasterio.DatasetReader) -> Grid:
     size = raster.height, raster.width
     if raster.crs is None:
         return Grid(*size, "", (), NOWHERE)
-    return Grid(
-        *size, raster.crs.to_string(), tuple(raster.transform)[:6], tuple(raster.bounds)
-    )
+    crs = _crs_text(raster.crs)
+    return Grid(*size, crs, tuple(raster.transform)[:6], tuple(raster.bounds))
+
+
+@lru_cache(maxsize=256)
+def _crs_text(crs: CRS) -> str:
+    """Short name of a CRS; looking it up takes longer than a chip's mask."""
+    return crs.to_string()
 
 
 def _same_grid(chip: str, what: str, found: Grid, image: Grid) -> None:

@@ -1,0 +1,205 @@
+"""What the numbers of a file mean is asked, with a proposal, and never assumed.
+
+16-bit files mostly hold reflectance times 10,000, but not always: Landsat's collection
+2 has a scale and an offset, Sentinel-2 an offset since baseline 04.00, pictures have
+neither. A wrong guess trains without an error and scores badly, so a guess is only
+ever a sentence. Sources: USGS, Landsat Collection 2 Level-2 (scale 0.0000275, offset
+-0.2); ESA, Sentinel-2 processing baseline 04.00 (offset -1000 stored units, from 25
+January 2022). Taught in `notebooks/14_your_own_data.ipynb`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import rasterio
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
+
+from geopeft_kit.bands import BANDS, SENSORS, resolve_bands
+from geopeft_kit.data.folder import ALONE
+
+FILES, SIDE = 8, 256  # files looked at, and pixels along a side of each
+BRIGHT = 1.6  # reflectance above this is glint, cloud or a wrong scale
+
+
+@dataclass(frozen=True)
+class Looks:
+    """What a first look at some files finds.
+
+    Attributes:
+        count: Bands.
+        dtype: Of the first file.
+        names: Band descriptions of the first file.
+        values: (C, N) stored values that are data.
+        tags: Scale and offset that the files state themselves, or None.
+        nodata: That the files state, or None.
+    """
+
+    count: int
+    dtype: str
+    names: tuple[str | None, ...]
+    values: np.ndarray
+    tags: tuple[float, float] | None
+    nodata: float | None
+
+
+def look_at(files: Sequence[Path], nodata: float | None = None) -> Looks:
+    """Read a few pixels of a few files.
+
+    Args:
+        files: All images; up to eight of them, evenly spaced, are read.
+        nodata: Stored value that is no data; None takes the files' own.
+
+    Returns:
+        What was found.
+
+    Raises:
+        ValueError: A file is no raster, or has other bands or another type than the
+            first.
+    """
+    step = max(1, len(files) // FILES)
+    found: list[Looks] = []
+    for path in files[::step][:FILES]:
+        seen = _look_at_one(path, nodata)
+        first = found[0] if found else seen
+        for what in ("count", "dtype"):
+            here, there = getattr(seen, what), getattr(first, what)
+            if here != there:
+                word = {"count": "bands", "dtype": "values"}[what]
+                raise ValueError(
+                    f"{path} holds {here} {word}, {files[0]} {there}. One scale and "
+                    "one list of bands cannot be right for both: convert them alike."
+                )
+        found.append(seen)
+    values = np.concatenate([seen.values for seen in found], axis=1)
+    first = found[0]
+    return Looks(
+        first.count, first.dtype, first.names, values, first.tags, first.nodata
+    )
+
+
+def _look_at_one(path: Path, nodata: float | None) -> Looks:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)
+            with rasterio.Env(**ALONE), rasterio.open(path) as raster:
+                size = min(raster.height, SIDE), min(raster.width, SIDE)
+                pixels = raster.read(out_shape=(raster.count, *size))
+                nodata = raster.nodata if nodata is None else nodata
+                tags = raster.scales[0], raster.offsets[0]
+                names, dtype = raster.descriptions, raster.dtypes[0]
+    except RasterioError as error:
+        raise ValueError(
+            f"{path} cannot be read as a raster: {error}. Copy or download it again."
+        ) from error
+    values = pixels.reshape(len(pixels), -1)  # (C, H*W)
+    good = np.isfinite(values).all(axis=0)
+    if nodata is not None:
+        good &= (values != nodata).all(axis=0)
+    stated = tags if tags != (1.0, 0.0) else None
+    return Looks(len(pixels), dtype, names, values[:, good], stated, nodata)
+
+
+def propose_bands(looks: Looks) -> str:
+    """Which bands the files may hold, as the argument to pass."""
+    try:
+        return f"bands={list(resolve_bands([str(name) for name in looks.names]))}"
+    except ValueError:
+        pass
+    sensors = [name for name, bands in SENSORS.items() if len(bands) == looks.count]
+    if not sensors:
+        return f"bands=[...], {looks.count} names"
+    return f"bands={sensors[0]!r} (they would be {', '.join(SENSORS[sensors[0]])})"
+
+
+def propose_scale(looks: Looks) -> tuple[float, float, str]:
+    """Scale and offset that would make reflectance of the stored values.
+
+    Args:
+        looks: As `look_at` returns it.
+
+    Returns:
+        Scale, offset, and why.
+    """
+    if not looks.values.size:
+        return 1e-4, 0.0, "there is no data to judge by"
+    low, middle, high = np.percentile(looks.values, [1, 50, 99])
+    span = f"{looks.dtype} from {low:.4g} to {high:.4g} (1st and 99th percentile)"
+    if looks.tags is not None:
+        return *looks.tags, f"the files say so themselves; they hold {span}"
+    if looks.dtype == "uint8":
+        return 1 / 255, 0.0, f"they hold {span}, as pictures do"
+    if high <= BRIGHT:
+        return 1.0, 0.0, f"they hold {span}, reflectance as it is"
+    if high <= 100:
+        return 0.01, 0.0, f"they hold {span}, like per cent"
+    if looks.dtype == "uint16" and low > 5000 and high < 50_000:
+        return 2.75e-5, -0.2, f"they hold {span}, like Landsat's collection 2"
+    if low >= 900 and middle > 1500:
+        why = f"they hold {span}, like Sentinel-2 since baseline 04.00"
+        return 1e-4, -0.1, f"{why}; offset=0 if the offset is taken off already"
+    return 1e-4, 0.0, f"they hold {span}, so 10000 may stand for reflectance 1"
+
+
+def ask(looks: Looks, bands: object, scale: object) -> None:
+    """Refuse to go on without bands and scale, and propose them.
+
+    Args:
+        looks: As `look_at` returns it.
+        bands: What the user stated, or None.
+        scale: Likewise.
+
+    Raises:
+        ValueError: One of the two is None.
+    """
+    wanted = []
+    if bands is None:
+        wanted.append(f"{propose_bands(looks)}, in the order of the files")
+    if scale is None:
+        number, offset, why = propose_scale(looks)
+        text = f"scale={number:.6g}" + (f", offset={offset:.6g}" if offset else "")
+        wanted.append(f"{text}, since {why}")
+    if wanted:
+        raise ValueError(
+            "what the stored numbers mean is never assumed. If it is right, pass "
+            f"{'; and '.join(wanted)}. (reflectance = stored * scale + offset)"
+        )
+
+
+def check_scale(
+    looks: Looks,
+    bands: Sequence[str],
+    scale: float | Sequence[float] | None,
+    offset: float | Sequence[float],
+) -> None:
+    """Refuse a scale with which the files hold no reflectance.
+
+    Args:
+        looks: As `look_at` returns it.
+        bands: Names of the bands; those that are not optical are passed over.
+        scale: Stated, one number or one a band.
+        offset: Likewise.
+
+    Raises:
+        ValueError: Half of the pixels are brighter than a white sheet many times over,
+            or nearly all are black.
+    """
+    rows = [i for i, name in enumerate(bands) if BANDS[name].kind == "optical"]
+    if not rows or not looks.values.size:
+        return
+    gains = np.broadcast_to(np.asarray(scale, float), len(bands))[rows, None]
+    shifts = np.broadcast_to(np.asarray(offset, float), len(bands))[rows, None]
+    values = looks.values[rows] * gains + shifts  # (C', N)
+    middle, high = np.percentile(values, [50, 99])
+    if -0.5 < middle < 5 and (high > 2e-3 or not looks.values.any()):
+        return
+    number, other, why = propose_scale(looks)
+    raise ValueError(
+        f"with scale={scale} and offset={offset} the images have a median reflectance "
+        f"of {middle:.4g} and a 99th percentile of {high:.4g}; reflectance is from 0 "
+        f"to 1. Perhaps scale={number:.6g}, offset={other:.6g}: {why}."
+    )

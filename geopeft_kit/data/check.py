@@ -1,0 +1,396 @@
+"""`check_data`: what is wrong with a data set, before anything is trained on it.
+
+Every chip is read once; each check turns what was read into findings, and each finding
+says what to do next. Nothing is changed. Taught in
+`notebooks/14_your_own_data.ipynb`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import geopandas as gpd
+import numpy as np
+import pandas as pd
+from rasterio.errors import NotGeoreferencedWarning
+
+from geopeft_kit.bands import BANDS
+from geopeft_kit.data.asking import BRIGHT, Looks, propose_scale
+from geopeft_kit.data.chips import ChipData
+from geopeft_kit.data.folder import FACTS, read_chip_folder
+from geopeft_kit.data.info import CLASS_TASKS, DatasetInfo
+from geopeft_kit.data.reading import ChipReader, StoredChip
+from geopeft_kit.data.report import DataReport, Finding, sorted_splits
+from geopeft_kit.data.splits import touching_chips
+
+PIXELS = 500  # of each chip that take part in the statistics of bands
+RARE, MOST = 0.01, 0.95  # a class below, and above, is worth a word
+
+
+def check_data(
+    data: ChipData | str | os.PathLike[str], buffer_m: float = 0.0
+) -> DataReport:
+    """Look for what spoils training and scores.
+
+    Args:
+        data: A chip folder, or `ChipData`, whose splits are then the ones checked.
+        buffer_m: Distance in metres within which chips of two splits are neighbours;
+            0 finds those that touch.
+
+    Returns:
+        Findings, statistics of bands and classes, one row a chip, and pictures.
+
+    Raises:
+        FileNotFoundError: There is no chip folder.
+        ValueError: The folder's index cannot be right, or no chip can be read.
+    """
+    if isinstance(data, ChipData):
+        folder, info, index = data.folder, data.info, data.index
+    else:
+        folder = Path(data)
+        if folder.is_dir() and not (folder / FACTS).exists():
+            raise FileNotFoundError(
+                f"{folder} is no chip folder yet. Say what the files hold with "
+                "gk.ChipData.from_pairs(images, masks, ...), then check its result."
+            )
+        info, index = read_chip_folder(folder)
+    chips, pixels = _read_all(folder, info, index)
+    bands = _bands_table(pixels, info)
+    classes = _classes_table(chips, info)
+    findings = [
+        *_files(chips),
+        *_sizes(chips),
+        *_places(chips),
+        *_nodata(chips, info),
+        *_range(bands, pixels, info, chips),
+        *_labels(chips, classes, info),
+        *_duplicates(chips),
+        *_splits(chips),
+        *_neighbours(index, chips, buffer_m),
+    ]
+    return DataReport(info, findings, bands, classes, chips, index)
+
+
+# ------------------------------------------------------------------------- reading
+
+
+def _read_all(
+    folder: Path, info: DatasetInfo, index: gpd.GeoDataFrame
+) -> tuple[pd.DataFrame, np.ndarray]:
+    """One row a chip, and (C, N) stored values of some pixels of all chips."""
+    from tqdm.auto import tqdm
+
+    reader = ChipReader(folder, info, range(len(info.bands)))
+    rng = np.random.default_rng(0)
+    rows, samples = [], []
+    for row in tqdm(index.to_dict("records"), "reading", leave=False, disable=None):
+        name = str(row["chip"])
+        known = {
+            "chip": name,
+            "split": row["split"] if isinstance(row["split"], str) else "(none)",
+            "region": str(row["region"]),
+            "size": f"{row['height']} x {row['width']}",
+            "label": row.get("label") if info.target == "label" else None,
+        }
+        files = [row.get(name) for name in ("image", "image_after", "mask")]
+        image, after, mask = (f if isinstance(f, str) else None for f in files)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", NotGeoreferencedWarning)
+                stored = reader.read(
+                    name,
+                    str(image),
+                    after if info.task == "change" else None,
+                    mask if info.target == "mask" else None,
+                )
+        except (ValueError, RuntimeError) as error:
+            rows.append(known | {"error": str(error)})
+            continue
+        facts, sample = _facts_of(stored, info, rng)
+        rows.append(known | facts | {"error": None})
+        samples.append(sample)
+    if not samples:
+        raise ValueError(f"no chip of {folder} can be read. {rows[0]['error']}")
+    return pd.DataFrame(rows), np.concatenate(samples, axis=1)
+
+
+def _facts_of(
+    stored: StoredChip, info: DatasetInfo, rng: np.random.Generator
+) -> tuple[dict[str, Any], np.ndarray]:
+    """What one chip is like, and (C, n) of its valid pixels."""
+    image = stored.image
+    if image.ndim == 4:  # both dates of a change pair side by side
+        image = np.concatenate([image[:, 0], image[:, 1]], axis=-1)  # (C, H, 2W)
+    valid = np.ones(image.shape[-2:], bool)
+    if stored.invalid is not None:
+        width = stored.invalid.shape[1]
+        valid[:] = np.tile(~stored.invalid, (1, image.shape[-1] // width))
+    values = image[:, valid]  # (C, n)
+    chosen = rng.permutation(values.shape[1])[:PIXELS]
+    facts = {
+        "crs": stored.grid.crs or "(none)",
+        "nodata": 1 - valid.mean(),
+        "zeros": float((values == 0).all(axis=0).mean()) if values.size else 0.0,
+        "constant": not values.size or bool((values == values[:, :1]).all()),
+        "middle": float(np.median(values)) if values.size else np.nan,
+        "pixels": hashlib.sha256(
+            f"{image.dtype}{image.shape}".encode() + image.tobytes()
+        ).hexdigest(),
+    }
+    if stored.mask is not None:
+        mask = stored.mask
+        if info.task in CLASS_TASKS:
+            known = mask[mask != info.ignore_index]
+            facts["counts"] = np.bincount(known, minlength=len(info.classes))
+        else:
+            known = mask[np.isfinite(mask)]
+        facts["labelled"] = known.size / mask.size
+    return facts, values[:, chosen]
+
+
+def _bands_table(pixels: np.ndarray, info: DatasetInfo) -> pd.DataFrame:
+    """Percentiles of each band, in reflectance."""
+    count = len(info.bands)
+    gains = np.broadcast_to(np.asarray(info.scale, float), count)[:, None]
+    shifts = np.broadcast_to(np.asarray(info.offset, float), count)[:, None]
+    if not pixels.size:
+        pixels = np.full((count, 1), np.nan)
+    steps = {"lowest": 0, "1 %": 1, "median": 50, "99 %": 99, "highest": 100}
+    found = np.percentile(pixels * gains + shifts, list(steps.values()), axis=1)
+    return pd.DataFrame(found.T, index=list(info.bands), columns=list(steps))
+
+
+def _classes_table(chips: pd.DataFrame, info: DatasetInfo) -> pd.DataFrame:
+    """Share of each class in each split; empty for regression."""
+    if info.task not in CLASS_TASKS:
+        return pd.DataFrame()
+    table = {}
+    for split in sorted_splits(chips["split"]):
+        group = chips[chips["split"] == split]
+        counts = np.zeros(len(info.classes))
+        if info.target == "mask":
+            for each in group["counts"].dropna() if "counts" in group else []:
+                counts += each
+        else:
+            for label in group["label"]:
+                for number in np.atleast_1d(label):
+                    if not pd.isna(number):
+                        counts[int(number)] += 1
+        if counts.sum():
+            table[split] = counts / counts.sum()
+    return pd.DataFrame(table, index=list(info.classes))
+
+
+# ------------------------------------------------------------------------- checks
+
+
+def _files(chips: pd.DataFrame) -> Iterator[Finding]:
+    broken = chips[chips["error"].notna()]
+    if len(broken):
+        yield Finding(
+            "files", "error", f"{len(broken)} chips cannot be used: "
+            f"{broken['error'].iloc[0]}", broken["chip"],
+            "Correct these files, or leave them out and write the folder again.",
+        )  # fmt: skip
+
+
+def _sizes(chips: pd.DataFrame) -> Iterator[Finding]:
+    sizes = chips["size"].value_counts()
+    if len(sizes) > 1:
+        yield Finding(
+            "sizes", "warning", f"{len(sizes)} sizes: "
+            + ", ".join(f"{size} ({n})" for size, n in sizes.head(3).items()),
+            chips["chip"][chips["size"] != sizes.index[0]],
+            "Cut them to one size, or use batch_size=1.",
+        )  # fmt: skip
+
+
+def _places(chips: pd.DataFrame) -> Iterator[Finding]:
+    nowhere = chips["chip"][chips["crs"] == "(none)"]
+    if len(nowhere):
+        yield Finding(
+            "CRS", "warning", f"{len(nowhere)} chips have no georeference", nowhere,
+            "Neighbours cannot be found among them: give each a region by hand, and "
+            "keep the chips of one scene together.",
+        )  # fmt: skip
+    systems = sorted(set(chips["crs"].dropna()) - {"(none)"})
+    if len(systems) > 1:
+        yield Finding(
+            "CRS", "note", f"{len(systems)} systems: {', '.join(systems[:3])}",
+            chips["chip"][chips["crs"] != chips["crs"].mode()[0]],
+            "Nothing, if they are UTM zones. Otherwise check that pixels have one "
+            "size in metres.",
+        )  # fmt: skip
+
+
+def _nodata(chips: pd.DataFrame, info: DatasetInfo) -> Iterator[Finding]:
+    share = chips["nodata"].mean()
+    mostly = chips["chip"][chips["nodata"] > 0.5]
+    if share:
+        yield Finding(
+            "nodata", "warning" if len(mostly) else "note",
+            f"{share:.1%} of all pixels; {len(mostly)} chips are mostly nodata", mostly,
+            "Leave out chips that are mostly nodata." if len(mostly) else
+            "Nothing: nodata is 0 in the image and has no label.",
+        )  # fmt: skip
+    black = chips["chip"][chips["zeros"] > 0.01]
+    if info.nodata is None and len(black):
+        yield Finding(
+            "nodata", "warning", f"{len(black)} chips have pixels that are 0 in every "
+            "band, and nodata is not declared", black,
+            "If 0 means no data, write the folder again with facts={'nodata': 0}.",
+        )  # fmt: skip
+
+
+def _range(
+    bands: pd.DataFrame, pixels: np.ndarray, info: DatasetInfo, chips: pd.DataFrame
+) -> Iterator[Finding]:
+    optical = bands[[BANDS[name].kind == "optical" for name in bands.index]]
+    wrong = optical[
+        (optical["99 %"] > BRIGHT)
+        | (optical["99 %"] < 2e-3)
+        | (optical["1 %"] < -0.3)
+        | (optical["median"] > 1)
+    ]
+    if len(wrong):
+        number, offset, why = propose_scale(
+            Looks(len(pixels), pixels.dtype.name, (), pixels, None, None)
+        )
+        yield Finding(
+            "reflectance", "error", f"out of 0 to 1 in {', '.join(wrong.index)}: "
+            f"{wrong['1 %'].min():.3g} to {wrong['99 %'].max():.3g}", chips["chip"][:0],
+            f"Is the scale right? Stated are scale={info.scale}, offset={info.offset}; "
+            f"perhaps it is scale={number:.6g}, offset={offset:.6g}: {why}. Nothing "
+            "was changed: write the folder again with the right one.",
+        )  # fmt: skip
+    flat = bands.index[bands["lowest"] == bands["highest"]]
+    if len(flat):
+        yield Finding(
+            "reflectance", "warning", f"{', '.join(flat)} is the same everywhere",
+            chips["chip"][:0], "Check the order of the bands, and leave this one out.",
+        )  # fmt: skip
+    typical = chips["middle"].median()
+    if typical > 0:
+        odd = (chips["middle"] > 30 * typical) | (chips["middle"] < typical / 30)
+        if odd.any():
+            yield Finding(
+                "reflectance", "warning", f"{odd.sum()} chips are 30 times as bright "
+                "or as dark as the others", chips["chip"][odd],
+                "Look at them: another scale, an empty image, or cloud.",
+            )  # fmt: skip
+
+
+def _labels(
+    chips: pd.DataFrame, classes: pd.DataFrame, info: DatasetInfo
+) -> Iterator[Finding]:
+    if "labelled" in chips:
+        empty = chips["chip"][chips["labelled"] == 0]
+    else:
+        empty = chips["chip"][[_no_label(label) for label in chips["label"]]]
+    if len(empty):
+        yield Finding(
+            "empty chips", "warning", f"{len(empty)} chips have no label at all", empty,
+            "Leave them out of training and scores.",
+        )  # fmt: skip
+    constant = chips["chip"][chips["constant"].fillna(False).astype(bool)]
+    if len(constant):
+        yield Finding(
+            "empty chips", "warning", f"{len(constant)} chips show one value in every "
+            "pixel", constant, "Leave them out: there is nothing to see.",
+        )  # fmt: skip
+    used = classes[[name for name in classes if name in ("train", "val", "test")]]
+    for split in used:
+        missing = used.index[used[split] == 0]
+        if len(missing):
+            yield Finding(
+                "class balance", "warning",
+                f"no {', '.join(missing)} in {split}", chips["chip"][:0],
+                "Choose other regions for this split, or merge the class: a score of "
+                "a class that is not there says nothing.",
+            )  # fmt: skip
+    if len(classes) and len(classes.columns):
+        share = classes.mean(axis=1)
+        rare = share[(share > 0) & (share < RARE)]
+        if len(rare) or share.max() > MOST:
+            text = ", ".join(f"{name} {part:.2%}" for name, part in rare.items())
+            most = f"{share.idxmax()} {share.max():.1%}"
+            yield Finding(
+                "class balance", "note", f"rare: {text or 'none'}; most is {most}",
+                chips["chip"][:0],
+                "Judge by mIoU or F1, not by accuracy; consider more chips of the "
+                "rare class.",
+            )  # fmt: skip
+
+
+def _no_label(label: Any) -> bool:
+    return not isinstance(label, list | np.ndarray) and bool(pd.isna(label))
+
+
+def _duplicates(chips: pd.DataFrame) -> Iterator[Finding]:
+    readable = chips[chips["pixels"].notna() & ~chips["constant"].fillna(True)]
+    same = readable[readable["pixels"].duplicated(keep=False)]
+    if same.empty:
+        return
+    splits = same.groupby("pixels")["split"].transform("nunique")
+    across, within = same[splits > 1], same[splits == 1]
+    if len(across):
+        yield Finding(
+            "duplicates", "error", f"{len(across)} chips of different splits have the "
+            "same pixels", across.sort_values("pixels")["chip"],
+            "Keep one of each: a test on training chips measures memory.",
+        )  # fmt: skip
+    if len(within):
+        yield Finding(
+            "duplicates", "note", f"{len(within)} chips have the same pixels as "
+            "another of their split", within.sort_values("pixels")["chip"],
+            "Keep one of each, or they count twice.",
+        )  # fmt: skip
+
+
+def _splits(chips: pd.DataFrame) -> Iterator[Finding]:
+    if set(chips["split"]) == {"(none)"}:
+        names = ", ".join(sorted(set(chips["region"]))[:8])
+        yield Finding(
+            "splits", "note", "the folder has no split lists", chips["chip"][:0],
+            "Check gk.ChipData(folder, test_regions=[...]) instead of the folder, to "
+            f"see duplicates and neighbours across splits. Regions: {names}.",
+        )  # fmt: skip
+    odd = sorted(set(chips["split"]) & {"training", "validation", "testing", "valid"})
+    if odd:
+        yield Finding(
+            "splits", "warning", f"a split is called {odd[0]!r}",
+            chips["chip"][chips["split"] == odd[0]],
+            "The kit trains on 'train', chooses on 'val' and judges on 'test'.",
+        )  # fmt: skip
+
+
+def _neighbours(
+    index: gpd.GeoDataFrame, chips: pd.DataFrame, buffer_m: float
+) -> Iterator[Finding]:
+    split = pd.Series(chips["split"].to_numpy(), index.index)
+    validation = split[split.isin(["train", "val"])].replace({"val": "test"})
+    pairs = {
+        "test": touching_chips(index, split, buffer_m),
+        "val": touching_chips(index, validation.reindex(split.index), buffer_m),
+    }
+    for name, found in pairs.items():
+        if found.empty:
+            continue
+        shared = found[found["overlap"] > 0.01]
+        rest = "training or validation" if name == "test" else "training"
+        if len(shared):
+            what, level = f"show the same ground as {rest} chips", "error"
+        else:
+            what, level = f"touch {rest} chips, or lie within {buffer_m:g} m", "warning"
+        worst = shared if len(shared) else found
+        yield Finding(
+            "neighbours", level, f"{worst['test'].nunique()} {name} chips {what} (as "
+            f"{worst['test'].iloc[0]} and {worst['train'].iloc[0]})",
+            worst["test"].drop_duplicates(),
+            "Hold whole regions out, with a buffer: from_pairs(..., buffer_m=500).",
+        )  # fmt: skip
