@@ -198,6 +198,7 @@ class RowWriter:
         names: Band descriptions.
         colours: One "#rrggbb" per class, for a colour table.
         tags: Metadata of the file.
+        folder: Where it lies until it is whole; by default beside the target.
     """
 
     def __init__(
@@ -207,12 +208,13 @@ class RowWriter:
         names: Sequence[str] = (),
         colours: Sequence[str] | None = None,
         tags: dict[str, str] | None = None,
+        folder: Path | None = None,
     ) -> None:
         self.target, self.profile = target, profile
         self.waiting: list[np.ndarray] = []
         self.row = 0
         handle, part = tempfile.mkstemp(
-            prefix=f".{target.stem}.", suffix=".part.tif", dir=target.parent
+            prefix=f".{target.stem}.", suffix=".part.tif", dir=folder or target.parent
         )
         os.close(handle)
         self.part = Path(part)
@@ -264,6 +266,7 @@ class RowWriter:
 
     def publish(self) -> None:
         """Put the checked file in its place."""
+        os.chmod(self.part, 0o644)  # a temporary file starts out private
         os.replace(self.part, self.target)
 
     def discard(self) -> None:
