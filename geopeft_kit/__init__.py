@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from geopeft_kit.model import build_model
     from geopeft_kit.overlays import MapLayer, Raster, chip_layers
     from geopeft_kit.pretraining import pretrain
-    from geopeft_kit.training import evaluate, fit  # type: ignore[no-redef]
+    from geopeft_kit.training import evaluate, fit, region_gap, score_regions  # type: ignore[no-redef]
 
 __version__ = "0.1.0"
 
@@ -45,7 +45,9 @@ __all__ = [
     "plots",
     "predict_scene",
     "pretrain",
+    "region_gap",
     "save_map",
+    "score_regions",
     "show_map",
     "simulated_data",
 ]
@@ -61,7 +63,7 @@ _ROOMS = {
     "model": ("build_model",),
     "overlays": ("MapLayer", "Raster", "chip_layers"),
     "pretraining": ("pretrain",),
-    "training": ("evaluate", "fit"),
+    "training": ("evaluate", "fit", "region_gap", "score_regions"),
 }
 _MODULES = ("baselines", "plots")
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}
