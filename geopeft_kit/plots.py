@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .bands import resolve_bands, wavelengths
 from .pictures import (
     OKABE_ITO,
     Colours,
@@ -395,6 +396,36 @@ SPLIT_STYLES: Mapping[str, tuple[str, str]] = {
     "test": (OKABE_ITO["vermillion"], "^"),
     "unused": ("#999999", "x"),
 }
+
+
+def plot_spectrum(
+    spectra: Mapping[str, Sequence[float]], bands: str | Sequence[str]
+) -> Figure:
+    """Reflectance of pixels over wavelength.
+
+    Args:
+        spectra: Name -> one value per band.
+        bands: The bands. Where one has no wavelength, bands stand side by side.
+    """
+    try:
+        names: Sequence[str] = resolve_bands(bands)
+        places: Sequence[float] = wavelengths(names)
+        label = "wavelength (micrometres)"
+    except ValueError:
+        names = [bands] if isinstance(bands, str) else list(map(str, bands))
+        places, label = range(len(names)), "band"
+    figure, (axis,) = _panels(1, side=3.4)
+    figure.set_size_inches(3.8, 2.6)
+    order = np.argsort(places)
+    for (name, values), marker in zip(spectra.items(), MARKERS * 9, strict=False):
+        heights = np.asarray(values, dtype=float)[order]
+        axis.plot(np.asarray(places)[order], heights, marker=marker, label=_plain(name))
+    axis.set(xlabel=label, ylabel="reflectance")
+    if label == "band":
+        axis.set_xticks(range(len(names)), [_plain(n) for n in names], rotation=90)
+    axis.grid(color="0.92")
+    axis.legend(frameon=False, fontsize="small")
+    return figure
 
 
 def plot_gap(gaps: pd.DataFrame) -> Figure:
