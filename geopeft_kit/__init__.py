@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from geopeft_kit.applicability import area_of_applicability
     from geopeft_kit.backbones import list_backbones, load_backbone
     from geopeft_kit.comparison import Candidate, compare
-    from geopeft_kit.data import ChipData, simulated_data
+    from geopeft_kit.data import ChipData, simulated_data, touching_chips
     from geopeft_kit.exports import export_prediction
     from geopeft_kit.inference import predict_scene
     from geopeft_kit.maps import save_map, show_map
@@ -57,6 +57,7 @@ __all__ = [
     "score_regions",
     "show_map",
     "simulated_data",
+    "touching_chips",
 ]
 
 # Room -> the public names it holds. `_MODULES` are public as modules.
@@ -64,7 +65,7 @@ _ROOMS = {
     "applicability": ("area_of_applicability",),
     "backbones": ("list_backbones", "load_backbone"),
     "comparison": ("Candidate", "compare"),
-    "data": ("ChipData", "simulated_data"),
+    "data": ("ChipData", "simulated_data", "touching_chips"),
     "exports": ("export_prediction",),
     "inference": ("predict_scene",),
     "maps": ("save_map", "show_map"),

@@ -96,6 +96,14 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
 
+    def do_HEAD(self) -> None:
+        path = self.catalogue.folder / self.path.lstrip("/")
+        self.send_response(200 if path.is_file() else 404)
+        size = path.stat().st_size if path.is_file() else 0
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(size))
+        self.end_headers()
+
     def _file(self, content: bytes) -> None:
         wanted = self.headers.get("Range")
         self.catalogue.ranges.append(wanted)

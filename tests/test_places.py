@@ -105,7 +105,7 @@ def test_a_window_of_the_least_cloudy_scene_that_shows_the_box(catalogue, tmp_pa
     catalogue.items = [
         item("cloudy", catalogue.url, 80, **make),
         item("early", catalogue.url, 0, day="2023-06-10", **make),
-        item("aside", catalogue.url, 0, part=0.1, **make),
+        item("aside", catalogue.url, 0, part=0.3, **make),
         item("good", catalogue.url, 7, **make),
     ]
     catalogue.ranges, catalogue.sent = [], 0

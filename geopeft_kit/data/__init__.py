@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from geopeft_kit.data.chips import ChipData
     from geopeft_kit.data.folder import Chip, read_chip_folder, write_chip_folder
     from geopeft_kit.data.simulated import simulated_data
+    from geopeft_kit.data.splits import touching_chips
 
 __all__ = [
     "Chip",
     "ChipData",
     "read_chip_folder",
     "simulated_data",
+    "touching_chips",
     "write_chip_folder",
 ]
 
@@ -27,6 +29,7 @@ _ROOMS = {
     "ChipData": "chips",
     "read_chip_folder": "folder",
     "simulated_data": "simulated",
+    "touching_chips": "splits",
     "write_chip_folder": "folder",
 }
 
