@@ -91,6 +91,7 @@ class MapControls:
         self.overlays: list[list[Any]] = []
         self.switches: list[Any] = []
         self.rows: list[Any] = []
+        self.busy = True
         self.choice = _narrow(widgets.Dropdown, description="go to")
         self.choice.add_class("gpk-places")
         self.choice.observe(self._go, names="value")
@@ -119,15 +120,13 @@ class MapControls:
                 self.map.add(overlay)
             self.rows.append(self._layer_row(number))
         names = [layer.name for layer in drawing.layers]
-        options = [(name, number) for number, name in enumerate(names)]
-        pair = [choice.value for choice in self.pair]
-        if pair == [None, None]:
-            pair = list(self.scene.swipe or (max(len(names) - 2, 0), len(names) - 1))
-        for choice, value in zip(self.pair, pair, strict=True):
-            choice.options, choice.value = options, value
-        places = [(name, number) for number, (name, _) in enumerate(drawing.places)]
-        if len(places) != len(self.choice.options):
-            self.choice.options = places
+        places = [name for name, _ in drawing.places]
+        first = self.scene.swipe or (max(len(names) - 2, 0), len(names) - 1)
+        self.busy = True  # new options reset a choice: that moves nothing
+        for choice, default in zip(self.pair, first, strict=True):
+            _offer(choice, names, default)
+        _offer(self.choice, places, 0)
+        self.busy = False
         self.legend.value = legend_html(drawing)
         self.side.children = [
             *([self.choice] if len(places) > 1 else []),
@@ -139,7 +138,7 @@ class MapControls:
         self._update()
 
     def _go(self, change: dict) -> None:
-        if change["new"] is None:
+        if self.busy:
             return
         bounds = self.scene.drawing.places[change["new"]][1]
         view = view_of(bounds, self.scene.height)
@@ -222,8 +221,8 @@ class MapControls:
         import ipyleaflet
 
         sides = [choice.value for choice in self.pair]
-        if None in sides or len(self.switches) < len(self.overlays):
-            return  # in the middle of taking in layers
+        if self.busy:
+            return
         swiped = sides if self.on.value and sides[0] != sides[1] else []
         if self.split is not None:
             self.map.remove(self.split)
@@ -252,6 +251,13 @@ def _overlays(layer: DrawnLayer, number: int) -> list[ipyleaflet.ImageOverlay]:
         )
         for picture in layer.pictures
     ]  # fmt: skip
+
+
+def _offer(choice: Any, names: list[str], default: int) -> None:
+    """Give a dropdown names to choose from; what was chosen stays chosen."""
+    value = choice.value
+    choice.options = [(name, number) for number, name in enumerate(names)]
+    choice.value = default if value is None else value
 
 
 def _narrow(kind: type, **settings: Any) -> Any:
