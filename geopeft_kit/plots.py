@@ -364,37 +364,38 @@ def plot_split(index: Any, title: str = "", view: Sequence[float] | None = None)
         raise ValueError("No chip has a place here. Pass another view, or view=None.")
     figure, (axis,) = _panels(1, side=4.6)
     west, south, east, north = view or placed.total_bounds
-    for split, (colour, marker) in SPLIT_STYLES.items():
+    for split, (colour, marker, size) in SPLIT_STYLES.items():
         rows = placed[placed["split"] == split]
         if rows.empty:
             continue
         rows.plot(ax=axis, facecolor=colour, edgecolor=colour, alpha=0.55, zorder=3)
         left, low, right, high = rows.bounds.to_numpy().T
-        seen = max((right - left).max() / (east - west or 1),
-                   (high - low).max() / (north - south or 1)) > 0.02  # fmt: skip
-        size = 0 if seen else 30
-        axis.scatter((left + right) / 2, (low + high) / 2, size, colour, marker=marker,
-                     linewidths=0.6, zorder=4)  # fmt: skip
+        wide = (right - left).max() / (east - west or 1)
+        tall = (high - low).max() / (north - south or 1)
+        if max(wide, tall) < 0.02:
+            middle = (left + right) / 2, (low + high) / 2
+            axis.scatter(*middle, size, colour, marker=marker, zorder=4)
         axis.plot([], [], marker, color=colour, label=f"{split} ({len(rows)})")
     axis.set(xlabel="longitude (degrees)", ylabel="latitude (degrees)")
     if view is not None:
         axis.set(xlim=(west, east), ylim=(south, north))
-    axis.set_aspect(1 / np.cos(np.radians((south + north) / 2)), adjustable="datalim")
+    shape = 1 / np.cos(np.radians((south + north) / 2))
+    axis.set_aspect(shape, adjustable="datalim" if view is None else "box")
     axis.ticklabel_format(useOffset=False)
     axis.locator_params(nbins=5)
     axis.tick_params(labelsize="small")
     axis.grid(color="0.92")
     axis.set_title(_plain(title), fontsize="medium")
-    axis.legend(frameon=False, fontsize="small", ncols=4, loc="upper center",
-                bbox_to_anchor=(0.5, -0.14))  # fmt: skip
+    figure.legend(frameon=False, fontsize="small", ncols=4, loc="outside lower center")
     return figure
 
 
-SPLIT_STYLES: Mapping[str, tuple[str, str]] = {
-    "train": (OKABE_ITO["blue"], "o"),
-    "val": (OKABE_ITO["sky"], "s"),
-    "test": (OKABE_ITO["vermillion"], "^"),
-    "unused": ("#999999", "x"),
+# Colour, marker and its size: later ones are smaller, so that all stay in sight.
+SPLIT_STYLES: Mapping[str, tuple[str, str, int]] = {
+    "train": (OKABE_ITO["blue"], "o", 130),
+    "val": (OKABE_ITO["sky"], "s", 36),
+    "test": (OKABE_ITO["vermillion"], "^", 60),
+    "unused": ("#999999", "x", 25),
 }
 
 

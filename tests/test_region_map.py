@@ -62,8 +62,9 @@ def test_the_map_by_hand(visit, tmp_path: Path) -> None:
     setup = SETUP.format(paths=[str(here), str(here.parent)])
     write_notebook(tmp_path / "map.ipynb", [setup, "scene"])
     page = visit.page
-    with jupyter_lab(tmp_path) as lab:
-        lab.open(page, "map.ipynb")
+    page.set_default_timeout(120_000)
+    with jupyter_lab(tmp_path, timeout=240) as lab:
+        lab.open(page, "map.ipynb", timeout=240)
         lab.run_all(page)
         page.wait_for_selector(".gpk-map .leaflet-sbs-divider", timeout=120_000)
         page.wait_for_timeout(1500)

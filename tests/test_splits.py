@@ -192,7 +192,7 @@ def test_the_figure_shows_every_split_and_its_count():
     with _quiet():
         index["split"] = resolve_split(index, "longitude", None, 0.2, 0, 2000.0)
     figure = gk.plots.plot_split(index, "US$ & <b>", view=None)
-    shown = {text.get_text() for text in figure.axes[0].get_legend().get_texts()}
+    shown = {text.get_text() for text in figure.legends[0].get_texts()}
     counts = index["split"].value_counts()
     assert shown == {f"{name} ({count})" for name, count in counts.items()}
     with pytest.raises(ValueError, match="another view"):
