@@ -107,7 +107,8 @@ class MapControls:
         self.box = widgets.HBox([self.map, self.side])
         self.box.add_class("gpk-scene")
         self.map.on_interaction(self._clicked)
-        if scene.on_box is not None:
+        self.on_box = scene.on_box
+        if self.on_box is not None:
             self._make_pencil()
         self.refresh()
 
@@ -166,14 +167,14 @@ class MapControls:
         self.map.add(pencil)
 
     def _drawn(self, pencil: Any, action: str, geo_json: dict) -> None:
-        if action != "created":
+        if action != "created" or self.on_box is None:
             return
         corners = geo_json["geometry"]["coordinates"][0]
         lons, lats = [c[0] for c in corners], [c[1] for c in corners]
         box = (min(lons), min(lats), max(lons), max(lats))
         self.pixel.value = "<i>working on the box ...</i>"
         try:
-            self.scene.add(self.scene.on_box(box))
+            self.scene.add(self.on_box(box))
             self.pixel.value = "<i>the box is on the map</i>"
         except Exception as error:  # shown to whoever drew it; the map lives on
             self.pixel.value = f"<b>no layer:</b> {html.escape(str(error))}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import html
+import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -154,8 +155,10 @@ def pixel_html(readings: Sequence[Reading], lon: float, lat: float) -> str:
             pairs = zip(reading.names, reading.values, strict=True)
             parts += [_bar(name, chance) for name, chance in pairs]
     for names, reading in images.items():
-        picture = plot_spectrum({reading.layer: reading.values}, names)._repr_png_()
-        url = "data:image/png;base64," + base64.b64encode(picture).decode()
+        buffer = io.BytesIO()
+        figure = plot_spectrum({reading.layer: reading.values}, names)
+        figure.savefig(buffer, format="png")
+        url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
         pairs = zip(names, reading.values, strict=True)
         text = html.escape(", ".join(f"{name} {value:.3f}" for name, value in pairs))
         parts.append(
