@@ -231,8 +231,11 @@ class MapControls:
         ground = [one for one in self.map.layers if one not in sum(self.overlays, [])]
         shown = []
         for number, group in enumerate(self.overlays):
+            # What lies over one of the two sides would hide the comparison.
+            covers = bool(swiped) and number > min(swiped)
+            on = self.switches[number].value and not covers
             for overlay in group:
-                overlay.visible = self.switches[number].value or number in swiped
+                overlay.visible = on or number in swiped
             if number not in swiped:
                 shown += group
         self.map.layers = tuple(ground + shown)
