@@ -96,18 +96,18 @@ def swipe(page: Any) -> None:
 
 def fade(page: Any) -> None:
     """At half opacity a layer is half way between itself and what lies below."""
-    lora = row(page, "lora")
-    lora.locator("input[type=checkbox]").uncheck()
+    sure = row(page, "confidence of lora")
+    sure.locator("input[type=checkbox]").uncheck()
     page.wait_for_timeout(600)
     below = shot(page)
-    lora.locator("input[type=checkbox]").check()
+    sure.locator("input[type=checkbox]").check()
     page.wait_for_timeout(600)
     above = shot(page)
-    handle = lora.locator(".noUi-handle")
+    handle = sure.locator(".noUi-handle")
     for _ in range(5):
         handle.press("PageDown")
     page.wait_for_timeout(600)
-    now, selector = shot(page), ".leaflet-layer-3-pane img"
+    now, selector = shot(page), ".leaflet-layer-5-pane img"
     share = float(page.eval_on_selector(selector, "i => i.style.opacity"))
     assert 0.2 < share < 0.8
     mixed = share * above + (1 - share) * below
