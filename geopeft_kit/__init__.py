@@ -12,7 +12,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from geopeft_kit import baselines, bands, plots
+    from geopeft_kit import bands, baselines, plots
+    from geopeft_kit.applicability import area_of_applicability
     from geopeft_kit.backbones import list_backbones, load_backbone
     from geopeft_kit.comparison import Candidate, compare
     from geopeft_kit.data import (
@@ -20,14 +21,17 @@ if TYPE_CHECKING:
         TorchgeoData,
         check_data,
         simulated_data,
+        touching_chips,
     )
+    from geopeft_kit.exports import export_prediction
     from geopeft_kit.inference import predict_scene
     from geopeft_kit.maps import save_map, show_map
     from geopeft_kit.methods import attach, list_methods, load_adapter
     from geopeft_kit.model import build_model
     from geopeft_kit.overlays import MapLayer, Raster, chip_layers
+    from geopeft_kit.places import fetch_scene, predict_place
     from geopeft_kit.pretraining import pretrain
-    from geopeft_kit.training import evaluate, fit  # type: ignore[no-redef]
+    from geopeft_kit.training import evaluate, fit, region_gap, score_regions  # type: ignore[no-redef]
 
 __version__ = "0.1.0"
 
@@ -37,6 +41,7 @@ __all__ = [
     "MapLayer",
     "Raster",
     "TorchgeoData",
+    "area_of_applicability",
     "attach",
     "baselines",
     "bands",
@@ -45,31 +50,46 @@ __all__ = [
     "chip_layers",
     "compare",
     "evaluate",
+    "export_prediction",
+    "fetch_scene",
     "fit",
     "list_backbones",
     "list_methods",
     "load_adapter",
     "load_backbone",
     "plots",
+    "predict_place",
     "predict_scene",
     "pretrain",
+    "region_gap",
     "save_map",
+    "score_regions",
     "show_map",
     "simulated_data",
+    "touching_chips",
 ]
 
 # Room -> the public names it holds. `_MODULES` are public as modules.
 _ROOMS = {
+    "applicability": ("area_of_applicability",),
     "backbones": ("list_backbones", "load_backbone"),
     "comparison": ("Candidate", "compare"),
-    "data": ("ChipData", "TorchgeoData", "check_data", "simulated_data"),
+    "data": (
+        "ChipData",
+        "TorchgeoData",
+        "check_data",
+        "simulated_data",
+        "touching_chips",
+    ),
+    "exports": ("export_prediction",),
     "inference": ("predict_scene",),
     "maps": ("save_map", "show_map"),
     "methods": ("attach", "list_methods", "load_adapter"),
     "model": ("build_model",),
     "overlays": ("MapLayer", "Raster", "chip_layers"),
+    "places": ("fetch_scene", "predict_place"),
     "pretraining": ("pretrain",),
-    "training": ("evaluate", "fit"),
+    "training": ("evaluate", "fit", "region_gap", "score_regions"),
 }
 _MODULES = ("baselines", "bands", "plots")
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}

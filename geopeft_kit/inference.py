@@ -4,9 +4,10 @@ The scene is read window by window. Neighbouring windows overlap, and every
 prediction is weighted by a smooth bump that is high in the middle of its window and
 low at its rim, where a network sees least context; the weighted sum is divided by the
 sum of the weights, so no seam is left. Only one strip of rows, as high as a window,
-is in memory: a row is written as soon as no later window can reach it.
+is in memory: a row is written as soon as no later window can reach it. A long run can
+be stopped and taken up again.
 
-Taught in notebooks 00 (a held-out region) and 14 (your own data).
+Taught in notebooks 00 (a held-out region), 09 (unseen regions) and 14 (your own data).
 
 Source:
     Overlapping tiles for U-Net: Ronneberger et al. 2015, arXiv:1505.04597, figure 2.
@@ -16,16 +17,19 @@ Source:
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from .kept_rows import KeptRows
 from .pictures import Colours, class_colours
 from .rasters import RowWriter, SceneReader
 
@@ -50,6 +54,7 @@ def predict_scene(
     colours: Colours | None = None,
     probabilities: bool = False,
     meta: Mapping[str, torch.Tensor] | None = None,
+    resume: bool = False,
 ) -> Path:
     """Predict a whole scene and write it as a GeoTIFF on the same grid.
 
@@ -81,6 +86,10 @@ def predict_scene(
         meta: `date` (1, 1, 2: year, day of year from 0) and `lonlat` (1, 2, degrees)
             of the scene, for a model that was trained with them; every window gets
             the same.
+        resume: Keep finished rows in a folder `.<target>.rows` until all is done, and
+            go on from those of a run of the same job that was stopped, even killed.
+            The result is the same file. Costs some disk space, 4 bytes per pixel and
+            class with `probabilities`.
 
     Returns:
         The path of the prediction. Where a band of the source has no data, so has the
@@ -118,10 +127,39 @@ def predict_scene(
         empty = np.zeros((1, len(reader.indexes), window, window), np.float32)
         channels = predict(empty).shape[1]
         colour_table = _check_classes(channels, task, classes, colours)
-        rows = blended_rows(reader, predict, channels, window, step, progress)
+        kept = None
+        if resume:
+            job = _job(model, source, reader, window, step, batch_size, probabilities)
+            kept = KeptRows(target.with_name(f".{target.name}.rows"), job)
+        done = 0 if kept is None else len(kept)
+        rows = blended_rows(reader, predict, channels, window, step, progress, done)
+        strips = _finished(rows, task, probabilities)
         return _write_scene(
-            rows, reader, target, channels, task, classes, colour_table, probabilities
-        )
+            strips, reader, target, channels, task, classes, colour_table,
+            probabilities, kept,
+        )  # fmt: skip
+
+
+def _job(
+    model: nn.Module, source: str | os.PathLike[str], reader: SceneReader,
+    *settings: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Everything that decides about the numbers of a prediction, for `KeptRows`."""
+    weights = hashlib.sha256(f"{getattr(model, 'task', '')}".encode())
+    for name, tensor in model.state_dict().items():
+        weights.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        weights.update(flat.view(torch.uint8).numpy())
+    path = Path(os.fspath(source))
+    facts = path.stat() if path.exists() else None
+    return {
+        "source": [str(source), *([facts.st_size, facts.st_mtime_ns] if facts else [])],
+        "grid": [reader.width, reader.height, *reader.raster.transform],
+        "bands": reader.indexes,
+        "scaling": [reader.gain.ravel().tolist(), reader.offset.ravel().tolist()],
+        "weights": weights.hexdigest(),
+        "settings": list(settings),
+    }
 
 
 def _check_classes(
@@ -269,6 +307,7 @@ def blended_rows(
     window: int,
     step: int,
     progress: bool = False,
+    done: int = 0,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield the rows of the scene, top to bottom, blended and finished.
 
@@ -280,6 +319,9 @@ def blended_rows(
         window: Side of a window in pixels.
         step: Distance between windows in pixels.
         progress: Show a progress bar, one step per row of windows.
+        done: Strips of rows that are known already and are not yielded. Windows that
+            reach below them are computed again, and in the same order, so that the
+            sums come out the same to the last bit.
 
     Yields:
         (K, n, W) float32 blended predictions of the next n rows and (n, W) bool, True
@@ -294,19 +336,27 @@ def blended_rows(
     sums = np.zeros((channels, window, wide), np.float32)
     weights = np.zeros((window, wide), np.float32)
     valid = np.zeros((window, wide), bool)
-    bar = tqdm(tops, desc="predict", unit=" rows of windows", disable=not progress)
-    for top, following in zip(bar, [*tops[1:], reader.height], strict=True):
+    following_tops = [*tops[1:], reader.height]
+    edge = tops[done] if done < len(tops) else reader.height
+    first = sum(top + window <= edge for top in tops) if done < len(tops) else done
+    bar = tqdm(
+        range(first, len(tops)), desc="predict", unit=" rows of windows",
+        initial=first, total=len(tops), disable=not progress,
+    )  # fmt: skip
+    for number in bar:
+        top, following = tops[number], following_tops[number]
         for left, prediction, data in _predicted(reader, top, lefts, window, predict):
             columns = slice(left, left + window)
             sums[:, :, columns] += prediction * weight
             weights[:, columns] += weight
             valid[:, columns] |= data
-        done = min(following, reader.height) - top
-        ready = np.s_[..., :done, : reader.width]
-        # A weight of zero means that no window here held any data.
-        yield sums[ready] / np.maximum(weights[ready], 1e-30), valid[ready].copy()
+        count = min(following, reader.height) - top
+        ready = np.s_[..., :count, : reader.width]
+        if number >= done:
+            # A weight of zero means that no window here held any data.
+            yield sums[ready] / np.maximum(weights[ready], 1e-30), valid[ready].copy()
         for strip in (sums, weights, valid):
-            _roll(strip, done)
+            _roll(strip, count)
 
 
 def _predicted(
@@ -340,8 +390,27 @@ def _roll(strip: np.ndarray, rows: int) -> None:
 # --- writing --------------------------------------------------------------------------
 
 
+def _finished(
+    rows: Iterator[tuple[np.ndarray, np.ndarray]], task: str, probabilities: bool
+) -> Iterator[list[np.ndarray]]:
+    """Blended rows as the files hold them: class numbers or values, (1, n, W).
+
+    Yields:
+        The rows of the prediction and, where asked for, those of the probabilities.
+    """
+    for blended, valid in rows:
+        if task == "regression":
+            strip = [np.where(valid, blended, np.nan)]
+        else:
+            best = blended.argmax(axis=0).astype(np.uint8)
+            strip = [np.where(valid, best, np.uint8(CLASS_NODATA))[None]]
+        if probabilities:
+            strip.append(np.where(valid, blended, np.nan))
+        yield strip
+
+
 def _write_scene(
-    rows: Iterator[tuple[np.ndarray, np.ndarray]],
+    strips: Iterator[list[np.ndarray]],
     reader: SceneReader,
     target: Path,
     channels: int,
@@ -349,8 +418,9 @@ def _write_scene(
     classes: Sequence[str] | None,
     colours: Sequence[str] | None,
     probabilities: bool,
+    kept: KeptRows | None = None,
 ) -> Path:
-    """Turn blended rows into files; all of them appear, or none."""
+    """Turn strips of rows into files; all of them appear, or none."""
     grid = {
         "width": reader.width,
         "height": reader.height,
@@ -361,23 +431,20 @@ def _write_scene(
     floats = {**grid, "dtype": "float32", "nodata": float("nan")}
     tags = {"classes": json.dumps(list(classes))} if classes is not None else {}
     names = list(classes) if classes is not None else [str(i) for i in range(channels)]
-    writers: list[RowWriter] = []
+    place = None if kept is None else kept.folder
+    look: tuple = (["prediction"], None, {}, place)
+    if task == "segmentation":
+        look = (["class"], colours, tags, place)
+    profile = numbers if task == "segmentation" else {**floats, "count": 1}
+    writers = [RowWriter(target, profile, *look)]
     try:
-        if task == "regression":
-            writers.append(RowWriter(target, {**floats, "count": 1}, ["prediction"]))
-        else:
-            writers.append(RowWriter(target, numbers, ["class"], colours, tags))
         if probabilities:
             beside = target.with_name(f"{target.stem}_probabilities.tif")
-            writers.append(RowWriter(beside, {**floats, "count": channels}, names))
-        for blended, valid in rows:
-            if task == "regression":
-                writers[0].write(np.where(valid, blended, np.nan))
-            else:
-                best = blended.argmax(axis=0).astype(np.uint8)
-                writers[0].write(np.where(valid, best, np.uint8(CLASS_NODATA))[None])
-            if probabilities:
-                writers[1].write(np.where(valid, blended, np.nan))
+            profile = {**floats, "count": channels}
+            writers.append(RowWriter(beside, profile, names, folder=place))
+        for strip in strips if kept is None else kept.go_on(strips):
+            for writer, rows in zip(writers, strip, strict=True):
+                writer.write(rows)
         for writer in writers:
             writer.check()
         for writer in writers:
@@ -385,4 +452,6 @@ def _write_scene(
     finally:
         for writer in writers:
             writer.discard()
+    if kept is not None:
+        kept.discard()
     return target

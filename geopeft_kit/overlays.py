@@ -39,6 +39,7 @@ from .pictures import (
 MERCATOR = "EPSG:3857"
 MAX_SIDE = 1500  # pixels; a browser keeps every layer of a map in memory
 KINDS = ("image", "classes", "values", "errors")
+OUTSIDE = "#4d4d4d"
 MISSED, FALSE_ALARM = OKABE_ITO["vermillion"], OKABE_ITO["purple"]
 
 Box = tuple[float, float, float, float]  # west, south, east, north
@@ -78,6 +79,8 @@ class MapLayer:
         classes: Class names; by default those written by `gk.predict_scene`.
         colours: One per class; by default the file's colour table.
         truth: The reference of an error layer, in the same form as `source`.
+        probabilities: Chance of each class, (K, H, W), in the same form as `source`;
+            shown where a pixel of a class map is clicked.
         nodata: Value that is left transparent, beside NaN and the file's own nodata;
             255 for classes.
         limits: Lowest and highest value of a ramp; by default the 2nd and 98th
@@ -95,6 +98,7 @@ class MapLayer:
     classes: Sequence[str] | None = None
     colours: Colours | None = None
     truth: Source | Sequence[Source] | None = None
+    probabilities: Source | Sequence[Source] | None = None
     nodata: float | None = None
     limits: tuple[float, float] | None = None
     unit: str = ""
@@ -113,6 +117,10 @@ class MapLayer:
         if (self.truth is not None) != (self.kind == "errors"):
             raise ValueError(
                 f"Layer {self.name!r}: truth= belongs to kind='errors', and only there."
+            )
+        if self.probabilities is not None and self.kind != "classes":
+            raise ValueError(
+                f"Layer {self.name!r}: probabilities= belongs to kind='classes'."
             )
 
 
@@ -159,6 +167,9 @@ def chip_layers(
     predictions: Mapping[str, Sequence[Any]] | None = None,
     ignore_index: int = 255,
     show: str | Sequence[str] = "true",
+    false_colour: bool = False,
+    distances: Sequence[Any] | None = None,
+    threshold: float | None = None,
 ) -> list[MapLayer]:
     """The layers of a set of chips: image, truth, each prediction, and its errors.
 
@@ -167,9 +178,13 @@ def chip_layers(
         bands: Bands of the images.
         classes: Class names.
         colours: One per class.
-        predictions: Name -> one (H, W) class map per sample.
+        predictions: Name -> per sample a (H, W) class map, or (K, H, W) probabilities,
+            which also give a layer of confidence, the highest of them.
         ignore_index: Value of a mask that means "not labelled".
         show: Which three bands the image shows.
+        false_colour: Show the image a second time, with the near infrared as red.
+        distances: Per sample (H, W) dissimilarity, from `gk.area_of_applicability`.
+        threshold: Where the area of applicability ends; its own layer hides the rest.
 
     Returns:
         Layers for `show_map`, from bottom to top; image and truth are switched on.
@@ -178,25 +193,69 @@ def chip_layers(
     look = {"classes": classes, "colours": colours, "nodata": ignore_index}
     truth = [_chip_raster(sample, sample["mask"]) for sample in samples]
     images = [_chip_raster(sample, sample["image"]) for sample in samples]
-    layers = [
-        MapLayer("image", images, bands=bands, show=show),
-        MapLayer("truth", truth, "classes", **look),  # type: ignore[arg-type]
-    ]
+    layers = [MapLayer("image", images, bands=bands, show=show)]
+    if false_colour:
+        second = MapLayer("image, false colour", images, bands=bands, show="false",
+                          visible=False)  # fmt: skip
+        layers.append(second)
+    layers.append(MapLayer("truth", truth, "classes", **look))  # type: ignore[arg-type]
     for name, maps in (predictions or {}).items():
-        if len(maps) != len(samples):
-            raise ValueError(
-                f"{name!r} has {len(maps)} predictions for {len(samples)} chips. Pass "
-                "one per chip, in the same order."
-            )
-        rasters = [_chip_raster(s, m) for s, m in zip(samples, maps, strict=True)]
-        layers += [
-            MapLayer(name, rasters, "classes", visible=False, **look),  # type: ignore[arg-type]
-            MapLayer(
-                f"errors of {name}", rasters, "errors", truth=truth, visible=False,
-                **look,  # type: ignore[arg-type]
-            ),
-        ]  # fmt: skip
+        _one_per_chip(name, maps, samples)
+        layers += _prediction_layers(name, maps, samples, truth, look)
+    if distances is not None:
+        _one_per_chip("distances", distances, samples)
+        layers += _distance_layers(samples, distances, threshold)
     return layers
+
+
+def _one_per_chip(name: str, maps: Sequence[Any], samples: Sequence[Any]) -> None:
+    if len(maps) != len(samples):
+        raise ValueError(
+            f"{name!r} has {len(maps)} predictions for {len(samples)} chips. Pass "
+            "one per chip, in the same order."
+        )
+
+
+def _prediction_layers(
+    name: str, maps: Sequence[Any], samples: Sequence[Any], truth: Any, look: Any
+) -> list[MapLayer]:
+    """Class map, errors and, from probabilities, the confidence of one method."""
+    arrays = [as_numpy(one) for one in maps]
+    chances = arrays if arrays and arrays[0].ndim == 3 else None
+    if chances is not None:
+        arrays = [one.argmax(axis=0) for one in chances]
+    rasters = [_chip_raster(s, m) for s, m in zip(samples, arrays, strict=True)]
+    beside, sure = None, []
+    if chances is not None:
+        beside = [_chip_raster(s, m) for s, m in zip(samples, chances, strict=True)]
+        highest = [_chip_raster(s, m.max(axis=0)) for s, m in
+                   zip(samples, chances, strict=True)]  # fmt: skip
+        limits = (1 / len(chances[0]), 1.0)
+        sure = [MapLayer(f"confidence of {name}", highest, "values", limits=limits,
+                         visible=False)]  # fmt: skip
+    return [
+        MapLayer(name, rasters, "classes", probabilities=beside, visible=False, **look),
+        MapLayer(f"errors of {name}", rasters, "errors", truth=truth, visible=False,
+                 **look),
+        *sure,
+    ]  # fmt: skip
+
+
+def _distance_layers(
+    samples: Sequence[Any], distances: Sequence[Any], threshold: float | None
+) -> list[MapLayer]:
+    """The dissimilarity, and a veil over what lies outside of the area."""
+    arrays = [as_numpy(one).squeeze() for one in distances]
+    rasters = [_chip_raster(s, m) for s, m in zip(samples, arrays, strict=True)]
+    layers = [MapLayer("distance to training", rasters, "values", visible=False)]
+    if threshold is None:
+        return layers
+    beyond = [_chip_raster(s, np.where(m > threshold, 0, 255)) for s, m in
+              zip(samples, arrays, strict=True)]  # fmt: skip
+    outside = MapLayer("outside the area of applicability", beyond, "classes",
+                       classes=["outside"], colours=[OUTSIDE], visible=False,
+                       opacity=0.7)  # fmt: skip
+    return [*layers, outside]
 
 
 def _chip_raster(sample: Mapping[str, Any], array: Any) -> Raster:
@@ -225,7 +284,7 @@ def draw(layers: Sequence[MapLayer], max_side: int = MAX_SIDE) -> Drawing:
         raise ValueError(
             f"A map needs one or more layers, each with a name of its own; got {names}."
         )
-    footprints = [_footprint(s) for la in layers for s in _sources(la.source)]
+    footprints = [_footprint(s) for la in layers for s in sources_of(la.source)]
     grids = _grids(footprints, max_side)
     drawn = tuple(_draw_layer(layer, grids) for layer in layers)
     return Drawing(drawn, tuple((grid.name, grid.degrees()) for grid in grids))
@@ -276,7 +335,8 @@ class _Grid:
         return rows, slice(max(0, int(left) - 1), min(self.width, int(right) + 2))
 
 
-def _sources(source: Source | Sequence[Source]) -> list[Source]:
+def sources_of(source: Source | Sequence[Source]) -> list[Source]:
+    """One raster or many, as a list."""
     if isinstance(source, str | os.PathLike | Raster):
         return [source]
     found = list(source)
@@ -354,7 +414,7 @@ def _near(a: Box, b: Box) -> bool:
 
 
 def _draw_layer(layer: MapLayer, grids: Sequence[_Grid]) -> DrawnLayer:
-    sources = _sources(layer.source)
+    sources = sources_of(layer.source)
     held = [(grid, [s for s in sources if _within(s, grid)]) for grid in grids]
     held = [(grid, inside) for grid, inside in held if inside]
     if layer.kind == "image":
@@ -407,14 +467,14 @@ def _paint_values(layer: MapLayer, held: Sequence[tuple]) -> tuple[list, Legend]
 
 
 def _paint_classes(layer: MapLayer, held: Sequence[tuple]) -> tuple[list, Legend]:
-    classes, colours = _classes_of(layer)
+    classes, colours = _names_and_colours(layer)
     canvases = [
         _canvas(inside, grid, layer, Resampling.nearest)[0] for grid, inside in held
     ]
     _check_values(layer.name, canvases, classes)
     if layer.kind == "errors":
         assert layer.truth is not None
-        truths = _sources(layer.truth)
+        truths = sources_of(layer.truth)
         references = [
             _canvas([s for s in truths if _within(s, grid)], grid, layer)[0]
             for grid, _ in held
@@ -463,23 +523,29 @@ def _check_values(
             )
 
 
-def _classes_of(layer: MapLayer) -> tuple[list[str], list[str]]:
-    """Names and colours of a layer: its own, or those that the file carries."""
-    classes, colours = layer.classes, layer.colours
-    first = _sources(layer.source)[0]
-    if not isinstance(first, Raster) and (classes is None or colours is None):
+def class_names(layer: MapLayer) -> list[str]:
+    """Class names of a layer: its own, or those that the file carries."""
+    classes, first = layer.classes, sources_of(layer.source)[0]
+    if classes is None and not isinstance(first, Raster):
         with rasterio.open(first) as raster:
-            tag = raster.tags().get("classes")
-            classes = json.loads(tag) if classes is None and tag else classes
-            # 1 is "gray": no colour table, and none is asked for.
-            if colours is None and raster.colorinterp[0].name == "palette":
-                table = raster.colormap(1)
-                colours = [table[i][:3] for i in range(len(classes or table))]
+            classes = json.loads(raster.tags().get("classes", "null"))
     if classes is None:
         raise ValueError(
             f"Layer {layer.name!r} needs classes=[...], the names of its classes."
         )
-    return [str(name) for name in classes], class_colours(classes, colours)
+    return [str(name) for name in classes]
+
+
+def _names_and_colours(layer: MapLayer) -> tuple[list[str], list[str]]:
+    classes, colours = class_names(layer), layer.colours
+    first = sources_of(layer.source)[0]
+    if colours is None and not isinstance(first, Raster):
+        with rasterio.open(first) as raster:
+            # 1 is "gray": no colour table, and none is asked for.
+            if raster.colorinterp[0].name == "palette":
+                table = raster.colormap(1)
+                colours = [table[i][:3] for i in range(len(classes))]
+    return classes, class_colours(classes, colours)
 
 
 def _canvas(

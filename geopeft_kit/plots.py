@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .bands import resolve_bands, wavelengths
 from .pictures import (
     OKABE_ITO,
     Colours,
@@ -338,6 +339,120 @@ def plot_scores(scores: pd.DataFrame, metric: str = "miou") -> Figure:
     axis.set_axisbelow(True)
     axis.set(xlabel=f"{metric} (dot: mean over seeds, line: lowest to highest)")
     axis.set_ylabel("region")
+    axis.legend(
+        frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1)
+    )
+    return figure
+
+
+def plot_split(index: Any, title: str = "", view: Sequence[float] | None = None) -> Any:
+    """Where the chips of each split lie.
+
+    Args:
+        index: GeoDataFrame with footprints in degrees and the column `split`, as
+            `ChipData.index`.
+        title: Above the figure.
+        view: West, south, east, north of a part to look at; by default all.
+
+    Returns:
+        The figure. Footprints too small to see carry a mark in their middle.
+    """
+    placed = index[index.geometry.notna()]
+    if view is not None:
+        placed = placed.cx[view[0] : view[2], view[1] : view[3]]
+    if placed.empty:
+        raise ValueError("No chip has a place here. Pass another view, or view=None.")
+    figure, (axis,) = _panels(1, side=4.6)
+    west, south, east, north = view or placed.total_bounds
+    for split, (colour, marker, size) in SPLIT_STYLES.items():
+        rows = placed[placed["split"] == split]
+        if rows.empty:
+            continue
+        rows.plot(ax=axis, facecolor=colour, edgecolor=colour, alpha=0.55, zorder=3)
+        left, low, right, high = rows.bounds.to_numpy().T
+        wide = (right - left).max() / (east - west or 1)
+        tall = (high - low).max() / (north - south or 1)
+        if max(wide, tall) < 0.02:
+            middle = (left + right) / 2, (low + high) / 2
+            axis.scatter(*middle, size, colour, marker=marker, zorder=4)
+        axis.plot([], [], marker, color=colour, label=f"{split} ({len(rows)})")
+    axis.set(xlabel="longitude (degrees)", ylabel="latitude (degrees)")
+    if view is not None:
+        axis.set(xlim=(west, east), ylim=(south, north))
+    shape = 1 / np.cos(np.radians((south + north) / 2))
+    axis.set_aspect(shape, adjustable="datalim" if view is None else "box")
+    axis.ticklabel_format(useOffset=False)
+    axis.locator_params(nbins=5)
+    axis.tick_params(labelsize="small")
+    axis.grid(color="0.92")
+    axis.set_title(_plain(title), fontsize="medium")
+    figure.legend(frameon=False, fontsize="small", ncols=4, loc="outside lower center")
+    return figure
+
+
+# Colour, marker and its size: later ones are smaller, so that all stay in sight.
+SPLIT_STYLES: Mapping[str, tuple[str, str, int]] = {
+    "train": (OKABE_ITO["blue"], "o", 130),
+    "val": (OKABE_ITO["sky"], "s", 36),
+    "test": (OKABE_ITO["vermillion"], "^", 60),
+    "unused": ("#999999", "x", 25),
+}
+
+
+def plot_spectrum(
+    spectra: Mapping[str, Sequence[float]], bands: str | Sequence[str]
+) -> Figure:
+    """Reflectance of pixels over wavelength.
+
+    Args:
+        spectra: Name -> one value per band.
+        bands: The bands. Where one has no wavelength, bands stand side by side.
+    """
+    try:
+        names: Sequence[str] = resolve_bands(bands)
+        places: Sequence[float] = wavelengths(names)
+        label = "wavelength (micrometres)"
+    except ValueError:
+        names = [bands] if isinstance(bands, str) else list(map(str, bands))
+        places, label = range(len(names)), "band"
+    figure, (axis,) = _panels(1, side=3.4)
+    figure.set_size_inches(3.8, 2.6)
+    order = np.argsort(places)
+    for (name, values), marker in zip(spectra.items(), MARKERS * 9, strict=False):
+        heights = np.asarray(values, dtype=float)[order]
+        axis.plot(np.asarray(places)[order], heights, marker=marker, label=_plain(name))
+    axis.set(xlabel=label, ylabel="reflectance")
+    if label == "band":
+        axis.set_xticks(range(len(names)), [_plain(n) for n in names], rotation=90)
+    axis.grid(color="0.92")
+    axis.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def plot_gap(gaps: pd.DataFrame) -> Figure:
+    """Seen and unseen score of each method, with their intervals.
+
+    Args:
+        gaps: From `gk.region_gap`.
+    """
+    figure, (axis,) = _panels(1, side=4.2)
+    figure.set_size_inches(6.5, 1.2 + 0.45 * len(gaps))
+    for height, row in enumerate(gaps.to_dict("records")):
+        colour = METHOD_COLOURS.get(row["method"], OKABE_ITO["black"])
+        axis.plot([row["seen"], row["unseen"]], [height] * 2, color=colour, alpha=0.4)
+        for side, shift, face in (("seen", -0.1, "white"), ("unseen", 0.1, colour)):
+            value = row[side]
+            reach = [[value - row[f"{side}_low"]], [row[f"{side}_high"] - value]]
+            style = {"marker": "o", "color": colour, "markerfacecolor": face}
+            axis.errorbar(value, height + shift, xerr=reach, elinewidth=1.5, **style)
+    axis.plot([], [], "o", color="0.3", markerfacecolor="white", label="seen regions")
+    axis.plot([], [], "o", color="0.3", label="unseen regions")
+    axis.set_yticks(range(len(gaps)), [_plain(name) for name in gaps["method"]])
+    axis.invert_yaxis()
+    axis.grid(axis="x", color="0.9")
+    axis.set_axisbelow(True)
+    axis.set(xlabel=f"{gaps['metric'].iloc[0]} (line: bootstrap interval over chips)")
+    axis.set_ylabel("method")
     axis.legend(
         frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1)
     )

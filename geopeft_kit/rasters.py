@@ -198,6 +198,7 @@ class RowWriter:
         names: Band descriptions.
         colours: One "#rrggbb" per class, for a colour table.
         tags: Metadata of the file.
+        folder: Where it lies until it is whole; by default beside the target.
     """
 
     def __init__(
@@ -207,12 +208,13 @@ class RowWriter:
         names: Sequence[str] = (),
         colours: Sequence[str] | None = None,
         tags: dict[str, str] | None = None,
+        folder: Path | None = None,
     ) -> None:
         self.target, self.profile = target, profile
         self.waiting: list[np.ndarray] = []
         self.row = 0
         handle, part = tempfile.mkstemp(
-            prefix=f".{target.stem}.", suffix=".part.tif", dir=target.parent
+            prefix=f".{target.stem}.", suffix=".part.tif", dir=folder or target.parent
         )
         os.close(handle)
         self.part = Path(part)
@@ -264,6 +266,7 @@ class RowWriter:
 
     def publish(self) -> None:
         """Put the checked file in its place."""
+        os.chmod(self.part, 0o644)  # a temporary file starts out private
         os.replace(self.part, self.target)
 
     def discard(self) -> None:
@@ -284,6 +287,26 @@ class RowWriter:
                 f"{error}. Is the disk full? Free some space or choose another folder, "
                 "then run again."
             ) from error
+
+
+@contextmanager
+def whole_file(target: Path) -> Iterator[str]:
+    """A path to write to; the file takes its place only when all went well.
+
+    Args:
+        target: The file.
+
+    Yields:
+        A temporary path beside it, with the same suffix.
+    """
+    handle, part = tempfile.mkstemp(suffix=target.suffix, prefix=".", dir=target.parent)
+    os.close(handle)
+    try:
+        yield part
+        os.chmod(part, 0o644)  # a temporary file starts out private
+        os.replace(part, target)
+    finally:
+        Path(part).unlink(missing_ok=True)
 
 
 def colour_to_rgba(colour: str) -> tuple[int, int, int, int]:

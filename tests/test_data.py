@@ -356,7 +356,9 @@ def test_an_empty_split_is_named_with_those_that_exist(folder: Path) -> None:
         data.dataloader("val")
 
 
-def test_shared_ground_is_refused_and_touching_is_warned_of(tmp_path: Path) -> None:
+def test_shared_ground_is_refused_and_touching_chips_do_not_train(
+    tmp_path: Path,
+) -> None:
     def two(shift: float) -> Iterator[Chip]:
         for name, x in (("a", 3e5), ("b", 3e5 + shift)):
             for number in range(3):
@@ -368,12 +370,12 @@ def test_shared_ground_is_refused_and_touching_is_warned_of(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="3 test chips show the same ground"):
         ChipData(overlap, test_regions=["b"])
     touch = write_chip_folder(tmp_path / "touch", two(160), INFO)
-    with pytest.warns(UserWarning, match="3 test chips touch"):
+    with pytest.raises(ValueError, match="all 3 training chips touch test chips"):
         ChipData(touch, test_regions=["b"])
     apart = write_chip_folder(tmp_path / "apart", two(400), INFO)
     data = ChipData(apart, test_regions=["b"])
     assert check_leakage(data.index, data.index["split"]) == 0
-    with pytest.warns(UserWarning, match="within 300 m"):
+    with pytest.raises(ValueError, match="within 300 m"):
         ChipData(apart, test_regions=["b"], buffer_m=300)
     pairs = touching_chips(data.index, data.index["split"], buffer_m=300)
     assert set(zip(pairs["test"], pairs["train"], strict=True)) == {

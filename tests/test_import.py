@@ -29,8 +29,12 @@ FLOORS = (
 )
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 # Rooms that serve the ones above and stand on their floors.
-LEVEL |= dict.fromkeys(["pictures", "rasters"], LEVEL["plots"])
-LEVEL |= dict.fromkeys(["map_page", "overlays"], LEVEL["maps"])
+LEVEL |= dict.fromkeys(["pictures", "rasters", "kept_rows"], LEVEL["plots"])
+LEVEL |= dict.fromkeys(
+    ["map_page", "map_widget", "overlays", "pixel_values", "places", "stac", "exports"],
+    LEVEL["maps"],
+)
+LEVEL["applicability"] = LEVEL["inference"]
 LEVEL |= {"baselines": LEVEL["comparison"], "indices": LEVEL["bands"]}
 
 

@@ -27,6 +27,7 @@ from geopeft_kit.maps import (
     show_map,
 )
 from geopeft_kit.overlays import draw
+from geopeft_kit.pixel_values import pixel_html, read_pixel
 
 EVIL = '<img src=x onerror="window.hacked=1">'
 CLASSES = [EVIL, "water </script> & ice"]
@@ -249,6 +250,125 @@ def test_widget_asks_for_no_tiles_and_gives_each_layer_its_own_pane():
     # A layer on one side of the swipe is not on the map a second time.
     held = [*scene.map.layers, *split[0].left_layer, *split[0].right_layer]
     assert len(set(held)) == len(held) == 2 * 6
+
+
+# --- the numbers behind a click -------------------------------------------------------
+
+
+def with_probabilities(samples):
+    """A method that is sure of water in the north, and layers of everything."""
+    chances = []
+    for number, sample in enumerate(samples):
+        water = np.where(sample["mask"] == 1, 0.9, 0.25 + number / 100)
+        chances.append(np.stack([1 - water, water]).astype("f4"))
+    distances = [np.full((SIZE, SIZE), 0.2 + 0.3 * n) for n in range(len(samples))]
+    return chip_layers(
+        samples, "hls", CLASSES, COLOURS, {"lora": chances}, false_colour=True,
+        distances=distances, threshold=0.6,
+    )  # fmt: skip
+
+
+def where(sample, row, column):
+    """Degrees of the middle of a pixel."""
+    west, _, _, north = sample["bounds"]
+    x, y = west + 10 * (column + 0.5), north - 10 * (row + 0.5)
+    (lon,), (lat,) = to_crs(sample["crs"], "EPSG:4326", [x], [y])
+    return lon, lat
+
+
+@pytest.mark.parametrize(("chip", "row", "column"), [
+    (0, 0, 0), (1, 19, 39), (3, 20, 17), (2, 35, 35),
+])  # fmt: skip
+def test_a_pixel_holds_the_numbers_of_its_sources(chip, row, column):
+    samples = chips(FAR)
+    scene = show_map(with_probabilities(samples))
+    sample = samples[chip]
+    found = {r.layer: r for r in scene.pixel(*where(sample, row, column))}
+    image = sample["image"][:, row, column]
+    assert found["image"].values == pytest.approx(image.tolist())
+    assert found["image, false colour"].values == found["image"].values
+    assert found["truth"].text == CLASSES[sample["mask"][row, column]]
+    water = 0.9 if row < SIZE // 2 else 0.25 + chip / 100
+    assert found["lora"].values == pytest.approx([1 - water, water])
+    assert found["lora"].text == CLASSES[int(water > 0.5)]
+    sure = found["confidence of lora"].values[0]
+    assert sure == pytest.approx(max(water, 1 - water))
+    far = 0.2 + 0.3 * chip
+    assert found["distance to training"].values[0] == pytest.approx(far)
+    assert ("outside the area of applicability" in found) == (far > 0.6)
+
+
+def test_where_nothing_is_known_a_pixel_says_so():
+    samples = chips(side=1)
+    scene = show_map(with_probabilities(samples))
+    assert scene.pixel(0.0, 0.0) == []
+    found = {r.layer for r in scene.pixel(*where(samples[0], SIZE - 1, SIZE - 1))}
+    assert "truth" not in found and "lora" in found  # not labelled there
+
+
+def test_a_pixel_of_files_is_scaled_and_named(tmp_path):
+    path = tmp_path / "scene.tif"
+    profile = {"width": 4, "height": 4, "count": 2, "dtype": "uint16", "nodata": 0}
+    transform = from_bounds(10, 50, 10.4, 50.4, 4, 4)
+    with rasterio.open(
+        path, "w", driver="GTiff", crs="EPSG:4326", transform=transform, **profile
+    ) as raster:
+        raster.write(np.arange(32, dtype=np.uint16).reshape(2, 4, 4))
+        raster.scales, raster.descriptions = (0.1, 0.1), ("RED", EVIL)
+    layer = MapLayer("f", path, "image", show=("RED", "RED", "RED"))
+    (reading,) = read_pixel([layer], 10.25, 50.35)
+    assert reading.names == ("RED", EVIL)
+    assert reading.values == pytest.approx((0.2, 1.8))
+    assert read_pixel([layer], 10.05, 50.35) == []  # nodata
+    assert EVIL not in pixel_html([reading], 10.25, 50.35)
+
+
+def test_a_click_shows_them_and_names_stay_text():
+    samples = chips(side=1)
+    scene = show_map(with_probabilities(samples))
+    panel = next(w for w in scene.widget.children[1].children if "gpk-pixel" in
+                 w._dom_classes)  # fmt: skip
+    lon, lat = where(samples[0], 3, 5)
+    for handler in scene.map._interaction_callbacks.callbacks:
+        handler(type="mousemove", coordinates=(lat, lon))
+    assert panel.value == ""
+    for handler in scene.map._interaction_callbacks.callbacks:
+        handler(type="click", coordinates=(lat, lon))
+    assert EVIL not in panel.value and "&lt;img src=x" in panel.value
+    assert "90%" in panel.value and "data:image/png" in panel.value
+
+
+def test_a_box_becomes_a_layer_and_an_error_becomes_a_sentence():
+    samples = chips(FAR)
+    boxes = []
+
+    def predict(box):
+        boxes.append(box)
+        if box[0] < 0:
+            raise ValueError(f"nothing known at {EVIL}")
+        return [MapLayer("truth", raster_of(1, box=box), "classes", classes=["a", "b"])]
+
+    scene = show_map(layers(samples), on_box=predict)
+    side = scene.widget.children[1]
+    pencil = next(c for c in scene.map.controls if type(c).__name__ == "DrawControl")
+    before = len(side.children)
+    draw_box(pencil, (1.0, 2.0, 1.5, 2.5))
+    assert boxes == [(1.0, 2.0, 1.5, 2.5)]
+    assert [la.name for la in scene.drawing.layers][-1] == "truth 2"
+    assert len(side.children) == before + 1
+    assert "truth 2" in scene.page()
+    draw_box(pencil, (-1.0, 2.0, 1.5, 2.5))
+    assert len(scene.layers) == 7
+    texts = [w.value for w in side.children if "gpk-pixel" in w._dom_classes]
+    assert "no layer" in texts[0] and EVIL not in texts[0]
+
+
+def draw_box(pencil, box):
+    west, south, east, north = box
+    ring = [[west, south], [west, north], [east, north], [east, south], [west, south]]
+    shape = {"type": "Polygon", "coordinates": [ring]}
+    for handler in pencil._draw_callbacks.callbacks:
+        handler(pencil, action="created", geo_json={"geometry": shape})
 
 
 def test_plain_import_loads_no_map_library():

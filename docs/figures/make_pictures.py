@@ -56,6 +56,11 @@ def main() -> None:
             BUILD / "tour" / "00_quickstart.html",
             FIGURES / "00_quickstart.png",
         )
+        shoot_map(
+            page,
+            BUILD / "gallery" / "09_unseen_regions.html",
+            FIGURES / "09_unseen_regions.png",
+        )
         browser.close()
     copy_figure(
         BUILD / "gallery" / "02_probe_and_full_fine_tuning.html",

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from geopeft_kit.data.folder import Chip, read_chip_folder, write_chip_folder
     from geopeft_kit.data.simulated import simulated_data
     from geopeft_kit.data.torchgeo_data import TorchgeoData
+    from geopeft_kit.data.splits import touching_chips
 
 __all__ = [
     "Chip",
@@ -22,6 +23,7 @@ __all__ = [
     "check_data",
     "read_chip_folder",
     "simulated_data",
+    "touching_chips",
     "write_chip_folder",
 ]
 
@@ -33,6 +35,7 @@ _ROOMS = {
     "check_data": "check",
     "read_chip_folder": "folder",
     "simulated_data": "simulated",
+    "touching_chips": "splits",
     "write_chip_folder": "folder",
 }
 

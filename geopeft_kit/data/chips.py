@@ -54,8 +54,10 @@ class ChipData(L.LightningDataModule):
         bands: Bands to read, in this order: a sensor ("hls"), names or numbers; None
             reads all of the folder.
         split: "region" (hold `test_regions` out, or the folder's own lists where none
-            are given), "index" (the folder's own lists as they are) or "random".
-        test_regions: Regions to hold out.
+            are given), "longitude", "country" or "cluster" (hold out the groups that
+            `test_regions` names, or drawn ones), "index" (the folder's own lists as
+            they are) or "random".
+        test_regions: Regions, or groups of the split's kind, to hold out.
         batch_size: Chips in a batch. A last training batch of a single chip is left
             out, since batch norm cannot compute on it; shuffling changes which.
         val_fraction: Share of the training chips that validates, drawn scene by scene.
@@ -68,8 +70,10 @@ class ChipData(L.LightningDataModule):
             green and blue. Hue and saturation always meet these three alone.
         cache: Keep chips in memory once read. None does so up to 512 MB of stored
             pixels when `num_workers` is 0 (a worker's memory is its own).
-        buffer_m: Distance in metres within which a test chip counts as touching a
-            training chip; touching is warned of, shared ground is refused.
+        buffer_m: Metres that lie between test chips and all others at least; nearer
+            chips are set aside, and a warning counts them. Touching ones always are
+            where groups are held out; regions that share ground are refused.
+        blocks: Number of longitude blocks or clusters.
 
     Attributes:
         name, task, classes, colours, ignore_index, simulated, info: The folder's facts.
@@ -98,6 +102,7 @@ class ChipData(L.LightningDataModule):
         cache: bool | None = None,
         buffer_m: float = 0.0,
         colour_bands: str | Sequence[str] | None = None,
+        blocks: int = 5,
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -120,7 +125,7 @@ class ChipData(L.LightningDataModule):
         if cache is None:
             cache = num_workers == 0 and self._stored_bytes() <= CACHE_LIMIT
         self._table = ChipTable(self.index, reader, cache)
-        self._resolve(split, test_regions, val_fraction, seed, buffer_m)
+        self._resolve(split, test_regions, val_fraction, seed, buffer_m, blocks)
 
     @classmethod
     def from_pairs(
@@ -231,19 +236,14 @@ class ChipData(L.LightningDataModule):
         self.regions = sorted(self.index["region"].astype(str).unique())
 
     def _resolve(
-        self,
-        split: str,
-        test_regions: Sequence[str] | None,
-        val_fraction: float,
-        seed: int,
-        buffer_m: float,
+        self, split: str, test_regions: Sequence[str] | None, *settings: Any
     ) -> None:
         """Fill the column `split`; chips without a target take no part in it."""
         labelled = self.index[self.info.target].notna()
         resolved = self.index["split"].astype(object).where(labelled, "unlabelled")
         if labelled.any():
             resolved[labelled] = resolve_split(
-                self.index[labelled], split, test_regions, val_fraction, seed, buffer_m
+                self.index[labelled], split, test_regions, *settings
             )
         self.index["split"] = resolved
 

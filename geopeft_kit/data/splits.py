@@ -1,7 +1,8 @@
 """Which chips train, which choose, which judge: splits that do not leak.
 
 Neighbouring chips look alike, so a random split scores memory as much as skill. Here
-a test region is held out whole, and validation chips are drawn scene by scene from
+whole groups of chips (see `groups`) are held out, training chips that touch them or
+lie within a buffer are set aside, and validation chips are drawn scene by scene from
 what is left. Sources: Ploton et al. 2020 (doi 10.1038/s41467-020-18321-y) on spatial
 blocks, Roberts et al. 2017 (doi 10.1111/ecog.02881). Taught in
 `notebooks/09_unseen_regions.ipynb`.
@@ -16,11 +17,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from geopeft_kit.data.groups import GROUPS, group_chips
+
 if TYPE_CHECKING:
     import geopandas as gpd
 
-SPLITS = ("region", "index", "random")
-METRES_PER_DEGREE = 111_320.0
+SPLITS = (*GROUPS, "index", "random")
+# Of latitude at the equator (WGS84), where it is shortest: a buffer in degrees comes
+# out a little wide, never narrow.
+METRES_PER_DEGREE = 110_574.0
 
 
 def resolve_split(
@@ -30,52 +35,66 @@ def resolve_split(
     val_fraction: float = 0.2,
     seed: int = 0,
     buffer_m: float = 0.0,
+    blocks: int = 5,
 ) -> pd.Series:
     """The split of every chip.
 
     Args:
         index: Rows of a chip folder.
-        split: "region": chips of `test_regions` test, or the folder's own lists where
-            no regions are given; validation chips come from the rest, scene by scene.
+        split: "region", "longitude", "country" or "cluster": the groups that
+            `test_regions` names test, see `group_chips`. Where it names none, "region"
+            takes the folder's own lists and the others draw whole groups.
             "index": the folder's own lists as they are. "random": chips at random,
             neighbours and all; optimistic, so it has to be asked for.
-        test_regions: Regions to hold out.
-        val_fraction: Share of the training chips that validates; with "random" the
-            same share of all chips tests.
-        seed: Of the draw.
-        buffer_m: Chips nearer than this to a test chip count as touching it.
+            Validation chips come from the rest, scene by scene.
+        test_regions: Groups to hold out.
+        val_fraction: Share of the training chips that validates; where test chips are
+            drawn, about the same share of all chips tests.
+        seed: Of the draws.
+        buffer_m: No training or validation chip lies nearer than this to a test chip;
+            those that do are set aside ("unused"). Groups that are held out have at
+            least the touching ones set aside, also with 0.
+        blocks: Number of longitude blocks or clusters.
 
     Returns:
-        One word a row: "train", "val", "test", or a name that the folder's own lists
-        use.
+        One word a row: "train", "val", "test", "unused", or a name that the folder's
+        own lists use.
 
     Raises:
-        ValueError: An unknown split or region, no region left to train on, no split
-            lists, or test chips that show the same ground as training chips.
+        ValueError: An unknown split or group, nothing left to train on, no split
+            lists, or regions that show the same ground.
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; allowed are {', '.join(SPLITS)}.")
-    if not 0 <= val_fraction < 1:
+    if not 0 <= val_fraction < 1 or not 0 <= buffer_m < float("inf"):
         raise ValueError(
-            f"val_fraction is {val_fraction}; it must be at least 0 and below 1."
+            f"val_fraction is {val_fraction} and buffer_m is {buffer_m}; the first "
+            "must be at least 0 and below 1, the second metres, 0 or more."
         )
-    if split != "region" and test_regions is not None:
+    if split not in GROUPS and test_regions is not None:
         raise ValueError(
-            f"test_regions go with split='region', not with split={split!r}. Leave one "
-            "of the two out."
+            f"test_regions go with split={' or '.join(map(repr, GROUPS))}, not with "
+            f"split={split!r}. Leave one of the two out."
         )
     if split == "random":
-        return random_split(index, val_fraction, seed)
-    if split == "index" or test_regions is None:
+        result = random_split(index, val_fraction, seed)
+        return set_aside(index, result, buffer_m) if buffer_m else result
+    own = split == "index" or (split == "region" and test_regions is None)
+    if own:
         result = own_split(index)
-        if split == "region" and not (result == "val").any() and val_fraction:
-            result = draw_validation(index, result, val_fraction, seed)
+        if split == "region" and not buffer_m:  # published lists stay as they are
+            check_leakage(index, result, strict=False)
     else:
-        result = hold_out(index, test_regions)
-        if val_fraction:
-            result = draw_validation(index, result, val_fraction, seed)
-    if split == "region":
-        check_leakage(index, result, buffer_m, strict=test_regions is not None)
+        groups = group_chips(index, split, blocks, seed)
+        if test_regions is None:
+            test_regions = draw_groups(groups, val_fraction, seed)
+        result = hold_out(groups, test_regions)
+        if split == "region":
+            check_leakage(index, result, strict=True, warn=False)
+    if buffer_m or not own:
+        result = set_aside(index, result, buffer_m)
+    if split != "index" and not (result == "val").any() and val_fraction:
+        result = draw_validation(index, result, val_fraction, seed)
     return result
 
 
@@ -100,20 +119,45 @@ def own_split(index: gpd.GeoDataFrame) -> pd.Series:
     return index["split"].fillna("unused").astype(object)
 
 
-def hold_out(index: gpd.GeoDataFrame, test_regions: Sequence[str]) -> pd.Series:
-    """Hold whole regions out.
+def draw_groups(groups: pd.Series, fraction: float, seed: int) -> list[str]:
+    """Whole groups that make up about a share of the chips; one at least.
 
     Args:
-        index: Rows of a chip folder.
-        test_regions: Their names.
+        groups: Name of the group of every chip.
+        fraction: Share of the chips.
+        seed: Of the draw.
 
     Returns:
-        "test" in these regions, "train" elsewhere.
+        Names of groups, sorted.
 
     Raises:
-        ValueError: A region is unknown, none is named, or none is left.
+        ValueError: There is one group only.
     """
-    known = sorted(index["region"].unique())
+    names = groups.to_numpy(dtype=str)
+    rng = np.random.default_rng([seed, 3])
+    chosen = _choose_blocks(names, np.arange(len(names)), fraction, rng)
+    if not len(chosen):
+        raise ValueError(
+            f"all chips are of one group, {names[0]!r}, so none can be held out. Use "
+            "another split."
+        )
+    return sorted(np.unique(names[chosen]).tolist())
+
+
+def hold_out(groups: pd.Series, test_regions: Sequence[str]) -> pd.Series:
+    """Hold whole groups out.
+
+    Args:
+        groups: Name of the group of every chip.
+        test_regions: Names of groups.
+
+    Returns:
+        "test" in these groups, "train" elsewhere.
+
+    Raises:
+        ValueError: A group is unknown, none is named, or none is left.
+    """
+    known = sorted(groups.unique())
     if isinstance(test_regions, str):
         test_regions = [test_regions]
     unknown = [name for name in test_regions if name not in known]
@@ -125,8 +169,44 @@ def hold_out(index: gpd.GeoDataFrame, test_regions: Sequence[str]) -> pd.Series:
             f"test_regions holds every region of the data ({', '.join(known)}), so "
             "nothing is left to train on. Hold fewer out."
         )
-    inside = index["region"].isin(list(test_regions))
-    return pd.Series(np.where(inside, "test", "train"), index.index, dtype=object)
+    inside = groups.isin(list(test_regions))
+    return pd.Series(np.where(inside, "test", "train"), groups.index, dtype=object)
+
+
+def set_aside(
+    index: gpd.GeoDataFrame, split: pd.Series, buffer_m: float = 0.0
+) -> pd.Series:
+    """Take chips out of training that touch a test chip or lie within the buffer.
+
+    Args:
+        index: Rows of a chip folder; rows without a place stay as they are.
+        split: Split of every row.
+        buffer_m: Metres.
+
+    Returns:
+        The split, with "unused" for the chips that were set aside; a warning counts
+        them.
+
+    Raises:
+        ValueError: Nothing is left to train on.
+    """
+    near = set(touching_chips(index, split, buffer_m)["train"])
+    if not near or split.eq("test").sum() == 0:
+        return split
+    result = split.mask(index["chip"].isin(near) & split.isin(["train", "val"]))
+    result = result.fillna("unused").astype(object)
+    reason = f"touch or lie within {buffer_m:g} m of" if buffer_m else "touch"
+    if not (result == "train").any():
+        raise ValueError(
+            f"all {len(near)} training chips {reason} test chips, so nothing is left "
+            "to train on. Hold other regions out, or take a smaller buffer_m."
+        )
+    warnings.warn(
+        f"{len(near)} training or validation chips {reason} test chips and are set "
+        f"aside; {int((result == 'train').sum())} are left.",
+        stacklevel=2,
+    )
+    return result
 
 
 def random_split(index: gpd.GeoDataFrame, fraction: float, seed: int) -> pd.Series:
@@ -259,14 +339,7 @@ def touching_chips(
     rest = index[placed & split.isin(["train", "val"])]
     if test.empty or rest.empty:
         return pd.DataFrame({"test": [], "train": [], "overlap": []})
-    shapes = test.geometry.to_numpy()
-    if buffer_m:
-        left, low, right, high = test.bounds.to_numpy().T
-        dy = buffer_m / METRES_PER_DEGREE
-        polewards = np.minimum(np.maximum(np.abs(low), np.abs(high)) + dy, 89.9)
-        dx = dy / np.cos(np.radians(polewards))
-        shapes = shapely.box(left - dx, low - dy, right + dx, high + dy)
-    a, b = rest.sindex.query(shapes, predicate="intersects")
+    a, b = _near_pairs(test, rest, buffer_m)
     first, second = test.geometry.to_numpy()[a], rest.geometry.to_numpy()[b]
     smaller = np.minimum(shapely.area(first), shapely.area(second))
     shared = shapely.area(shapely.intersection(first, second))
@@ -279,11 +352,37 @@ def touching_chips(
     )
 
 
+def _near_pairs(
+    test: gpd.GeoDataFrame, rest: gpd.GeoDataFrame, buffer_m: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of pairs that touch or lie within the buffer, also across 180°."""
+    import shapely
+
+    shapes = test.geometry.to_numpy()
+    left, low, right, high = test.bounds.to_numpy().T
+    if buffer_m:
+        dy = buffer_m / METRES_PER_DEGREE
+        polewards = np.minimum(np.maximum(np.abs(low), np.abs(high)) + dy, 89.9)
+        dx = dy / np.cos(np.radians(polewards))
+        left, low, right, high = left - dx, low - dy, right + dx, high + dy
+        shapes = shapely.box(left, low, right, high)
+    pairs = [rest.sindex.query(shapes, predicate="intersects")]
+    for turn, beyond in ((-360, right >= 180), (360, left <= -180)):
+        rows = np.flatnonzero(beyond)
+        if len(rows):
+            turned = shapely.box(left + turn, low, right + turn, high)[rows]
+            a, b = rest.sindex.query(turned, predicate="intersects")
+            pairs.append(np.stack([rows[a], b]))
+    found = np.unique(np.concatenate(pairs, axis=1), axis=1)
+    return found[0], found[1]
+
+
 def check_leakage(
     index: gpd.GeoDataFrame,
     split: pd.Series,
     buffer_m: float = 0.0,
     strict: bool = True,
+    warn: bool = True,
 ) -> int:
     """Look for test chips that touch, or show the same ground as, training chips.
 
@@ -292,6 +391,7 @@ def check_leakage(
         split: Split of every row.
         buffer_m: Distance in metres that counts as touching.
         strict: Raise where more than 1 % of a footprint is shared; else warn.
+        warn: Say it where chips touch without an error.
 
     Returns:
         The number of touching pairs.
@@ -311,6 +411,8 @@ def check_leakage(
             f"validation chips ({len(same)} pairs; {where}). Hold other regions out, "
             "or drop the chips that overlap."
         )
+    if not warn:
+        return len(pairs)
     what = "overlap" if len(same) else "touch"
     warnings.warn(
         f"{pairs['test'].nunique()} test chips {what} training or validation chips, "

@@ -6,9 +6,11 @@ over all pixels, never a mean of batch means. Taught in notebooks 00 and 09.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from geopeft_kit.data.chips import ChipData
 from geopeft_kit.data.torchgeo_data import AnyData, as_data
@@ -49,21 +51,42 @@ def evaluate(
         ValueError: The split has no chips.
     """
     chips: ChipData = as_data(data, model.task, model.num_classes)
-    if not isinstance(device, torch.device):
-        device = choose_device(device)
     # a value that a class map may set apart is an ordinary number in a regression
     ignored = None if model.task == "regression" else chips.ignore_index
     metrics = RegionalMetrics(model.task, model.num_classes, ignored)
+    for output, batch in outputs_of(model, chips, split, device):
+        metrics.update(output, batch_target(batch), batch["region"])
+    return metrics.compute()
+
+
+def outputs_of(
+    model: Model,
+    data: ChipData,
+    split: str = "test",
+    device: str | torch.device = "auto",
+) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """What a model says about every batch of a split, on the CPU.
+
+    Args:
+        model: A trained model; afterwards in the mode it was in.
+        data: The data set.
+        split: Its split.
+        device: Where to compute.
+
+    Yields:
+        (B, ...) output and the batch it belongs to.
+    """
+    if not isinstance(device, torch.device):
+        device = choose_device(device)
     training = model.training
     model.to(device).eval()
     try:
-        with torch.inference_mode():
-            for batch in chips.dataloader(split):
-                meta = batch_meta(batch)
-                if meta is not None:
-                    meta = {key: value.to(device) for key, value in meta.items()}
-                output = model(batch["image"].to(device), meta)
-                metrics.update(output.cpu(), batch_target(batch), batch["region"])
+        for batch in data.dataloader(split):
+            meta = batch_meta(batch)
+            if meta is not None:
+                meta = {key: value.to(device) for key, value in meta.items()}
+            with torch.inference_mode():  # not across the yield: it would leak out
+                output = model(batch["image"].to(device), meta).cpu()
+            yield output, batch
     finally:
         model.train(training)
-    return metrics.compute()

@@ -1,0 +1,76 @@
+"""Rows that are finished stay on disk, so that a stopped prediction can go on.
+
+`predict_scene(..., resume=True)` keeps every finished strip of rows in a folder beside
+its target. A run that was stopped - by Ctrl-C, a full queue or a power cut - is
+started again with the same call and computes only what is missing. Taught in notebook
+09.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+class KeptRows:
+    """The strips of one job, in order, each written whole or not at all.
+
+    Args:
+        folder: Where they are kept; made here.
+        job: Everything that decides about their content, as plain JSON. Strips of
+            another job are thrown away, and one line says so.
+    """
+
+    def __init__(self, folder: Path, job: Mapping[str, Any]) -> None:
+        self.folder = folder
+        note, text = folder / "job.json", json.dumps(job, sort_keys=True)
+        if folder.exists() and not (note.exists() and note.read_text() == text):
+            print(f"predict: {folder.name} is of another job and starts afresh.")
+            shutil.rmtree(folder)
+        folder.mkdir(exist_ok=True)
+        for left_over in folder.glob("*.part*"):  # a file that a killed run was at
+            left_over.unlink()
+        if not note.exists():
+            part = folder / "job.json.part"
+            part.write_text(text)
+            os.replace(part, note)
+
+    def __len__(self) -> int:
+        """Strips that are finished, counted from the first without a gap."""
+        count = 0
+        while self._path(count).exists():
+            count += 1
+        return count
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"rows_{number:06d}.npz"
+
+    def go_on(self, strips: Iterable[list[np.ndarray]]) -> Iterator[list[np.ndarray]]:
+        """The kept strips, then the new ones, which are kept as they pass.
+
+        Args:
+            strips: What comes after the kept ones; each a list of arrays.
+
+        Yields:
+            All strips from the first on.
+        """
+        count = len(self)
+        for number in range(count):
+            with np.load(self._path(number)) as kept:
+                yield [kept[name] for name in kept.files]
+        for number, strip in enumerate(strips, start=count):
+            part = self.folder / "rows.part"
+            with open(part, "wb") as file:
+                np.savez_compressed(file, *strip)
+            os.replace(part, self._path(number))
+            yield strip
+
+    def discard(self) -> None:
+        """Remove the folder: the job is done."""
+        shutil.rmtree(self.folder)

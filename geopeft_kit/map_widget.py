@@ -1,0 +1,295 @@
+"""The map as a widget: ipyleaflet for the pictures, core ipywidgets for the controls.
+
+Used by `maps`. Everything that is text on it came from data and is escaped, or goes in
+as text.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from typing import TYPE_CHECKING, Any
+
+from .map_page import legends
+from .overlays import Drawing, DrawnLayer
+from .pixel_values import pixel_html
+
+if TYPE_CHECKING:
+    import ipyleaflet
+
+    from .maps import SceneMap
+
+SPARE_PANES = 60  # a map has no more panes than it was born with
+
+
+def leaflet_map(scene: SceneMap) -> ipyleaflet.Map:
+    """The map of a scene: a pane per layer, scale bar, north arrow."""
+    import ipyleaflet
+    import ipywidgets
+
+    ground = []
+    if scene.basemap:
+        ground.append(ipyleaflet.TileLayer(**scene.basemap, base=True))
+    elif scene.tools:  # leafmap wants a ground; one without a URL asks for nothing
+        ground.append(ipyleaflet.TileLayer(url="", name="no basemap", base=True))
+    bounds = scene.drawing.places[0][1]
+    settings = {
+        # Without layers of its own a map asks for no tiles at all.
+        "layers": tuple(ground),
+        "panes": {
+            f"layer-{n}": {"zIndex": 401 + n}
+            for n in range(len(scene.drawing.layers) + SPARE_PANES)
+        },
+        "scroll_wheel_zoom": True,
+        "zoom_snap": 0.25,
+        "max_zoom": 24,
+        **view_of(bounds, scene.height),
+    }
+    if scene.tools:
+        import leafmap
+
+        drawn = leafmap.Map(height=f"{scene.height}px", **settings)
+    else:
+        drawn = ipyleaflet.Map(**settings)
+        drawn.add(ipyleaflet.ScaleControl(position="bottomleft"))
+    drawn.layout.height = f"{scene.height}px"
+    arrow = ipywidgets.HTML("<div style='line-height:1.1;padding:0 5px'>▲<br>N</div>")
+    drawn.add(ipyleaflet.WidgetControl(widget=arrow, position="topleft"))
+    drawn.add_class("gpk-map")
+    return drawn
+
+
+def view_of(bounds: tuple, height: int, width: int = 700) -> dict[str, Any]:
+    """Centre and zoom that show a place whole.
+
+    Args:
+        bounds: ((south, west), (north, east)) in degrees.
+        height: Pixels of the map.
+        width: Pixels of the map, at least.
+    """
+    (south, west), (north, east) = bounds
+    top, bottom = (
+        math.asinh(math.tan(math.radians(latitude))) / (2 * math.pi)
+        for latitude in (north, south)
+    )
+    tall, wide = max(top - bottom, 1e-9), max((east - west) / 360, 1e-9)
+    zoom = math.log2(min((height - 20) / tall, (width - 20) / wide) / 256)
+    middle = math.degrees(math.atan(math.sinh(math.pi * (top + bottom))))
+    return {
+        "center": (middle, (west + east) / 2),
+        "zoom": min(22.0, math.floor(zoom * 4) / 4),
+    }
+
+
+class MapControls:
+    """Core widgets beside the map: places, layers, opacity, swipe, legend, a pixel."""
+
+    def __init__(self, scene: SceneMap) -> None:
+        import ipywidgets as widgets
+
+        self.scene, self.map, self.split = scene, scene.map, None
+        self.overlays: list[list[Any]] = []
+        self.switches: list[Any] = []
+        self.rows: list[Any] = []
+        self.busy = True
+        self.choice = _narrow(widgets.Dropdown, description="go to")
+        self.choice.add_class("gpk-places")
+        self.choice.observe(self._go, names="value")
+        self._make_swipe()
+        self.legend, self.pixel = widgets.HTML(), widgets.HTML()
+        self.legend.add_class("gpk-legend")
+        self.pixel.add_class("gpk-pixel")
+        self.side = widgets.VBox(layout=widgets.Layout(
+            width="270px", max_height=f"{scene.height}px", overflow="auto",
+            padding="0 0 0 8px", flex="none",
+        ))  # fmt: skip
+        self.map.layout.flex = "1 1 auto"
+        self.box = widgets.HBox([self.map, self.side])
+        self.box.add_class("gpk-scene")
+        self.map.on_interaction(self._clicked)
+        self.on_box = scene.on_box
+        if self.on_box is not None:
+            self._make_pencil()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take in layers that the scene got since, and show what the switches say."""
+        drawing = self.scene.drawing
+        for number in range(len(self.rows), len(drawing.layers)):
+            self.overlays.append(_overlays(drawing.layers[number], number))
+            for overlay in self.overlays[-1]:
+                self.map.add(overlay)
+            self.rows.append(self._layer_row(number))
+        names = [layer.name for layer in drawing.layers]
+        places = [name for name, _ in drawing.places]
+        first = self.scene.swipe or (max(len(names) - 2, 0), len(names) - 1)
+        self.busy = True  # new options reset a choice: that moves nothing
+        for choice, default in zip(self.pair, first, strict=True):
+            _offer(choice, names, default)
+        _offer(self.choice, places, 0)
+        self.busy = False
+        self.legend.value = legend_html(drawing)
+        self.side.children = [
+            *([self.choice] if len(places) > 1 else []),
+            self.pixel,
+            *self.rows[::-1],
+            *([self.on, *self.pair] if len(names) > 1 else []),
+            self.legend,
+        ]
+        self._update()
+
+    def _go(self, change: dict) -> None:
+        if self.busy:
+            return
+        bounds = self.scene.drawing.places[change["new"]][1]
+        view = view_of(bounds, self.scene.height)
+        self.map.center, self.map.zoom = view["center"], view["zoom"]
+
+    def _clicked(self, **event: Any) -> None:
+        """Show the numbers of the pixel that was clicked."""
+        if event.get("type") != "click":
+            return
+        lat, lon = event["coordinates"]
+        self.pixel.value = pixel_html(self.scene.pixel(lon, lat), lon, lat)
+
+    def _make_pencil(self) -> None:
+        """A tool that draws boxes, and hands each to the scene's `on_box`."""
+        import ipyleaflet
+
+        others = ("polyline", "polygon", "circlemarker", "marker", "circle")
+        pencil = ipyleaflet.DrawControl(
+            **{shape: {} for shape in others},
+            rectangle={"shapeOptions": {"color": "#000", "fill": False}},
+            edit=False,
+            remove=False,
+        )
+        pencil.on_draw(self._drawn)
+        self.map.add(pencil)
+
+    def _drawn(self, pencil: Any, action: str, geo_json: dict) -> None:
+        if action != "created" or self.on_box is None:
+            return
+        corners = geo_json["geometry"]["coordinates"][0]
+        lons, lats = [c[0] for c in corners], [c[1] for c in corners]
+        box = (min(lons), min(lats), max(lons), max(lats))
+        self.pixel.value = "<i>working on the box ...</i>"
+        try:
+            self.scene.add(self.on_box(box))
+            self.pixel.value = "<i>the box is on the map</i>"
+        except Exception as error:  # shown to whoever drew it; the map lives on
+            self.pixel.value = f"<b>no layer:</b> {html.escape(str(error))}"
+        pencil.clear()
+
+    def _layer_row(self, number: int) -> Any:
+        import ipywidgets as widgets
+
+        layer = self.scene.drawing.layers[number]
+        switch = widgets.Checkbox(
+            value=layer.visible, description=layer.name, tooltip=layer.name,
+            indent=False, layout={"width": "160px"},
+        )  # fmt: skip
+        slider = widgets.FloatSlider(
+            value=layer.opacity, min=0, max=1, step=0.01, readout=False,
+            tooltip=f"opacity of {layer.name}", layout={"width": "80px"},
+        )  # fmt: skip
+        switch.add_class("gpk-layer")
+        slider.add_class("gpk-opacity")
+        for overlay in self.overlays[number]:
+            # In the browser, so that it moves without asking Python.
+            widgets.jslink((slider, "value"), (overlay, "opacity"))
+        switch.observe(lambda _: self._update(), names="value")
+        self.switches.append(switch)
+        row = widgets.HBox([switch, slider], layout={"flex": "none"})
+        row.add_class("gpk-row")
+        return row
+
+    def _make_swipe(self) -> None:
+        import ipywidgets as widgets
+
+        self.on = _narrow(
+            widgets.Checkbox, value=self.scene.swipe is not None,
+            description="swipe between", indent=False,
+        )  # fmt: skip
+        self.on.add_class("gpk-swipe")
+        self.pair = [
+            _narrow(widgets.Dropdown, description=side) for side in ("left", "right")
+        ]
+        for control in (self.on, *self.pair):
+            control.observe(lambda _: self._update(), names="value")
+
+    def _update(self) -> None:
+        """Show what the switches say; the two sides of a swipe belong to it."""
+        import ipyleaflet
+
+        sides = [choice.value for choice in self.pair]
+        if self.busy:
+            return
+        swiped = sides if self.on.value and sides[0] != sides[1] else []
+        if self.split is not None:
+            self.map.remove(self.split)
+            self.split = None
+        ground = [one for one in self.map.layers if one not in sum(self.overlays, [])]
+        shown = []
+        for number, group in enumerate(self.overlays):
+            # What lies over one of the two sides would hide the comparison.
+            covers = bool(swiped) and number > min(swiped)
+            on = self.switches[number].value and not covers
+            for overlay in group:
+                overlay.visible = on or number in swiped
+            if number not in swiped:
+                shown += group
+        self.map.layers = tuple(ground + shown)
+        if swiped:
+            left, right = (self.overlays[number] for number in swiped)
+            self.split = ipyleaflet.SplitMapControl(left_layer=left, right_layer=right)
+            self.map.add(self.split)
+
+
+def _overlays(layer: DrawnLayer, number: int) -> list[ipyleaflet.ImageOverlay]:
+    import ipyleaflet
+
+    return [
+        ipyleaflet.ImageOverlay(
+            url=picture.url, bounds=picture.bounds, pane=f"layer-{number}",
+            name=layer.name, opacity=layer.opacity, visible=layer.visible,
+        )
+        for picture in layer.pictures
+    ]  # fmt: skip
+
+
+def _offer(choice: Any, names: list[str], default: int) -> None:
+    """Give a dropdown names to choose from; what was chosen stays chosen."""
+    value = choice.value
+    choice.options = [(name, number) for number, name in enumerate(names)]
+    choice.value = default if value is None else value
+
+
+def _narrow(kind: type, **settings: Any) -> Any:
+    """A control that fits the side panel, with a short label."""
+    return kind(
+        **settings,
+        layout={"width": "240px", "margin": "1px 0", "flex": "none"},
+        style={"description_width": "48px"},
+    )
+
+
+def legend_html(drawing: Drawing) -> str:
+    """The legends as HTML, every name escaped."""
+    parts = []
+    for legend in legends(drawing):
+        entries = legend["entries"]
+        parts.append(f"<i>{html.escape(', '.join(legend['layers']))}</i>")
+        if legend["ramp"]:
+            colours = ",".join(colour for colour, _ in entries)
+            parts.append(
+                f"<div style='height:12px;background:linear-gradient(90deg,{colours})'>"
+                f"</div>{html.escape(entries[0][1])} to {html.escape(entries[-1][1])}"
+            )
+            continue
+        parts += [
+            f"<div><span style='display:inline-block;width:14px;height:14px;"
+            f"vertical-align:-2px;border:1px solid #0005;background:{colour}'></span> "
+            f"{html.escape(text)}</div>"
+            for colour, text in entries
+        ]
+    return "<div style='line-height:1.5'>" + "".join(parts) + "</div>"

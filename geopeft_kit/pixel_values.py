@@ -1,0 +1,178 @@
+"""What every layer of a map says at one place: the numbers behind a click.
+
+Values are read from the sources, never from the warped and coloured pictures, so they
+are the model's and the sensor's own. Notebook 09.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import rasterio
+from rasterio.transform import Affine
+from rasterio.warp import transform as to_crs
+from rasterio.windows import Window
+
+from .bands import resolve_bands
+from .overlays import MapLayer, Raster, Source, class_names, sources_of
+from .pictures import as_numpy
+from .plots import plot_spectrum
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one layer holds at a place.
+
+    Attributes:
+        layer: Name of the layer.
+        kind: "image", "classes" or "values".
+        names: Band names, class names, or nothing.
+        values: Reflectance per band, probability per class (none where the layer has
+            no probabilities), or the one value.
+        text: The class, or the value with its unit; "" for an image.
+    """
+
+    layer: str
+    kind: str
+    names: tuple[str, ...]
+    values: tuple[float, ...]
+    text: str = ""
+
+
+def read_pixel(layers: Sequence[MapLayer], lon: float, lat: float) -> list[Reading]:
+    """Read all layers at one place.
+
+    Args:
+        layers: As given to `show_map`; error layers are passed over.
+        lon: Degrees east.
+        lat: Degrees north.
+
+    Returns:
+        One reading per layer that has data there, in the order of the layers.
+    """
+    found = [_read_layer(layer, lon, lat) for layer in layers if layer.kind != "errors"]
+    return [reading for reading in found if reading is not None]
+
+
+def _read_layer(layer: MapLayer, lon: float, lat: float) -> Reading | None:
+    held = _first(layer.source, lon, lat)
+    if held is None:
+        return None
+    if layer.kind == "image":
+        if not np.isfinite(held).all():
+            return None
+        bands = layer.bands or _descriptions(layer)
+        names = resolve_bands(bands) if isinstance(bands, str) else tuple(bands)
+        return Reading(layer.name, "image", names, tuple(map(float, held)))
+    value = float(held[0])
+    if layer.kind == "values":
+        if not np.isfinite(value) or value == layer.nodata:
+            return None
+        text = f"{value:.3g} {layer.unit}".strip()
+        return Reading(layer.name, "values", (), (value,), text)
+    names = tuple(class_names(layer))
+    if not np.isfinite(value) or not 0 <= value < len(names):
+        return None
+    chances: tuple[float, ...] = ()
+    if layer.probabilities is not None:
+        beside = _first(layer.probabilities, lon, lat)
+        chances = () if beside is None else tuple(map(float, beside))
+    return Reading(layer.name, "classes", names, chances, names[int(value)])
+
+
+def _first(
+    source: Source | Sequence[Source], lon: float, lat: float
+) -> np.ndarray | None:
+    """(C,) of the last source that has a pixel there; it lies on top."""
+    for one in reversed(sources_of(source)):
+        values = _pixel(one, lon, lat)
+        if values is not None:
+            return values
+    return None
+
+
+def _pixel(source: Source, lon: float, lat: float) -> np.ndarray | None:
+    if isinstance(source, Raster):
+        array = as_numpy(source.array)
+        array = array[None] if array.ndim == 2 else array
+        place = _place(source.transform, source.crs, array.shape[-2:], lon, lat)
+        return None if place is None else array[:, place[0], place[1]]
+    with rasterio.open(source) as raster:
+        shape = (raster.height, raster.width)
+        place = _place(raster.transform, raster.crs, shape, lon, lat)
+        if place is None:
+            return None
+        window = Window(place[1], place[0], 1, 1)
+        values = raster.read(window=window, masked=True).astype(np.float32)
+        scaled = values.filled(np.nan)[:, 0, 0] * np.array(raster.scales)
+        return scaled + np.array(raster.offsets)
+
+
+def _place(
+    transform: Affine, crs: object, shape: Sequence[int], lon: float, lat: float
+) -> tuple[int, int] | None:
+    """Row and column of the pixel that a place lies in."""
+    (x,), (y,) = to_crs("EPSG:4326", crs, [lon], [lat])
+    column, row = (int(np.floor(v)) for v in ~transform @ (x, y))
+    inside = 0 <= row < shape[0] and 0 <= column < shape[1]
+    return (row, column) if inside else None
+
+
+def _descriptions(layer: MapLayer) -> Sequence[str]:
+    first = sources_of(layer.source)[0]
+    if isinstance(first, str | os.PathLike):
+        with rasterio.open(first) as raster:
+            return [name or f"band {i}" for i, name in enumerate(raster.descriptions)]
+    return [f"band {i}" for i in range(np.shape(first.array)[0])]
+
+
+def pixel_html(readings: Sequence[Reading], lon: float, lat: float) -> str:
+    """Readings as HTML: bars for chances, a spectrum for bands; every name escaped.
+
+    Args:
+        readings: From `read_pixel`.
+        lon: Degrees east.
+        lat: Degrees north.
+    """
+    ns, ew = "NS"[lat < 0], "EW"[lon < 0]
+    parts = [f"<b>{abs(lat):.5f}° {ns}, {abs(lon):.5f}° {ew}</b>"]
+    if not readings:
+        parts.append("<div>no data here</div>")
+    images: dict[tuple[str, ...], Reading] = {}
+    for reading in readings:
+        if reading.kind == "image":  # true and false colour are one spectrum
+            images.setdefault(reading.names, reading)
+            continue
+        layer, text = html.escape(reading.layer), html.escape(reading.text)
+        parts.append(f"<div><i>{layer}</i>: {text}</div>")
+        if reading.kind == "classes" and reading.values:
+            pairs = zip(reading.names, reading.values, strict=True)
+            parts += [_bar(name, chance) for name, chance in pairs]
+    for names, reading in images.items():
+        buffer = io.BytesIO()
+        figure = plot_spectrum({reading.layer: reading.values}, names)
+        figure.savefig(buffer, format="png")
+        url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        pairs = zip(names, reading.values, strict=True)
+        text = html.escape(", ".join(f"{name} {value:.3f}" for name, value in pairs))
+        parts.append(
+            f"<img class='gpk-spectrum' alt='{text}' title='{text}' "
+            f"style='width:100%' src='{url}'>"
+        )
+    return "<div style='line-height:1.4'>" + "".join(parts) + "</div>"
+
+
+def _bar(name: str, chance: float) -> str:
+    width = round(100 * min(max(chance, 0.0), 1.0))
+    return (
+        "<div style='position:relative;margin:1px 0;background:#eee'>"
+        f"<div style='position:absolute;width:{width}%;height:100%;"
+        "background:#9ecae1'></div><span style='position:relative;padding:0 4px'>"
+        f"{html.escape(name)} {chance:.0%}</span></div>"
+    )

@@ -1,0 +1,237 @@
+"""What a STAC item says about its pixels: bands, scale and offset, clouds.
+
+A STAC API is a catalogue of satellite scenes on the web. Catalogues spell the same
+facts differently; here is the one place that knows the spellings. Used by `places`.
+
+Source:
+    Offset since processing baseline 04.00: ESA SentiWiki, Sentinel-2 products,
+    https://sentiwiki.copernicus.eu/web/s2-products. Catalogues that have applied it
+    already say so with "earthsearch:boa_offset_applied"; for some scenes that flag is
+    wrong (https://github.com/Element84/earth-search/issues/66 and /71).
+    Classes of the scene classification (SCL): same page. Bits of Fmask: HLS version 2
+    user guide, table of the quality layer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .bands import resolve_bands
+
+if TYPE_CHECKING:
+    import pystac
+
+# STAC's common names that the kit's own list of bands does not settle.
+COMMON = {
+    "nir": "NIR_BROAD", "nir08": "NIR_NARROW", "swir16": "SWIR_1", "swir22": "SWIR_2",
+    "nir09": "WATER_VAPOUR",
+}  # fmt: skip
+SCL_HIDDEN = (0, 1, 3, 8, 9, 10)  # no data, saturated, shadow, cloud, cloud, cirrus
+FMASK_HIDDEN = 0b0000_1110  # cloud, next to cloud or shadow, shadow
+FMASK_NODATA = 255
+
+
+@dataclass(frozen=True)
+class BandFile:
+    """Where a band is, and how its numbers become reflectance."""
+
+    href: str
+    scale: float
+    offset: float
+    nodata: float
+
+
+def find_item(
+    api: str,
+    collection: str,
+    box: tuple[float, float, float, float],
+    dates: tuple[str, str],
+    modifier: Callable[[Any], Any] | None = None,
+    limit: int = 200,
+) -> pystac.Item:
+    """The scene that shows most of a box, and of these the least cloudy.
+
+    Args:
+        api: Address of the STAC API.
+        collection: For instance "sentinel-2-l2a".
+        box: West, south, east, north in degrees.
+        dates: First and last day, "2024-06-01".
+        modifier: Signs or changes what the API returns, as `pystac_client` takes it.
+        limit: Scenes that are looked at, at most.
+
+    Returns:
+        The item.
+
+    Raises:
+        RuntimeError: The API cannot be reached; one sentence says so.
+        LookupError: It has no scene there.
+    """
+    import pystac_client
+    import requests
+    from pystac_client.exceptions import APIError
+
+    try:
+        client = pystac_client.Client.open(api, modifier=modifier)
+        search = client.search(
+            collections=[collection], bbox=box, datetime="/".join(dates),
+            max_items=limit, limit=min(limit, 100),
+        )  # fmt: skip
+        items = list(search.items())
+    except (APIError, requests.exceptions.RequestException) as error:
+        raise RuntimeError(
+            f"The STAC API at {api} cannot be reached ({type(error).__name__}): check "
+            "the network and the address, or pass a local GeoTIFF or VRT as source."
+        ) from error
+    if not items:
+        raise LookupError(
+            f"{api} has no scene of {collection!r} from {dates[0]} to {dates[1]} in "
+            f"the box {tuple(round(v, 4) for v in box)}. Take a longer time or another "
+            "collection."
+        )
+    return min(items, key=lambda item: (-_shown(item, box), _cloud_cover(item)))
+
+
+def _shown(item: pystac.Item, box: tuple[float, float, float, float]) -> float:
+    """Share of the box that the item's footprint covers, in steps of five per cent."""
+    import shapely
+
+    frame = shapely.box(*box)
+    footprint = shapely.geometry.shape(item.geometry)
+    return round(20 * footprint.intersection(frame).area / frame.area) / 20
+
+
+def _cloud_cover(item: pystac.Item) -> float:
+    return float(item.properties.get("eo:cloud_cover", 101.0))
+
+
+def band_files(item: pystac.Item, bands: Sequence[str]) -> dict[str, BandFile]:
+    """The files of the bands that are wanted.
+
+    Args:
+        item: A STAC item.
+        bands: The kit's names.
+
+    Returns:
+        Band -> file, in the order asked for.
+
+    Raises:
+        LookupError: The item lacks a band, or does not say how to scale one.
+    """
+    found: dict[str, pystac.Asset] = {}
+    for key, asset in item.assets.items():
+        name = _band_of(item, key, asset)
+        if name is not None:
+            found.setdefault(name, asset)
+    missing = [band for band in bands if band not in found]
+    if missing:
+        raise LookupError(
+            f"the scene {item.id} has no {', '.join(missing)}; it has "
+            f"{', '.join(sorted(found)) or 'no band that the kit knows'}."
+        )
+    return {band: _band_file(item, found[band]) for band in bands}
+
+
+def _band_of(item: pystac.Item, key: str, asset: pystac.Asset) -> str | None:
+    """The kit's name of an asset, None for previews, masks and the like."""
+    if asset.roles and "data" not in asset.roles and "reflectance" not in asset.roles:
+        return None
+    if "jp2" in key.lower():  # the same band a second time, in the original format
+        return None
+    prefix = "L30:" if re.search(r"L30", item.id) else ""
+    plain = re.sub(r"_\d+m$", "", key)
+    listed = asset.extra_fields.get("eo:bands") or asset.extra_fields.get("bands") or []
+    if len(listed) > 1:  # a picture of several bands
+        return None
+    names = [prefix + plain, plain]
+    for band in listed:
+        names += [str(band.get("name", "")), str(band.get("common_name", ""))]
+    for name in names:
+        if name in COMMON:
+            return COMMON[name]
+        try:
+            return resolve_bands([name])[0]
+        except ValueError:
+            continue
+    return None
+
+
+def _band_file(item: pystac.Item, asset: pystac.Asset) -> BandFile:
+    fields = asset.extra_fields
+    stated = dict((fields.get("raster:bands") or fields.get("bands") or [{}])[0])
+    for name in ("scale", "offset", "nodata"):  # STAC 1.1 spells them raster:scale
+        for spelling in (f"raster:{name}", name):
+            for holder in (fields, dict(stated)):
+                if spelling in holder:
+                    stated[name] = holder[spelling]
+    sentinel = "sentinel-2" in (item.collection_id or "").lower()
+    hls = "hls" in (item.collection_id or item.id).lower()
+    if "scale" not in stated and not (sentinel or hls):
+        raise LookupError(
+            f"the scene {item.id} does not say how its numbers become reflectance "
+            "(raster:scale). Download it, and pass the file with scale=."
+        )
+    scale = float(stated.get("scale", 1e-4))
+    offset = stated.get("offset")
+    if _offset_is_applied(item):
+        offset = 0.0
+    elif offset is None:
+        offset = -1000 * scale if sentinel and _baseline(item) >= 4 else 0.0
+    nodata = stated.get("nodata", -9999 if hls else 0)
+    return BandFile(asset.get_absolute_href() or asset.href, scale, float(offset),
+                    float(nodata))  # fmt: skip
+
+
+def _offset_is_applied(item: pystac.Item) -> bool:
+    spellings = ("earthsearch:boa_offset_applied", "sentinel:boa_offset_applied")
+    return any(item.properties.get(name) is True for name in spellings)
+
+
+def _baseline(item: pystac.Item) -> float:
+    """Processing baseline of a Sentinel-2 item, 0 where it is not stated."""
+    spellings = ("s2:processing_baseline", "sentinel:processing_baseline",
+                 "processing:version")  # fmt: skip
+    for name in spellings:
+        match = re.match(r"\d+(\.\d+)?", str(item.properties.get(name, "")))
+        if match:
+            return float(match[0])
+    return 0.0
+
+
+def cloud_file(item: pystac.Item) -> tuple[str, Callable[[np.ndarray], np.ndarray]]:
+    """The item's own cloud band, and the rule that says what it hides.
+
+    Args:
+        item: A STAC item.
+
+    Returns:
+        Address of the file, and a function from its numbers to bool, True = hidden.
+
+    Raises:
+        LookupError: It has none.
+    """
+    for key, asset in item.assets.items():
+        plain = re.sub(r"_\d+m$", "", key).lower()
+        href = asset.get_absolute_href() or asset.href
+        if plain == "scl":
+            return href, lambda values: np.isin(values, SCL_HIDDEN)
+        if plain == "fmask":
+            return href, fmask_hides
+    raise LookupError(
+        f"the scene {item.id} has neither SCL nor Fmask, so clouds cannot be masked. "
+        "Pass mask_clouds=False to read it as it is."
+    )
+
+
+def fmask_hides(values: np.ndarray) -> np.ndarray:
+    """Whether HLS' quality layer says cloud, next to one, shadow, or nothing at all.
+
+    Args:
+        values: Numbers of the layer, uint8.
+    """
+    values = np.asarray(values, dtype=np.uint8)
+    return ((values & FMASK_HIDDEN) > 0) | (values == FMASK_NODATA)

@@ -1,0 +1,160 @@
+"""The map of notebook 09, worked by hand in a real JupyterLab.
+
+Pictures and numbers are compared, not presence: what a click shows is what the arrays
+hold there, and what a box draws lies inside of the box.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from browser import jupyter_lab, write_notebook
+from PIL import Image
+from test_maps import CLASSES, EVIL, chips, with_probabilities
+
+from geopeft_kit.maps import show_map
+
+pytestmark = [pytest.mark.slow, pytest.mark.browser, pytest.mark.timeout(600)]
+
+SETUP = """
+import sys
+sys.path[:0] = {paths!r}
+import numpy as np
+from rasterio.transform import from_bounds
+from test_maps import CLASSES, EVIL, chips, with_probabilities
+from geopeft_kit.maps import MapLayer, Raster, show_map
+
+def paint(box):
+    if box[3] - box[1] < 1e-5:
+        raise ValueError("a box without a size " + EVIL)
+    red = Raster(np.zeros((8, 8), "u1"), from_bounds(*box, 8, 8), "EPSG:4326")
+    return [MapLayer("drawn", red, "classes", classes=[EVIL], colours=["#ff0000"])]
+
+scene = show_map(with_probabilities(chips()), swipe=("image", "lora"), on_box=paint)
+"""
+
+
+def shot(page: Any) -> np.ndarray:
+    """The map as the browser shows it, (h, w, 3)."""
+    raw = page.locator(".gpk-map").screenshot()
+    return np.asarray(Image.open(io.BytesIO(raw)).convert("RGB")).astype(int)
+
+
+def drag(page: Any, start: tuple[float, float], end: tuple[float, float]) -> None:
+    page.mouse.move(*start)
+    page.mouse.down()
+    page.mouse.move(*end, steps=6)
+    page.mouse.up()
+    page.wait_for_timeout(600)
+
+
+def row(page: Any, name: str) -> Any:
+    return page.locator(".gpk-row").filter(has=page.get_by_text(name, exact=True))
+
+
+def test_the_map_by_hand(visit, tmp_path: Path) -> None:
+    here = Path(__file__).resolve().parent
+    setup = SETUP.format(paths=[str(here), str(here.parent)])
+    write_notebook(tmp_path / "map.ipynb", [setup, "scene"])
+    page = visit.page
+    page.set_default_timeout(120_000)
+    with jupyter_lab(tmp_path, timeout=240) as lab:
+        lab.open(page, "map.ipynb", timeout=240)
+        lab.run_all(page)
+        page.wait_for_selector(".gpk-map .leaflet-sbs-divider", timeout=120_000)
+        page.wait_for_timeout(1500)
+        box = page.locator(".gpk-map").bounding_box()
+        middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        swipe(page)
+        fade(page)
+        click(page, middle)
+        draw(page, middle)
+        assert page.evaluate("window.hacked") is None
+        page.screenshot(path=tmp_path / "map.png")
+    visit.clean()
+
+
+def swipe(page: Any) -> None:
+    """What the divider passes over changes its layer; the rest stays."""
+    before = shot(page)
+    handle = page.locator(".leaflet-sbs-range").bounding_box()
+    x, y = handle["x"] + handle["width"] / 2, handle["y"]
+    drag(page, (x, y), (x + 90, y))
+    changed = (np.abs(shot(page) - before).sum(axis=2) > 30).any(axis=0)
+    half = changed.size // 2
+    passed = changed[half + 12 : half + 75]
+    assert passed.mean() > 0.8, "the swiped strip did not change"
+    assert changed[: half - 30].mean() < 0.05, "the other side changed"
+    page.locator(".gpk-swipe input").uncheck()
+    page.locator(".leaflet-sbs-divider").wait_for(state="detached")
+
+
+def fade(page: Any) -> None:
+    """At half opacity a layer is half way between itself and what lies below."""
+    sure = row(page, "confidence of lora")
+    sure.locator("input[type=checkbox]").uncheck()
+    page.wait_for_timeout(600)
+    below = shot(page)
+    sure.locator("input[type=checkbox]").check()
+    page.wait_for_timeout(600)
+    above = shot(page)
+    handle = sure.locator(".noUi-handle")
+    for _ in range(5):
+        handle.press("PageDown")
+    page.wait_for_timeout(600)
+    now, selector = shot(page), ".leaflet-layer-5-pane img"
+    share = float(page.eval_on_selector(selector, "i => i.style.opacity"))
+    assert 0.2 < share < 0.8
+    mixed = share * above + (1 - share) * below
+    inside = np.abs(above - below).sum(axis=2) > 60
+    assert inside.sum() > 1000
+    assert np.abs(now - mixed)[inside].mean() < 8
+    handle.press("End")
+
+
+def click(page: Any, middle: tuple[float, float]) -> None:
+    """The panel says what the arrays hold at the place that it names."""
+    scene = show_map(with_probabilities(chips()))
+    for shift in ((31, -47), (-60, 52)):
+        page.mouse.click(middle[0] + shift[0], middle[1] + shift[1])
+        page.wait_for_timeout(1500)
+        panel = page.locator(".gpk-pixel")
+        text = panel.inner_text()
+        lat, ns, lon, ew = re.search(r"([\d.]+)° (.), ([\d.]+)° (.)", text).groups()
+        lat, lon = float(lat) * (-1 if ns == "S" else 1), float(lon)
+        found = {r.layer: r for r in scene.pixel(-lon if ew == "W" else lon, lat)}
+        for name, chance in zip(CLASSES, found["lora"].values, strict=True):
+            assert f"{name} {chance:.0%}" in text, text
+        far = found["distance to training"].text
+        assert f"distance to training: {far}" in text
+        bands = found["image"]
+        spectrum = panel.locator("img.gpk-spectrum")
+        pairs = zip(bands.names, bands.values, strict=True)
+        expected = ", ".join(f"{name} {value:.3f}" for name, value in pairs)
+        assert spectrum.get_attribute("alt") == expected
+        assert spectrum.evaluate("i => i.complete && i.naturalWidth > 100")
+
+
+def draw(page: Any, middle: tuple[float, float]) -> None:
+    """A box becomes a red layer inside of the box, and nowhere else."""
+    x, y = middle
+    before = shot(page)
+    page.locator(".leaflet-draw-draw-rectangle").click()
+    drag(page, (x - 70, y - 50), (x + 40, y + 60))
+    row(page, "drawn").wait_for(timeout=60_000)
+    page.wait_for_timeout(1200)
+    after = shot(page)
+    red = (after[:, :, 0] > 230) & (after[:, :, 1:] < 30).all(axis=2)
+    rows, columns = np.nonzero(red)
+    h, w = red.shape
+    expected = (h / 2 - 50, h / 2 + 60, w / 2 - 70, w / 2 + 40)
+    seen = (rows.min(), rows.max(), columns.min(), columns.max())
+    assert np.abs(np.subtract(seen, expected)).max() < 12, (seen, expected)
+    assert red.sum() > 0.9 * 110 * 110
+    assert ((before[:, :, 0] > 230) & (before[:, :, 1:] < 30).all(axis=2)).sum() == 0
+    assert EVIL in page.locator(".gpk-legend").inner_text().replace("\n", " ")
