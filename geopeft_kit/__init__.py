@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from geopeft_kit.backbones import list_backbones, load_backbone
     from geopeft_kit.comparison import Candidate, compare
     from geopeft_kit.data import ChipData, simulated_data
+    from geopeft_kit.explorer import Explorer
     from geopeft_kit.inference import predict_scene
     from geopeft_kit.maps import save_map, show_map
     from geopeft_kit.methods import attach, list_methods, load_adapter
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Candidate",
     "ChipData",
+    "Explorer",
     "MapLayer",
     "Raster",
     "attach",
@@ -55,6 +57,7 @@ _ROOMS = {
     "backbones": ("list_backbones", "load_backbone"),
     "comparison": ("Candidate", "compare"),
     "data": ("ChipData", "simulated_data"),
+    "explorer": ("Explorer",),
     "inference": ("predict_scene",),
     "maps": ("save_map", "show_map"),
     "methods": ("attach", "list_methods", "load_adapter"),

@@ -58,6 +58,8 @@ class ChipData(L.LightningDataModule):
         regions: All region names, sorted.
         splits: The splits that have chips.
         index: GeoDataFrame; its column `split` says what was resolved.
+        hparams: The arguments above, by name.
+        subsets: The calls of `subset` that led here: (n, seed, split).
 
     Raises:
         FileNotFoundError: No chip folder, or files of it are missing.
@@ -79,6 +81,8 @@ class ChipData(L.LightningDataModule):
         buffer_m: float = 0.0,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters(logger=False)  # the arguments, as `hparams`
+        self.subsets: tuple[tuple[int, int, str], ...] = ()
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be 1 or more.")
         self.folder = Path(folder)
@@ -261,6 +265,7 @@ class ChipData(L.LightningDataModule):
         smaller.index = self.index.copy()
         column = smaller.index.columns.get_loc("split")
         smaller.index.iloc[np.array(rows)[order[n:]], column] = "unused"
+        smaller.subsets = (*self.subsets, (n, seed, split))
         return smaller
 
     def __repr__(self) -> str:
