@@ -175,7 +175,8 @@ class Bench:
                 memory = predict_memory(model, self.data_of(choice), self.device)
             finally:
                 adapter.detach()
-        return Preview(memory=memory, **counts)
+        return Preview(None, counts["backbone"], counts["adapter"], counts["decoder"],
+                       memory)  # fmt: skip
 
     def _build(self, choice: Choice) -> tuple[Adapter, Model]:
         """The adapter, active, and the model; an error leaves nothing attached."""
@@ -197,11 +198,14 @@ class Bench:
         }
 
     def train(self, choice: Choice, tell: Callable[[dict[str, Any]], None]) -> KeptRun:
-        """Train a choice and keep it; meant for a thread of its own.
+        """Train a choice; meant for a thread of its own.
 
         Args:
             choice: What to train.
             tell: Gets the news, see `Watch`.
+
+        Returns:
+            The run, its adapter attached but not active; put it into `runs`.
 
         Raises:
             Cancelled: `turns.stop` was set. As after any other error, the backbone is
@@ -242,7 +246,6 @@ class Bench:
                 backbone.eval()
                 raise
             adapter.deactivate()
-            self.runs[choice.key] = kept
         return kept
 
     def activate(self, run: KeptRun) -> Model:

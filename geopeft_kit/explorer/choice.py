@@ -1,7 +1,7 @@
 """A choice: everything that decides about one run, and the code that repeats it.
 
-The explorer's controls make a `Choice`, the bench trains it, `code_of` writes it down as
-a cell that runs alone. Taught in notebook 13.
+The explorer's controls make a `Choice`, the bench trains it, `code_of` writes it down
+as a cell that runs alone. Taught in notebook 13.
 """
 
 from __future__ import annotations
@@ -124,7 +124,11 @@ def code_of(
     attach = _call(
         "gk.attach", ["backbone", _text(choice.method)], _keywords(choice.options)
     )
-    settings = {"epochs": choice.epochs, "seed": choice.seed, "validate_every": 1}
+    settings: dict[str, Any] = {
+        "epochs": choice.epochs,
+        "seed": choice.seed,
+        "validate_every": 1,
+    }
     if "val" not in data.splits:
         settings.pop("validate_every")
     if rate is not None:
@@ -157,12 +161,12 @@ def data_code(data: ChipData) -> str:
     other data is read from its folder.
     """
     given = dict(data.hparams)
-    recipe = data.info.extra.get("recipe") if data.simulated else None
+    recipe = data.info.extra.get("recipe", {}) if data.simulated else {}
     subsets = "".join(
         f".subset({n}, {s}, {_text(split)})" for n, s, split in data.subsets
     )
     from_recipe = (
-        recipe is not None
+        bool(recipe)
         and given["split"] == "region"
         and given["bands"] is None
         and given["test_regions"] is not None

@@ -71,9 +71,8 @@ class Controls:
             widgets.BoundedIntText, "epochs", "epochs", value=4, min=1, max=10_000
         )
         self.rate = control(
-            widgets.Text, "learning rate", "rate", placeholder="the method's own",
-            continuous_update=False,
-        )  # fmt: skip
+            widgets.Text, "learning rate", "rate", continuous_update=False
+        )
         self.seed = control(
             widgets.BoundedIntText, "seed", "seed", value=0, min=0, max=2**31
         )
@@ -175,7 +174,11 @@ class Controls:
         for one in self._texts.values():
             one.unobserve_all()
             one.close()
-        defaults = defaults_of(find_method(self.method.value))
+        card = find_method(self.method.value)
+        defaults = defaults_of(card)
+        rate = card.learning_rate
+        own = "nothing trains in the backbone" if rate is None else f"{rate:g}, its own"
+        self.rate.placeholder = own
         self._texts = {
             name: _option_control(name, {**defaults, **(values or {})}[name])
             for name in defaults
@@ -187,19 +190,19 @@ class Controls:
 
 def _option_control(name: str, value: Any) -> Any:
     """A control that fits the type of an option's value."""
+    settings: dict[str, Any] = {"value": value}
+    kind = widgets.Text
     if isinstance(value, bool):
-        kind, settings = widgets.Checkbox, {"value": value}
+        kind = widgets.Checkbox
     elif isinstance(value, int):
-        kind, settings = widgets.IntText, {"value": value}
+        kind = widgets.IntText
     elif isinstance(value, float):
-        kind, settings = widgets.FloatText, {"value": value, "step": 0.1}
+        kind = widgets.FloatText
+        settings["step"] = 0.1
     else:
         text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
-        kind = widgets.Text
-        settings = {
-            "value": "" if text is None else str(text),
-            "placeholder": "default",
-        }
+        settings["value"] = "" if text is None else str(text)
+        settings["placeholder"] = "default"
     if kind is not widgets.Checkbox:
         settings["continuous_update"] = False
     return control(kind, name.replace("_", " "), f"option-{name}", **settings)

@@ -65,7 +65,7 @@ class Explorer:
         show: str | Sequence[str] = "true",
         height: int = 440,
     ) -> None:
-        sets = {data.name: data} if isinstance(data, ChipData) else dict(data)
+        sets = {str(data.name): data} if isinstance(data, ChipData) else dict(data)
         if not isinstance(backbones, Mapping):
             backbones = {name: {"name": name} for name in backbones}
         if not sets or not backbones:
@@ -150,7 +150,9 @@ class Explorer:
         return self
 
     def wait(self) -> Explorer:
-        """Wait until the training has ended; the page goes on being drawn.
+        """Wait until the training has ended.
+
+        The page goes on being drawn; its controls answer when the cell has ended.
 
         Raises:
             RuntimeError: The training failed; the text is the whole traceback.
@@ -169,24 +171,28 @@ class Explorer:
 
     def _work(self, choice: Choice) -> None:
         """The thread: train, and say how it ended."""
-        error = ""
+        run, error, message = None, "", ""
         try:
-            self.bench.train(choice, lambda news: self._mailbox.post(self._tell, news))
+            run = self.bench.train(choice, self._report)
         except Cancelled:
-            error = ""
+            message = "Cancelled; nothing of it was kept."
         except BaseException:  # shown in full on the page, and raised by `wait`
             error = traceback.format_exc()
-        self._mailbox.post(self._ended, error)
+        self._mailbox.post(self._ended, run, error, message)
+
+    def _report(self, news: dict[str, Any]) -> None:
+        self._mailbox.post(self._tell, news)
 
     def _tell(self, news: dict[str, Any]) -> None:
         self._news |= news
         if self.training:
             self.page.draw_progress(self._news)
 
-    def _ended(self, error: str) -> None:
-        cancelled = self.bench.turns.stop.is_set()
+    def _ended(self, run: KeptRun | None, error: str, message: str) -> None:
         self._thread, self._error = None, error
-        self.page.message = "Cancelled; nothing of it was kept." if cancelled else ""
+        if run is not None:
+            self.bench.runs[run.choice.key] = run
+        self.page.message = message
         self._refresh()
 
     # --- runs -------------------------------------------------------------------------
@@ -220,13 +226,15 @@ class Explorer:
         return pd.DataFrame([_row(run) for run in self.bench.runs.values()])
 
     def _refresh(self) -> None:
-        """Draw what the controls say."""
+        """Draw what the controls say; a run that is there is swapped in."""
+        if self.shown is not None and not self.training:
+            self.bench.activate(self.shown)
         self.page.draw(self.training, self._news, self._error)
 
     # --- on disk ----------------------------------------------------------------------
 
     def save(self, folder: str | Path) -> Path:
-        """Write choices, adapters, decoders and scores to a folder, whole or not at all.
+        """Write choices, adapters, decoders and scores, whole or not at all.
 
         Args:
             folder: Made if needed; an explorer that is there is replaced.

@@ -54,21 +54,21 @@ def chip_png(
         show: Which three bands make the picture.
     """
     sample = sample_at(data, position)
-    look = {"classes": data.classes, "colours": data.colours}
     guess = None if run is None else bench.predict(run, position)
     if "mask" not in sample:
         title = _whole_image_title(sample, guess, data)
         return png(plots.show_chip(sample, data.bands, show, title=title))
     if data.classes is None:
         return png(_values_figure(sample, guess, data, show))
-    ignored = data.ignore_index
+    look: dict[str, Any] = {
+        "classes": data.classes,
+        "colours": data.colours,
+        "show": show,
+        "ignore_index": data.ignore_index,
+    }
     if guess is None:
-        figure = plots.show_chip(sample, data.bands, show, ignore_index=ignored, **look)
-    else:
-        figure = plots.plot_errors(
-            sample, guess, data.bands, show=show, ignore_index=ignored, **look
-        )
-    return png(figure)
+        return png(plots.show_chip(sample, data.bands, **look))
+    return png(plots.plot_errors(sample, guess, data.bands, **look))
 
 
 def _whole_image_title(sample: Mapping[str, Any], guess: Any, data: ChipData) -> str:
@@ -103,10 +103,10 @@ def _values_figure(
     return figure
 
 
-def trade_off_png(runs: Sequence[KeptRun], shown: KeptRun | None) -> bytes | None:
-    """Held-out score against memory, with the Pareto front; None without runs."""
+def trade_off_png(runs: Sequence[KeptRun], shown: KeptRun | None) -> bytes:
+    """Held-out score against memory, with the Pareto front; empty without runs."""
     if not runs:
-        return None
+        return b""
     name, larger = HEADLINE[runs[0].model.task]
     figure = Figure(figsize=(7.6, 3.3), layout="constrained")
     axis = figure.subplots()
@@ -132,8 +132,8 @@ def trade_off_png(runs: Sequence[KeptRun], shown: KeptRun | None) -> bytes | Non
         "activations",
         ylabel=f"held-out {name} ({better} is better)",
     )
-    axis.xaxis.label.set_size(9)
-    axis.yaxis.label.set_size(9)
+    axis.xaxis.label.set_fontsize(9)
+    axis.yaxis.label.set_fontsize(9)
     axis.margins(x=0.16, y=0.18)
     axis.grid(color="0.9")
     axis.set_axisbelow(True)
@@ -173,7 +173,7 @@ def map_of(
         )  # fmt: skip
     names = [*found] if len(found) == 2 else ["truth", *found][:2]
     swipe = (names[0], names[1]) if len(names) == 2 else None
-    return show_map(layers, swipe, height=height, title=data.name)
+    return show_map(layers, swipe, height=height, title=str(data.name))
 
 
 def _value_layers(

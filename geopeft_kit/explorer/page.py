@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import importlib.util
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -118,10 +119,10 @@ class Page:
             titles=list(TABS),
             layout={"width": "100%"},
         )
-        self.tabs.observe(lambda _: self._draw_tab(), names="selected_index")
+        self.tabs.observe(lambda _: self._guarded(self._draw_tab), "selected_index")
         self.run.observe(self._go_to, names="value")
         for one in (self.other, self.place):
-            one.observe(lambda _: None if self._quiet else self._draw_tab(), "value")
+            one.observe(self._look_again, "value")
 
     def on_train(self, action: Callable[[], Any]) -> None:
         """What the Train button does; an error is shown, the widget lives on."""
@@ -131,11 +132,17 @@ class Page:
         """What the Cancel button does."""
         self.cancel_button.on_click(lambda _: self._guarded(action))
 
+    def _look_again(self, change: Mapping[str, Any]) -> None:
+        if not self._quiet:
+            self._guarded(self._draw_tab)
+
     def _guarded(self, action: Callable[[], Any]) -> None:
+        """Do something for a click; without this its error would go to a log file."""
         try:
             action()
-        except (ValueError, RuntimeError) as error:
-            self.notes.value = panels.message_html(str(error))
+        except Exception:
+            text = traceback.format_exc()
+            self.notes.value = panels.message_html(text, "error", full=True)
 
     # --- drawing ----------------------------------------------------------------------
 
@@ -149,6 +156,7 @@ class Page:
         """
         try:
             choice = self.controls.choice()
+            self.bench.data_of(choice)
             preview = self.bench.preview(choice)
         except (ValueError, TypeError) as mistake:
             choice, preview = None, Preview(reason=str(mistake))
@@ -267,18 +275,21 @@ class Page:
         elif tab == "Map":
             self.stage.children = (self._map(data, choice, run),)
         elif tab == "Runs":
-            runs = [
-                r for r in self.bench.runs.values() if self._same_data(r.choice, choice)
-            ]
-            everything = list(self.bench.runs.values())
-            self.table.value = panels.runs_html(
-                everything, run, len(self.bench.data) > 1
-            )
-            drawn = figures.trade_off_png(runs, run)
-            self.trade_off.value = drawn or b""
-            self.trade_off.layout.display = "" if drawn else "none"
+            self.table.value = self._runs_table(run)
+            self.trade_off.value = self._trade_off(choice, run)
+            self.trade_off.layout.display = "" if self.bench.runs else "none"
         else:
             self.code.value = panels.code_html(self.bench.code(choice))
+
+    def _runs_table(self, run: KeptRun | None) -> str:
+        everything = list(self.bench.runs.values())
+        return panels.runs_html(everything, run, len(self.bench.data) > 1)
+
+    def _trade_off(self, choice: Choice, run: KeptRun | None) -> bytes:
+        """Score against memory, of the runs that are scored on the same chips."""
+        runs = self.bench.runs.values()
+        same = [one for one in runs if self._same_data(one.choice, choice)]
+        return figures.trade_off_png(same, run)
 
     def _picture(self, data: ChipData, choice: Choice, run: KeptRun | None) -> bytes:
         number = run.number if run else 0
@@ -309,21 +320,21 @@ class Page:
 
     def as_html(self) -> str:
         """The page as it stands, for where no widget can live."""
-        picture = base64.b64encode(self.picture.value).decode()
-        image = f"<img alt='' src='data:image/png;base64,{picture}'>" if picture else ""
-        runs = list(self.bench.runs.values())
-        shown = None if self.choice is None else self.bench.runs.get(self.choice.key)
-        code = "" if self.choice is None else self.bench.code(self.choice)
-        parts = [
-            self.parameters.value,
-            self.memory.value,
-            self.progress.value,
-            self.notes.value,
-            image,
-            panels.runs_html(runs, shown, len(self.bench.data) > 1),
-            panels.panel("Code", f"<pre>{panels.escape(code)}</pre>", "code"),
-        ]
-        return f"<div style='max-width:900px'>{''.join(parts)}</div>"
+        parts = [self.parameters, self.memory, self.progress, self.notes]
+        text = "".join(part.value for part in parts)
+        if self.choice is not None:
+            choice = self.choice
+            run = self.bench.runs.get(choice.key)
+            text += _image(self._picture(self.bench.data_of(choice), choice, run))
+            text += self._runs_table(run) + _image(self._trade_off(choice, run))
+            text += panels.panel("Code", panels.listing(self.bench.code(choice)))
+        return f"<div style='max-width:900px'>{text}</div>"
+
+
+def _image(png: bytes) -> str:
+    """A picture inside the page; nothing where there is none."""
+    data = base64.b64encode(png).decode()
+    return f"<img alt='' src='data:image/png;base64,{data}'>" if png else ""
 
 
 def _offer(widget: Any, options: Sequence[tuple[str, Any]], value: Any) -> None:

@@ -58,8 +58,8 @@ def _bars(rows: Sequence[tuple[str, float, str, str]]) -> str:
     """Rows of (label, value, colour, text), all bars on one scale from zero."""
     longest = max((value for _, value, _, _ in rows), default=0) or 1
     cells = (
-        f"<span>{escape(label)}</span><span><i style='width:{100 * value / longest:.2f}%;"
-        f"background:{colour}'></i></span><b>{escape(text)}</b>"
+        f"<span>{escape(label)}</span><span><i style='background:{colour};"
+        f"width:{100 * value / longest:.2f}%'></i></span><b>{escape(text)}</b>"
         for label, value, colour, text in rows
     )
     return f"<div class='gpk-bars'>{''.join(cells)}</div>"
@@ -210,11 +210,16 @@ def code_html(code: str) -> str:
     )
     body = (
         f'<button class="gpk-copy" onclick="{copy}" style="margin-bottom:6px">Copy'
-        f"</button><pre class='gpk-code'>{escape(code)}</pre>"
+        f"</button>{listing(code)}"
         "<small>This cell runs alone and gives the same numbers, on the same machine "
         "with the same number of threads.</small>"
     )
     return panel("", body, "code")
+
+
+def listing(code: str) -> str:
+    """Code as it is."""
+    return f"<pre class='gpk-code'>{escape(code)}</pre>"
 
 
 def message_html(text: str, state: str = "message", full: bool = False) -> str:
@@ -223,5 +228,9 @@ def message_html(text: str, state: str = "message", full: bool = False) -> str:
         return ""
     if full:
         box = f"<pre style='max-height:260px'>{escape(text)}</pre>"
-        return panel("", f"<div class='gpk-no'>Training failed.</div>{box}", state)
+        return panel(
+            "",
+            f"<div class='gpk-no'>That failed; the explorer lives on.</div>{box}",
+            state,
+        )
     return panel("", f"<div class='gpk-no'>{escape(text)}</div>", state)

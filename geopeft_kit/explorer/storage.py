@@ -161,7 +161,8 @@ def fill_bench(bench: Bench, content: Mapping[str, Any], folder: str | Path) -> 
             model.decoder.load_state_dict(load_file(place / "decoder.safetensors"))
         except (SafetensorError, RuntimeError, FileNotFoundError) as error:
             raise ValueError(
-                f"the decoder in {place} cannot be read: {error}. Copy the folder again."
+                f"the decoder in {place} cannot be read: {error}. Copy the folder "
+                "again."
             ) from error
         adapter.deactivate()
         fields = {name: saved[name] for name in RUN_FIELDS}

@@ -55,7 +55,7 @@ class Turns:
             try:
                 yield
             finally:
-                self._worker = None
+                self._worker, self._in_batch = None, False
 
     @contextmanager
     def borrow(self, backbone: Backbone) -> Iterator[None]:
@@ -69,11 +69,12 @@ class Turns:
         self._waiting.add(me)
         try:
             with self._lock, torch.random.fork_rng():
-                active, mode = backbone.adapter, backbone.training  # type: ignore[attr-defined]
+                active: Any = backbone.adapter
+                mode = backbone.training
                 try:
                     yield
                 finally:
-                    if self._worker is not None and active is not None:
+                    if self._worker is not None and active is not None:  # a training's
                         active.activate()
                         backbone.train(mode)
         finally:
@@ -149,17 +150,13 @@ class Watch(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._report(trainer)
 
-    def on_exception(self, *_: Any) -> None:
-        self.turns.batch(inside=False)
-
     def _report(self, trainer: L.Trainer) -> None:
         # One copy from the device for all losses since the last report.
         self.losses += torch.stack(self.fresh).tolist() if self.fresh else []
         self.fresh, self.last = [], time.monotonic()
-        history, tracker = (
-            next(c for c in trainer.callbacks if isinstance(c, kind))  # type: ignore[attr-defined]
-            for kind in (History, Tracker)
-        )
+        parts: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        history = next(part for part in parts if isinstance(part, History))
+        tracker = next(part for part in parts if isinstance(part, Tracker))
         self.tell(
             {
                 "step": trainer.global_step,
