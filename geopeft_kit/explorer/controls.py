@@ -52,7 +52,7 @@ class Controls:
         self.bench = bench
         self._listeners: list[Callable[[], None]] = []
         self._quiet = False
-        titles = [(f"{find_method(m).title}  [{m}]", m) for m in methods]
+        titles = [(f"{m}: {find_method(m).title}", m) for m in methods]
         first = "lora" if "lora" in methods else methods[0]
         pick = widgets.Dropdown
         self.data = control(pick, "data", "data", options=list(bench.data))
@@ -63,9 +63,11 @@ class Controls:
         self.method = control(pick, "method", "method", options=titles, value=first)
         self.options = widgets.VBox(layout={"width": "100%"})
         self.decoder = widgets.ToggleButtons(
-            options=[*DECODERS], style={"button_width": "72px"},
-            layout={"margin": "2px 0 2px 0"},
-        )  # fmt: skip
+            options=[*DECODERS],
+            description="decoder",
+            style={"button_width": "94px", "description_width": "92px"},
+            layout={"width": "100%", "margin": "2px 0"},
+        )
         self.decoder.add_class("gpk-decoder")
         self.epochs = control(
             widgets.BoundedIntText, "epochs", "epochs", value=4, min=1, max=10_000

@@ -23,7 +23,7 @@ from geopeft_kit.data.chips import ChipData
 from geopeft_kit.explorer.bench import Bench, KeptRun, Preview
 from geopeft_kit.explorer.choice import Choice
 from geopeft_kit.explorer.controls import Controls
-from geopeft_kit.explorer.page import Page
+from geopeft_kit.explorer.page import TABS, Page
 from geopeft_kit.explorer.storage import (
     check_data,
     fill_bench,
@@ -224,6 +224,13 @@ class Explorer:
     def runs(self) -> pd.DataFrame:
         """All runs: choice, cost and scores, one row a run."""
         return pd.DataFrame([_row(run) for run in self.bench.runs.values()])
+
+    def show(self, tab: str) -> Explorer:
+        """Open a tab of the page: "Picture", "Map", "Runs" or "Code"."""
+        if tab not in TABS:
+            raise ValueError(f"no tab {tab!r}. Choose one of: {', '.join(TABS)}.")
+        self.page.tabs.selected_index = TABS.index(tab)
+        return self
 
     def _refresh(self) -> None:
         """Draw what the controls say; a run that is there is swapped in."""

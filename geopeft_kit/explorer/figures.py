@@ -34,7 +34,7 @@ def sample_at(data: ChipData, position: int) -> dict[str, Any]:
     return sample
 
 
-def png(figure: Figure, dpi: int = 72) -> bytes:
+def png(figure: Figure, dpi: int = 110) -> bytes:
     """A figure as PNG bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
@@ -138,7 +138,7 @@ def trade_off_png(runs: Sequence[KeptRun], shown: KeptRun | None) -> bytes:
     axis.grid(color="0.9")
     axis.set_axisbelow(True)
     axis.legend(frameon=False, fontsize=8, loc="lower right")
-    return png(figure, dpi=90)
+    return png(figure)
 
 
 def map_of(

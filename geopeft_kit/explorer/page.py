@@ -55,7 +55,8 @@ class Page:
             layout={"width": "312px", "flex": "none", "padding": "0 12px 0 0"},
         )
         top = widgets.HBox(
-            [self.parameters, self.memory, self.progress], layout={"width": "100%"}
+            [self.parameters, self.memory, self.progress],
+            layout={"width": "100%", "min_height": "186px"},  # no jump on a toggle
         )
         main = widgets.VBox(
             [top, self.picks, self.tabs], layout={"flex": "1 1 0", "min_width": "0"}
@@ -64,9 +65,10 @@ class Page:
         self.box.add_class("gpk-explorer")
 
     def _make_panels(self) -> None:
-        third = {"flex": "1 1 0", "min_width": "0", "margin": "0 14px 6px 0"}
+        third = {"min_width": "0", "margin": "0 14px 6px 0"}
         self.parameters, self.memory, self.progress = (
-            widgets.HTML(layout=third) for _ in range(3)
+            widgets.HTML(layout={**third, "flex": grow})
+            for grow in ("1 1 0", "1 1 0", "1.3 1 0")
         )
         self.notes = widgets.HTML(layout={"width": "100%"})
         for name in ("parameters", "memory", "progress", "notes"):
@@ -111,9 +113,11 @@ class Page:
         self.stage = widgets.VBox(layout={"width": "100%"})
         self.tabs = widgets.Tab(
             [
-                widgets.VBox([self.picture]),
+                widgets.VBox([self.picture], layout={"align_items": "flex-start"}),
                 self.stage,
-                widgets.VBox([self.table, self.trade_off]),
+                widgets.VBox(
+                    [self.table, self.trade_off], layout={"align_items": "flex-start"}
+                ),
                 self.code,
             ],
             titles=list(TABS),

@@ -16,7 +16,7 @@ from geopeft_kit.pictures import OKABE_ITO
 from geopeft_kit.plots import METHOD_COLOURS
 from geopeft_kit.training.evaluate import HEADLINE
 
-GREY = "#8c8c8c"
+GREY, PALE = "#7f7f7f", "#b5b5b5"  # so that the adapter alone has a colour
 MEMORY_COLOURS = {
     "weights": OKABE_ITO["sky"],
     "gradients": OKABE_ITO["orange"],
@@ -72,7 +72,7 @@ def parameters_html(preview: Preview, method: str) -> str:
     parts = {
         "backbone": (preview.backbone, GREY),
         "adapter": (preview.adapter, METHOD_COLOURS.get(method, GREY)),
-        "decoder": (preview.decoder, OKABE_ITO["orange"]),
+        "decoder": (preview.decoder, PALE),
     }
     body = _bars([(k, n, colour, f"{n:,}") for k, (n, colour) in parts.items()])
     trained = preview.adapter + preview.decoder
@@ -123,10 +123,8 @@ def progress_html(
     """Loss of each step and validation score of each epoch, as two small curves."""
     name = HEADLINE[task][0]
     scores = [row[f"val_{name}"] for row in rows if f"val_{name}" in row]
-    curves = curve_svg(losses, f"loss, {len(losses)} steps", colour)
-    curves += curve_svg(
-        scores, f"validation {name}, {len(rows)}/{epochs} epochs", colour
-    )
+    curves = curve_svg(losses, f"loss ({len(losses)} steps)", colour)
+    curves += curve_svg(scores, f"val {name} ({len(rows)}/{epochs})", colour)
     body = f"<div style='display:flex;gap:8px'>{curves}</div><small>{facts}</small>"
     return panel("Training", body, state)
 
@@ -134,6 +132,8 @@ def progress_html(
 def curve_svg(values: Sequence[float], label: str, colour: str) -> str:
     """A small curve with its last value; values that are not finite leave a gap."""
     width, height = 150, 66
+    # No screen shows more points than this; the last one always stays.
+    values = list(values)[:: -max(1, len(values) // 300)][::-1]
     finite = [v for v in values if math.isfinite(v)]
     low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
     span = (high - low) or 1.0
