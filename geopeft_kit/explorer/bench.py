@@ -164,10 +164,12 @@ class Bench:
 
     def _preview(self, choice: Choice) -> Preview:
         backbone = self.backbone_of(choice)
-        reason = find_method(choice.method).why_not(backbone)
-        if reason is not None:
-            return Preview(reason=f"{choice.method} does not fit: {reason}")
         with self.turns.borrow(backbone):
+            if backbone.adapter is not None:  # the question is about the plain network
+                backbone.adapter.deactivate()
+            reason = find_method(choice.method).why_not(backbone)
+            if reason is not None:
+                return Preview(reason=f"{choice.method} does not fit: {reason}")
             torch.manual_seed(choice.seed)
             adapter, model = self._build(choice)
             try:

@@ -29,7 +29,7 @@ def control(kind: Callable[..., Any], label: str, name: str, **settings: Any) ->
     """
     made = kind(
         description=label,
-        layout={"width": "100%", "margin": "2px 0"},
+        layout={"width": "auto", "margin": "2px 0"},
         style={"description_width": "92px"},
         **settings,
     )
@@ -61,12 +61,12 @@ class Controls:
             pick, "backbone", "backbone", options=list(bench.backbones)
         )
         self.method = control(pick, "method", "method", options=titles, value=first)
-        self.options = widgets.VBox(layout={"width": "100%"})
+        self.options = widgets.VBox(layout={"width": "auto"})
         self.decoder = widgets.ToggleButtons(
             options=[*DECODERS],
             description="decoder",
             style={"button_width": "94px", "description_width": "92px"},
-            layout={"width": "100%", "margin": "2px 0"},
+            layout={"width": "auto", "margin": "2px 0"},
         )
         self.decoder.add_class("gpk-decoder")
         self.epochs = control(
@@ -86,7 +86,7 @@ class Controls:
         self.box = widgets.VBox(
             [self.data, self.held_out, self.backbone, self.method, self.options,
              self.decoder, self.epochs, self.rate, self.seed],
-            layout={"width": "100%"},
+            layout={"width": "auto"},
         )  # fmt: skip
         if len(bench.data) < 2:
             self.data.layout.display = "none"
@@ -179,7 +179,7 @@ class Controls:
         card = find_method(self.method.value)
         defaults = defaults_of(card)
         rate = card.learning_rate
-        own = "nothing trains in the backbone" if rate is None else f"{rate:g}, its own"
+        own = "not used" if rate is None else f"{rate:g}, its own"
         self.rate.placeholder = own
         self._texts = {
             name: _option_control(name, {**defaults, **(values or {})}[name])

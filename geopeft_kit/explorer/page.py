@@ -56,7 +56,7 @@ class Page:
         )
         top = widgets.HBox(
             [self.parameters, self.memory, self.progress],
-            layout={"width": "100%", "min_height": "186px"},  # no jump on a toggle
+            layout={"width": "auto", "min_height": "186px"},  # no jump on a toggle
         )
         main = widgets.VBox(
             [top, self.picks, self.tabs], layout={"flex": "1 1 0", "min_width": "0"}
@@ -70,7 +70,7 @@ class Page:
             widgets.HTML(layout={**third, "flex": grow})
             for grow in ("1 1 0", "1 1 0", "1.3 1 0")
         )
-        self.notes = widgets.HTML(layout={"width": "100%"})
+        self.notes = widgets.HTML(layout={"width": "auto"})
         for name in ("parameters", "memory", "progress", "notes"):
             getattr(self, name).add_class(f"gpk-{name}")
         self.train_button = widgets.Button(
@@ -86,7 +86,7 @@ class Page:
         self.cancel_button.add_class("gpk-cancel")
         self.buttons = widgets.HBox(
             [self.train_button, self.cancel_button, self.bar],
-            layout={"width": "100%", "margin": "4px 0"},
+            layout={"width": "auto", "margin": "4px 0"},
         )
 
     def _make_tabs(self) -> None:
@@ -99,18 +99,18 @@ class Page:
             one.layout = {"flex": "1 1 0", "min_width": "0"}
             one.style.description_width = "initial"
         self.picks = widgets.HBox(
-            [self.run, self.other, self.place], layout={"width": "100%"}
+            [self.run, self.other, self.place], layout={"width": "auto"}
         )
         self.picture = widgets.Image(format="png", layout={"max_width": "100%"})
         self.picture.add_class("gpk-picture")
-        self.table = widgets.HTML(layout={"width": "100%"})
+        self.table = widgets.HTML(layout={"width": "auto"})
         self.table.add_class("gpk-table")
         self.trade_off = widgets.Image(
             format="png", layout={"max_width": "100%", "width": "684px"}
         )
         self.trade_off.add_class("gpk-trade-off")
-        self.code = widgets.HTML(layout={"width": "100%"})
-        self.stage = widgets.VBox(layout={"width": "100%"})
+        self.code = widgets.HTML(layout={"width": "auto"})
+        self.stage = widgets.VBox(layout={"width": "auto"})
         self.tabs = widgets.Tab(
             [
                 widgets.VBox([self.picture], layout={"align_items": "flex-start"}),
@@ -121,7 +121,7 @@ class Page:
                 self.code,
             ],
             titles=list(TABS),
-            layout={"width": "100%"},
+            layout={"width": "auto"},
         )
         self.tabs.observe(lambda _: self._guarded(self._draw_tab), "selected_index")
         self.run.observe(self._go_to, names="value")
@@ -171,7 +171,7 @@ class Page:
         machine = machine_memory(self.bench.device)
         device = "this machine" if self.bench.device.type == "cpu" else "the GPU"
         self.memory.value = panels.memory_html(preview, machine, device)
-        self.train_button.disabled = training or preview.reason is not None
+        self.train_button.disabled = bool(training or run or preview.reason)
         self.train_button.description = "Train" if run is None else "Trained"
         self.cancel_button.disabled = not training
         self._draw_notes(preview, error)
