@@ -165,8 +165,9 @@ class Bench:
     def _preview(self, choice: Choice) -> Preview:
         backbone = self.backbone_of(choice)
         with self.turns.borrow(backbone):
-            if backbone.adapter is not None:  # the question is about the plain network
-                backbone.adapter.deactivate()
+            active: Any = backbone.adapter
+            if active is not None:  # the question is about the plain network
+                active.deactivate()
             reason = find_method(choice.method).why_not(backbone)
             if reason is not None:
                 return Preview(reason=f"{choice.method} does not fit: {reason}")

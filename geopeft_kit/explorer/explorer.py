@@ -234,9 +234,9 @@ class Explorer:
 
     def _refresh(self) -> None:
         """Draw what the controls say; a run that is there is swapped in."""
+        self.page.draw(self.training, self._news, self._error)
         if self.shown is not None and not self.training:
             self.bench.activate(self.shown)
-        self.page.draw(self.training, self._news, self._error)
 
     # --- on disk ----------------------------------------------------------------------
 
