@@ -199,7 +199,6 @@ def test_a_run_repeats_although_the_page_was_used_meanwhile(data):
     looked = 0
     while thread.is_alive():
         for method in ("lora", "full", "convpass"):
-            torch.rand(3)  # not a preview's business, but it is drawn in one
             busy._previews.clear()
             assert busy.preview(choice_of(method)).reason is None
             looked += thread.is_alive()

@@ -128,6 +128,9 @@ class Explorer:
     def train(self) -> Explorer:
         """Train the choice in the background; a choice that has a run shows it.
 
+        What the page does meanwhile leaves no trace in the run. A cell of your own that
+        draws torch's random numbers meanwhile does, where a method uses dropout.
+
         Raises:
             RuntimeError: A training is under way.
             ValueError: The choice cannot be trained; the text says why.
