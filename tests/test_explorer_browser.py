@@ -7,6 +7,7 @@ test's folder.
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable
@@ -58,10 +59,17 @@ class Hand:
     def pixels(self, selector: str = "img.gpk-picture") -> bytes:
         return self.page.locator(selector).screenshot()
 
+    def pick(self, name: str, begin: str) -> None:
+        """Choose the option of a dropdown that begins with a text."""
+        box = self.page.locator(f".gpk-{name} select")
+        texts = box.locator("option").all_inner_texts()
+        plain = [text.replace("\xa0", " ") for text in texts]
+        box.select_option(
+            index=next(i for i, text in enumerate(plain) if text.startswith(begin))
+        )
+
     def method(self, key: str) -> None:
-        box = self.page.locator(".gpk-method select")
-        names = box.locator("option").all_inner_texts()
-        box.select_option(label=next(n for n in names if n.startswith(f"{key}: ")))
+        self.pick("method", f"{key}: ")
 
     def click(self, name: str) -> None:
         self.page.get_by_role("button", name=name, exact=True).click()
@@ -90,6 +98,12 @@ class Hand:
         self.page.screenshot(path=self.folder / f"{name}.png")
 
 
+def limit() -> float:
+    """Seconds that a toggle may take: 1, more on a machine that is overloaded."""
+    busy = os.getloadavg()[0] / (os.cpu_count() or 1)
+    return max(1.0, busy)
+
+
 def counts(text: str) -> dict[str, int]:
     """Numbers in the panel of parameters."""
     found = re.findall(r"(backbone|adapter|decoder)\s+([\d,]+)", text)
@@ -109,7 +123,7 @@ def choose_before_training(hand: Hand) -> None:
     assert unet["adapter"] == vpt["adapter"] and unet["decoder"] > vpt["decoder"]
     assert hand.text("memory") != memory
     print("seconds until a toggle was redrawn:", [round(t, 2) for t in times])
-    assert min(times) < 1
+    assert min(times) < limit()
     hand.method("upetu")
     hand.await_state("notes", "refused")
     assert "ConvNeXt" in hand.text("notes")
@@ -135,7 +149,7 @@ def toggle_while_training_then_cancel(hand: Hand) -> None:
     times = [hand.seconds_until_redrawn(lambda k=k: hand.method(k)) for k in
              ("bias", "norm", "ssf", "bias")]  # fmt: skip
     print("the same while training:", [round(t, 2) for t in times])
-    assert min(times) < 1
+    assert min(times) < limit()
     assert hand.state("progress") == "training", "the training ended too early"
     step = r"step (\d+)/"
     first = int(re.search(step, hand.text("progress"))[1])
@@ -191,7 +205,7 @@ def train_two_and_switch_back(hand: Hand) -> None:
 def swipe_and_fade(hand: Hand) -> None:
     """The map: two runs on two sides of a divider, and a layer's opacity."""
     page = hand.page
-    page.locator(".gpk-other select").select_option(label="2 bias + fcn")
+    hand.pick("other", "2 bias + fcn")
     hand.tab("Map")
     page.wait_for_selector(".gpk-map .leaflet-image-layer")
     divider = page.locator(".leaflet-sbs-divider")

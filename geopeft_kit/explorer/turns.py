@@ -42,33 +42,39 @@ class Turns:
 
     def __init__(self) -> None:
         self.stop = threading.Event()
-        self._lock = threading.RLock()
-        self._waiting: set[int] = set()
+        self._computing = threading.Lock()
+        self._next = threading.Lock()  # whoever holds it gets the other lock next
         self._worker: int | None = None
         self._in_batch = False
+
+    def _take(self) -> None:
+        with self._next:
+            self._computing.acquire()
 
     @contextmanager
     def work(self) -> Iterator[None]:
         """The training's side: computes all the time, and breathes when it can."""
-        with self._lock:
-            self._worker = threading.get_ident()
-            try:
-                yield
-            finally:
-                self._worker, self._in_batch = None, False
+        self._take()
+        self._worker = threading.get_ident()
+        try:
+            yield
+        finally:
+            self._worker, self._in_batch = None, False
+            self._computing.release()
 
     @contextmanager
     def borrow(self, backbone: Backbone) -> Iterator[None]:
         """The page's side: compute, and leave no trace in a training under way.
 
+        Not to be nested: inside, the turn is already the page's.
+
         Args:
             backbone: While a training runs, its active adapter and its mode come back
                 at the end. The state of torch's random numbers always does.
         """
-        me = threading.get_ident()
-        self._waiting.add(me)
+        self._take()
         try:
-            with self._lock, torch.random.fork_rng():
+            with torch.random.fork_rng():
                 active: Any = backbone.adapter
                 mode = backbone.training
                 try:
@@ -78,7 +84,7 @@ class Turns:
                         active.activate()
                         backbone.train(mode)
         finally:
-            self._waiting.discard(me)
+            self._computing.release()
 
     def breathe(self, *_: Any) -> None:
         """Let the page in, and end where that was asked for.
@@ -90,11 +96,9 @@ class Turns:
             return
         if self.stop.is_set():
             raise Cancelled
-        if self._waiting:
-            self._lock.release()
-            while self._waiting:
-                time.sleep(0.001)
-            self._lock.acquire()
+        if self._next.locked():  # the page waits; it goes first, then this thread
+            self._computing.release()
+            self._take()
 
     @contextmanager
     def breathing(self, model: Model) -> Iterator[None]:
