@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         simulated_data,
         touching_chips,
     )
+    from geopeft_kit.explorer import Explorer
     from geopeft_kit.exports import export_prediction
     from geopeft_kit.inference import predict_scene
     from geopeft_kit.maps import save_map, show_map
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Candidate",
     "ChipData",
+    "Explorer",
     "MapLayer",
     "Raster",
     "TorchgeoData",
@@ -82,6 +84,7 @@ _ROOMS = {
         "touching_chips",
     ),
     "exports": ("export_prediction",),
+    "explorer": ("Explorer",),
     "inference": ("predict_scene",),
     "maps": ("save_map", "show_map"),
     "methods": ("attach", "list_methods", "load_adapter"),

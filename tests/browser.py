@@ -94,20 +94,28 @@ def visit(chromium: Any) -> Iterator[Visit]:
     context.close()
 
 
-# --- JupyterLab -----------------------------------------------------------------------
+# --- JupyterLab and Notebook 7 --------------------------------------------------------
+
+# Module of a front end -> where it opens a notebook, and the class of its settings.
+FRONT_ENDS = {
+    "jupyterlab": ("doc/tree", "LabApp"),
+    "notebook": ("notebooks", "JupyterNotebookApp"),
+}
 
 
 @dataclass
 class Lab:
-    """A running JupyterLab: its address, token and folder."""
+    """A running JupyterLab or Notebook 7: its address, token and folder."""
 
     url: str
     token: str
     folder: Path
+    path: str = "doc/tree"
 
     def open(self, page: Any, notebook: str, timeout: float = 90) -> None:
         """Open a notebook alone in the window and wait until its kernel answers."""
-        page.goto(f"{self.url}/doc/tree/{notebook}?token={self.token}&reset")
+        address = f"{self.url}/{self.path}/{notebook}?token={self.token}&reset"
+        page.goto(address, timeout=timeout * 1e3)
         page.wait_for_function("window.jupyterapp !== undefined", timeout=timeout * 1e3)
         # Cells sent before the kernel is connected are lost without a word.
         page.wait_for_selector(".jp-NotebookPanel .jp-CodeCell", timeout=timeout * 1e3)
@@ -129,22 +137,26 @@ READY = """async () => {
 
 
 @contextlib.contextmanager
-def jupyter_lab(folder: Path, timeout: float = 90) -> Iterator[Lab]:
+def jupyter_lab(
+    folder: Path, timeout: float = 90, front_end: str = "jupyterlab"
+) -> Iterator[Lab]:
     """A JupyterLab on a free port of 127.0.0.1, stopped at the end.
 
     Args:
         folder: Its notebooks.
         timeout: Seconds until it has to answer.
+        front_end: "jupyterlab", or "notebook" for Notebook 7.
     """
+    path, settings = FRONT_ENDS[front_end]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     token = "test"
     command = [
-        sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root",
+        sys.executable, "-m", front_end, "--no-browser", "--allow-root",
         "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}",
         "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}",
-        f"--ServerApp.root_dir={folder}", "--LabApp.expose_app_in_browser=True",
+        f"--ServerApp.root_dir={folder}", f"--{settings}.expose_app_in_browser=True",
     ]  # fmt: skip
     # The question about Jupyter's news would cover a corner of the notebook.
     quiet = folder / "settings" / "@jupyterlab" / "apputils-extension"
@@ -161,7 +173,7 @@ def jupyter_lab(folder: Path, timeout: float = 90) -> Iterator[Lab]:
     try:
         url = f"http://127.0.0.1:{port}"
         _wait_for(f"{url}/api?token={token}", server, log, timeout)
-        yield Lab(url, token, folder)
+        yield Lab(url, token, folder, path)
     finally:
         server.terminate()
         try:

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from geopeft_kit.data.chips import ChipData
     from geopeft_kit.data.folder import Chip, read_chip_folder, write_chip_folder
     from geopeft_kit.data.simulated import simulated_data
-    from geopeft_kit.data.torchgeo_data import TorchgeoData
     from geopeft_kit.data.splits import touching_chips
+    from geopeft_kit.data.torchgeo_data import TorchgeoData
 
 __all__ = [
     "Chip",

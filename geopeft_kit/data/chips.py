@@ -82,6 +82,8 @@ class ChipData(L.LightningDataModule):
         regions: All region names, sorted.
         splits: The splits that have chips.
         index: GeoDataFrame; its column `split` says what was resolved.
+        hparams: The arguments above, by name.
+        subsets: The calls of `subset` that led here: (n, seed, split).
 
     Raises:
         FileNotFoundError: No chip folder, or files of it are missing.
@@ -105,6 +107,8 @@ class ChipData(L.LightningDataModule):
         blocks: int = 5,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters(logger=False)  # the arguments, as `hparams`
+        self.subsets: tuple[tuple[int, int, str], ...] = ()
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be 1 or more.")
         if isinstance(folder, InPlace):
@@ -419,6 +423,7 @@ class ChipData(L.LightningDataModule):
         smaller.index = self.index.copy()
         column = smaller.index.columns.get_loc("split")
         smaller.index.iloc[np.array(rows)[order[n:]], column] = "unused"
+        smaller.subsets = (*self.subsets, (n, seed, split))
         return smaller
 
     def __repr__(self) -> str:

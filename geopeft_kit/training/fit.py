@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,6 +77,7 @@ def fit(
     folder: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
+    callbacks: Sequence[L.Callback] = (),
 ) -> Run:
     """Train what is trainable in `model` on the training split of `data`.
 
@@ -113,6 +114,7 @@ def fit(
         resume: Continue from the checkpoint in `folder`. On a CPU, at an equal number
             of threads, the final weights are those of a run never interrupted.
         progress: Show a line or a bar that is updated at most twice a second.
+        callbacks: Lightning callbacks of your own, called after the kit's.
 
     Returns:
         The `Run`.
@@ -149,18 +151,18 @@ def fit(
     history = History(
         chips, validate_every or (1 if patience else None), epochs, progress
     )
-    callbacks: list[L.Callback] = [history, tracker]
+    own: list[L.Callback] = [history, tracker]
     if patience:
-        callbacks.append(EarlyStop(history, patience))
+        own.append(EarlyStop(history, patience))
     if checkpoint is not None:
-        callbacks.append(Checkpoint(checkpoint))
+        own.append(Checkpoint(checkpoint))
     with quiet_lightning():
         trainer = L.Trainer(
             accelerator="gpu" if place.type == "cuda" else "cpu",
             devices=1,
             precision=settings["precision"],
             max_epochs=epochs,
-            callbacks=callbacks,
+            callbacks=[*own, *callbacks],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,

@@ -1,0 +1,335 @@
+"""The explorer without its page: backbones in memory, previews, runs that are kept.
+
+One backbone carries the adapters of all runs on it; going back to a run swaps its
+adapter in. A preview attaches a method, counts, and detaches it again. Taught in
+notebook 13.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch.utils.data import default_collate
+
+from geopeft_kit.backbones import load_backbone
+from geopeft_kit.backbones.base import Backbone
+from geopeft_kit.data.chips import ChipData
+from geopeft_kit.explorer.choice import AS_GIVEN, Choice, code_of, find_method
+from geopeft_kit.explorer.turns import Turns, Watch
+from geopeft_kit.methods import Adapter, attach
+from geopeft_kit.model import Model, build_model
+from geopeft_kit.training.evaluate import HEADLINE, evaluate
+from geopeft_kit.training.fit import fit
+from geopeft_kit.training.hardware import choose_device
+from geopeft_kit.training.task import batch_meta, batch_target, compute_loss
+from geopeft_kit.training.tracker import MIB, count_saved_bytes, weight_bytes
+
+PARTS = ("weights", "gradients", "optimiser", "activations")
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What is known about a choice before it is trained.
+
+    Attributes:
+        reason: Why it cannot be trained, or None.
+        backbone, adapter, decoder: Numbers of parameters; adapter and decoder train.
+        memory: Predicted MiB of weights, gradients, optimiser and activations.
+    """
+
+    reason: str | None = None
+    backbone: int = 0
+    adapter: int = 0
+    decoder: int = 0
+    memory: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class KeptRun:
+    """A trained choice.
+
+    Attributes:
+        number: Counts up from 1.
+        choice: What was trained.
+        adapter: Attached to the shared backbone, active when it is shown.
+        model: That backbone with the decoder of this run.
+        rows: The history, one dict an epoch.
+        losses: Training loss, step by step.
+        resources: Measured time and memory, see `gk.training.Resources`.
+        scores: "val" and "test" -> what `gk.evaluate` gives.
+        counts: Parameters of backbone, adapter and decoder.
+        maps: Predictions for chips of the test split, by position; made when asked for.
+    """
+
+    number: int
+    choice: Choice
+    adapter: Adapter = field(repr=False)
+    model: Model = field(repr=False)
+    rows: list[dict[str, Any]] = field(repr=False)
+    losses: list[float] = field(repr=False)
+    resources: dict[str, Any] = field(repr=False)
+    scores: dict[str, Any] = field(repr=False)
+    counts: dict[str, int]
+    maps: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
+
+    @property
+    def name(self) -> str:
+        """What tables and maps call it."""
+        return f"{self.number} {self.choice.title}"
+
+    @property
+    def memory(self) -> float:
+        """Measured MiB of weights, gradients, optimiser and activations together."""
+        return sum(self.resources[f"{part}_mib"] for part in PARTS)
+
+    def score(self, split: str = "test") -> float:
+        """The headline score of a split; NaN where it has none."""
+        name = HEADLINE[self.model.task][0]
+        return self.scores.get(split, {}).get("overall", {}).get(name, float("nan"))
+
+
+class Bench:
+    """Data sets, backbones and runs.
+
+    Args:
+        data: Label -> data.
+        backbones: Label -> arguments of `load_backbone`, `name` among them.
+
+    Attributes:
+        runs: Key of the choice -> run, in the order of training.
+        turns: Who computes: the page, or the training.
+        device: Where everything is computed.
+    """
+
+    def __init__(
+        self, data: Mapping[str, ChipData], backbones: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        self.data, self.backbones = dict(data), dict(backbones)
+        self.runs: dict[str, KeptRun] = {}
+        self.turns = Turns()
+        self.device = choose_device()
+        self._held_out: dict[tuple[str, str], ChipData] = {}
+        self._loaded: dict[tuple[str, tuple[str, ...]], Backbone] = {}
+        self._sizes: dict[int, int] = {}  # of the plain backbones, by id
+        self._previews: dict[str, Preview] = {}
+
+    def regions(self, label: str) -> list[str]:
+        """Regions of a data set that can be held out one at a time."""
+        data = self.data[label]
+        if data.hparams["split"] != "region" or data.subsets:
+            return []
+        return data.regions if len(data.regions) > 1 else []
+
+    def data_of(self, choice: Choice) -> ChipData:
+        """The data with the region that is held out."""
+        data, key = self.data[choice.data], (choice.data, choice.held_out)
+        if choice.held_out == AS_GIVEN:
+            return data
+        if key not in self._held_out:
+            given = {**data.hparams, "test_regions": [choice.held_out]}
+            self._held_out[key] = ChipData(**given)
+        return self._held_out[key]
+
+    def backbone_of(self, choice: Choice) -> Backbone:
+        """The backbone, loaded once for each set of bands."""
+        bands = tuple(self.data[choice.data].bands)
+        key = (choice.backbone, bands)
+        if key not in self._loaded:
+            arguments = {"bands": bands, **self.backbones[choice.backbone]}
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                backbone = load_backbone(**arguments).to(self.device)
+            self._loaded[key] = backbone
+            self._sizes[id(backbone)] = sum(p.numel() for p in backbone.parameters())
+        return self._loaded[key]
+
+    def code(self, choice: Choice) -> str:
+        """The cell that repeats a run, trained or not."""
+        arguments = self.backbones[choice.backbone]
+        return code_of(choice, self.data_of(choice), arguments, self.device)
+
+    def preview(self, choice: Choice) -> Preview:
+        """Sizes and memory of a choice, or why it is none; nothing is trained."""
+        if choice.key not in self._previews:
+            try:
+                self._previews[choice.key] = self._preview(choice)
+            except (ValueError, TypeError, OSError, RuntimeError) as error:
+                return Preview(reason=str(error))
+        return self._previews[choice.key]
+
+    def _preview(self, choice: Choice) -> Preview:
+        backbone = self.backbone_of(choice)
+        with self.turns.borrow(backbone):
+            active: Any = backbone.adapter
+            if active is not None:  # the question is about the plain network
+                active.deactivate()
+            reason = find_method(choice.method).why_not(backbone)
+            if reason is not None:
+                return Preview(reason=f"{choice.method} does not fit: {reason}")
+            torch.manual_seed(choice.seed)
+            adapter, model = self._build(choice)
+            try:
+                counts = self._count(model, adapter)
+                memory = predict_memory(model, self.data_of(choice), self.device)
+            finally:
+                adapter.detach()
+        return Preview(None, counts["backbone"], counts["adapter"], counts["decoder"],
+                       memory)  # fmt: skip
+
+    def _build(self, choice: Choice) -> tuple[Adapter, Model]:
+        """The adapter, active, and the model; an error leaves nothing attached."""
+        data, backbone = self.data_of(choice), self.backbone_of(choice)
+        adapter = attach(backbone, choice.method, **choice.options)
+        try:
+            model = build_model(backbone, choice.decoder, data.task, data.num_classes)
+        except BaseException:
+            adapter.detach()
+            raise
+        return adapter, model.to(self.device)
+
+    def _count(self, model: Model, adapter: Adapter) -> dict[str, int]:
+        """Parameters of the plain backbone, of the adapter, and of the decoder."""
+        return {
+            "backbone": self._sizes[id(model.backbone)],
+            "adapter": adapter.num_parameters,
+            "decoder": sum(p.numel() for p in model.decoder_parameters()),
+        }
+
+    def train(self, choice: Choice, tell: Callable[[dict[str, Any]], None]) -> KeptRun:
+        """Train a choice; meant for a thread of its own.
+
+        Args:
+            choice: What to train.
+            tell: Gets the news, see `Watch`.
+
+        Returns:
+            The run, its adapter attached but not active; put it into `runs`.
+
+        Raises:
+            Cancelled: `turns.stop` was set. As after any other error, the backbone is
+                bit for bit what it was and earlier runs are untouched.
+        """
+        data, backbone = self.data_of(choice), self.backbone_of(choice)
+        watch = Watch(self.turns, tell)
+        with self.turns.work():
+            torch.manual_seed(choice.seed)
+            adapter, model = self._build(choice)
+            try:
+                with self.turns.breathing(model):
+                    run = fit(
+                        model,
+                        data,
+                        epochs=choice.epochs,
+                        learning_rate=choice.learning_rate,
+                        validate_every=1 if "val" in data.splits else None,
+                        seed=choice.seed,
+                        device=self.device.type,
+                        progress=False,
+                        callbacks=[watch],
+                    )
+                    held_out = evaluate(model, data, "test", self.device)
+                kept = KeptRun(
+                    number=1 + max((r.number for r in self.runs.values()), default=0),
+                    choice=choice,
+                    adapter=adapter,
+                    model=model,
+                    rows=run.history.to_dict("records"),
+                    losses=watch.losses,
+                    resources=run.resources.to_dict(),
+                    scores={"val": run.metrics, "test": held_out},
+                    counts=self._count(model, adapter),
+                )
+            except BaseException:
+                adapter.detach()
+                backbone.eval()
+                raise
+            adapter.deactivate()
+        return kept
+
+    def activate(self, run: KeptRun) -> Model:
+        """Swap a run's adapter in; during a training it is swapped out again."""
+        run.adapter.activate()
+        return run.model.eval()
+
+    def predict(self, run: KeptRun, position: int) -> np.ndarray:
+        """The prediction for one chip of the test split.
+
+        Args:
+            run: A kept run; its adapter is swapped in.
+            position: Of the chip in `data.dataset("test")`.
+
+        Returns:
+            (H, W) class numbers or values, or () / (K,) for whole images.
+        """
+        if position not in run.maps:
+            sample = self.data_of(run.choice).dataset("test")[position]
+            image = sample["image"][None].to(self.device)  # (1, C, H, W)
+            meta = batch_meta({k: v for k, v in sample.items() if k != "label"})
+            if meta is not None:
+                meta = {key: value[None].to(self.device) for key, value in meta.items()}
+            with self.turns.borrow(run.model.backbone), torch.inference_mode():
+                output = self.activate(run)(image, meta)[0].cpu()
+            run.maps[position] = _decide(output, run.model.task).numpy()
+        return run.maps[position]
+
+
+def _decide(output: torch.Tensor, task: str) -> torch.Tensor:
+    """Logits of one chip -> class numbers, zeros and ones, or values."""
+    if task == "regression":
+        return output[0]  # (H, W)
+    if task == "multilabel":
+        return output > 0  # (K,)
+    return output.argmax(dim=0)  # (H, W), or () for one class per image
+
+
+def predict_memory(
+    model: Model, data: ChipData, device: torch.device
+) -> dict[str, float]:
+    """MiB that a training step will take, by part.
+
+    Weights, gradients and AdamW's two moments follow from the counts. Activations are
+    counted in one real forward pass of two chips and scaled to the batch.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = sum(p.numel() * p.element_size() for p in trained)
+    chips = data.dataset("train")
+    few, size = min(2, len(chips)), min(data.batch_size, len(chips))
+    small = default_collate(chips.__getitems__(range(few)))
+    meta = batch_meta(small)
+    if meta is not None:
+        meta = {key: value.to(device) for key, value in meta.items()}
+    model.train()
+    with count_saved_bytes(model) as saved:
+        output = model(small["image"].to(device), meta)
+        target = batch_target(small).to(device)
+        compute_loss(output, target, data.task, data.ignore_index)
+    activations = sum(saved.values()) * size / few
+    parts = (weight_bytes(model), gradients, 2 * gradients, activations)
+    return {part: value / MIB for part, value in zip(PARTS, parts, strict=True)}
+
+
+def machine_memory(device: torch.device) -> tuple[float, float]:
+    """MiB of memory (free, in all) where the model trains."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+    else:
+        free, total = psutil.virtual_memory().available, psutil.virtual_memory().total
+    return free / MIB, total / MIB
+
+
+def pareto_front(runs: list[KeptRun]) -> list[KeptRun]:
+    """The runs that no other beats in both the held-out score and memory."""
+    if not runs:
+        return []
+    sign = 1 if HEADLINE[runs[0].model.task][1] else -1
+    best, front = -float("inf"), []
+    for run in sorted(runs, key=lambda r: (r.memory, -sign * r.score())):
+        if sign * run.score() > best:
+            best = sign * run.score()
+            front.append(run)
+    return front

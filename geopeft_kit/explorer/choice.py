@@ -1,0 +1,229 @@
+"""A choice: everything that decides about one run, and the code that repeats it.
+
+The explorer's controls make a `Choice`, the bench trains it, `code_of` writes it down
+as a cell that runs alone. Taught in notebook 13.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from geopeft_kit.bands import resolve_bands
+from geopeft_kit.data.chips import ChipData
+from geopeft_kit.data.simulated import simulated_data
+from geopeft_kit.methods import MethodCard, list_methods
+
+AS_GIVEN = ""  # the regions that the data itself holds out
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen, ready for JSON.
+
+    Attributes:
+        data: Label of the data set.
+        held_out: Region to hold out; empty for those that the data holds out itself.
+        backbone: Label of the backbone.
+        method: Key of the method.
+        options: Its options that differ from their defaults, and `layers`.
+        decoder: Name of the decoder.
+        epochs: Passes over the training chips.
+        learning_rate: For what trains in the backbone; None for the method's own.
+        seed: Start of the weights, order of the chips, dropout.
+    """
+
+    data: str
+    held_out: str
+    backbone: str
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    decoder: str = "linear"
+    epochs: int = 4
+    learning_rate: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        card = find_method(self.method)
+        known = defaults_of(card)
+        unknown = sorted(set(self.options) - set(known))
+        if unknown:  # also keeps anything but names out of the code that is written
+            raise ValueError(
+                f"{self.method!r} has no option {', '.join(map(repr, unknown))}. It "
+                f"has {', '.join(known)}."
+            )
+        changed = {k: v for k, v in self.options.items() if v != known[k]}
+        object.__setattr__(self, "options", changed)
+
+    @property
+    def key(self) -> str:
+        """One text per choice; equal choices have equal keys."""
+        return json.dumps(self.to_dict(), sort_keys=True)
+
+    @property
+    def title(self) -> str:
+        """Method, changed options and decoder in a few words."""
+        changed = ", ".join(f"{name} {value}" for name, value in self.options.items())
+        return f"{self.method}{f' ({changed})' if changed else ''} + {self.decoder}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, plain JSON; tuples become lists."""
+        return json.loads(json.dumps(asdict(self)))
+
+
+def find_method(name: str) -> MethodCard:
+    """The card of a method.
+
+    Raises:
+        ValueError: There is no such method.
+    """
+    cards = {card.name: card for card in list_methods()}
+    if name not in cards:
+        raise ValueError(f"no method {name!r}. Choose one of: {', '.join(cards)}.")
+    return cards[name]
+
+
+def defaults_of(card: MethodCard) -> dict[str, Any]:
+    """Option -> default, read from the method's card; `layers` stands first."""
+    texts = {name: text.split(" = ", 1)[1] for name, text in card.options.items()}
+    return {"layers": "all"} | {k: ast.literal_eval(v) for k, v in texts.items()}
+
+
+# --- code -----------------------------------------------------------------------------
+
+
+def code_of(
+    choice: Choice, data: ChipData, backbone: Mapping[str, Any], device: torch.device
+) -> str:
+    """A cell that repeats a run in an empty process, with the same numbers.
+
+    Args:
+        choice: What was chosen.
+        data: The data set, with the choice's held-out region applied.
+        backbone: Arguments of `load_backbone`, `name` among them.
+        device: Where the run was trained.
+
+    Returns:
+        Python code, the last lines of which print the scores.
+    """
+    arguments = dict(backbone)
+    name = arguments.pop("name")
+    random = arguments.get("weights", "") is None or "random" in arguments.values()
+    place = "" if device.type == "cpu" else f".to({_text(device.type)})"
+    rate = choice.learning_rate
+    load = _call(
+        "gk.load_backbone", [_text(name), "bands=data.bands"], _keywords(arguments)
+    )
+    attach = _call(
+        "gk.attach", ["backbone", _text(choice.method)], _keywords(choice.options)
+    )
+    settings: dict[str, Any] = {
+        "epochs": choice.epochs,
+        "seed": choice.seed,
+        "validate_every": 1,
+    }
+    if "val" not in data.splits:
+        settings.pop("validate_every")
+    if rate is not None:
+        settings["learning_rate"] = rate
+    build = f"backbone, {_text(choice.decoder)}, data.task, data.num_classes"
+    lines = [
+        "import torch",
+        "",
+        "import geopeft_kit as gk",
+        "",
+        f"data = {data_code(data)}",
+        *(["torch.manual_seed(0)"] if random else []),
+        f"backbone = {load}{place}",
+        "",
+        f"torch.manual_seed({choice.seed})",
+        f"adapter = {attach}",
+        f"model = gk.build_model({build})",
+        f"run = {_call('gk.fit', ['model', 'data'], _keywords(settings))}",
+        "",
+        'print("validation", run.metrics.get("overall"))',
+        'print("held out", gk.evaluate(model, data, "test")["overall"])',
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def data_code(data: ChipData) -> str:
+    """The call that makes this data set again.
+
+    Simulated data is made anew from its recipe, so that the code runs on any machine;
+    other data is read from its folder.
+    """
+    given = dict(data.hparams)
+    recipe = data.info.extra.get("recipe", {}) if data.simulated else {}
+    subsets = "".join(
+        f".subset({n}, {s}, {_text(split)})" for n, s, split in data.subsets
+    )
+    from_recipe = (
+        bool(recipe)
+        and given["split"] == "region"
+        and given["bands"] is None
+        and given["test_regions"] is not None
+        and given["seed"] == recipe["seed"]
+    )
+    if not from_recipe:
+        folder = _text(str(Path(given.pop("folder")).resolve()))
+        return _call("gk.ChipData", [folder], _changed(given, ChipData)) + subsets
+    made = {k: v for k, v in recipe.items() if k not in ("task", "regions", "version")}
+    made["test_regions"] = list(given["test_regions"])
+    trained = set(recipe["regions"]) - set(made["test_regions"])
+    made["train_regions"] = [r for r in recipe["regions"] if r in trained]
+    for name in ("batch_size", "val_fraction", "augment", "buffer_m"):
+        made[name] = given[name]
+    keywords = _changed(made, ChipData, simulated_data)
+    return _call("gk.simulated_data", [_text(recipe["task"])], keywords) + subsets
+
+
+def _changed(values: Mapping[str, Any], *functions: Any) -> list[str]:
+    """Keyword arguments that differ from the defaults of the functions."""
+    defaults: dict[str, Any] = {}
+    for function in functions:
+        parameters = inspect.signature(function).parameters.items()
+        defaults |= {name: parameter.default for name, parameter in parameters}
+    if isinstance(defaults.get("bands"), str):  # a sensor's name
+        defaults["bands"] = resolve_bands(defaults["bands"])
+    kept = {k: v for k, v in values.items() if _plain(v) != _plain(defaults.get(k))}
+    if not kept.get("shift"):
+        kept.pop("shift", None)
+    return _keywords(kept)
+
+
+def _keywords(values: Mapping[str, Any]) -> list[str]:
+    """Keyword arguments as code; a saved explorer can bring names of its own."""
+    strange = [name for name in values if not name.isidentifier()]
+    if strange:
+        raise ValueError(f"{strange[0]!r} is no name of an argument.")
+    return [f"{name}={_text(value)}" for name, value in values.items()]
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _text(value: Any) -> str:
+    """A value as code, with double quotes."""
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_text, value))}]"
+    return repr(value)
+
+
+def _call(function: str, first: list[str], keywords: list[str]) -> str:
+    """A call on one line where it fits, else one argument a line."""
+    parts = [*first, *keywords]
+    line = f"{function}({', '.join(parts)})"
+    if len(line) <= 66:
+        return line
+    return "\n    ".join([f"{function}(", *(f"{part}," for part in parts)]) + "\n)"

@@ -1,0 +1,314 @@
+"""`Explorer`: one widget to choose, train, compare, and copy the code of.
+
+Everything the buttons do is a method as well, so that a script or the next cell can do
+it: `choose`, `train`, `wait`, `cancel`, `runs`, `model`, `code`, `save`, `load`.
+
+Controls are core ipywidgets; panels are HTML, pictures PNG. Only the map needs
+ipyleaflet; without it the stand-alone page of the same map is shown, and the picture is
+there in any case. Taught in notebook 13.
+"""
+
+from __future__ import annotations
+
+import threading
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from geopeft_kit.data.chips import ChipData
+from geopeft_kit.explorer.bench import Bench, KeptRun, Preview
+from geopeft_kit.explorer.choice import Choice
+from geopeft_kit.explorer.controls import Controls
+from geopeft_kit.explorer.page import TABS, Page
+from geopeft_kit.explorer.storage import (
+    check_data,
+    fill_bench,
+    read_settings,
+    save_bench,
+)
+from geopeft_kit.explorer.turns import Cancelled, Mailbox
+from geopeft_kit.methods import list_methods
+from geopeft_kit.model import Model
+
+
+class Explorer:
+    """A widget over backbones, methods, decoders and data.
+
+    Args:
+        data: A data set, or several by label.
+        backbones: Names of backbones, or label -> arguments of `load_backbone` with
+            `name` among them. A choice loads its backbone, so name those whose weights
+            are on this machine.
+        methods: Methods to offer; None offers all. What does not fit says why.
+        show: Which three bands a picture shows: "true", "false", "swir".
+        height: Of the map, in pixels.
+
+    Raises:
+        ValueError: No data, no backbone, or an unknown method.
+
+    Example:
+        >>> explorer = gk.Explorer(gk.simulated_data("burn", chips_per_region=8))
+        >>> explorer.choose(method="lora", options={"rank": 4}, epochs=2)
+        >>> explorer.train().wait()
+        >>> print(explorer.code)
+    """
+
+    def __init__(
+        self,
+        data: ChipData | Mapping[str, ChipData],
+        backbones: Sequence[str] | Mapping[str, Mapping[str, Any]] = ("geopeft_tiny",),
+        methods: Sequence[str] | None = None,
+        show: str | Sequence[str] = "true",
+        height: int = 440,
+    ) -> None:
+        sets = {str(data.name): data} if isinstance(data, ChipData) else dict(data)
+        if not isinstance(backbones, Mapping):
+            backbones = {name: {"name": name} for name in backbones}
+        if not sets or not backbones:
+            raise ValueError("the explorer needs a data set and a backbone or more.")
+        chosen = list(methods or [card.name for card in list_methods()])
+        self.bench = Bench(sets, backbones)
+        self._settings = {"methods": chosen, "show": show, "height": height}
+        self._mailbox = Mailbox()
+        self._thread: threading.Thread | None = None
+        self._error: str = ""
+        self._news: dict[str, Any] = {}
+        self.controls = Controls(self.bench, chosen)
+        self.page = Page(self.bench, self.controls, show, height)
+        self.page.on_train(self.train)
+        self.page.on_cancel(self.cancel)
+        self.controls.listen(self._refresh)
+        self._refresh()
+
+    # --- choose -----------------------------------------------------------------------
+
+    @property
+    def choice(self) -> Choice:
+        """What the controls say."""
+        return self.controls.choice()
+
+    def choose(self, **changes: Any) -> Explorer:
+        """Change the controls.
+
+        Args:
+            **changes: Fields of the choice: data, held_out, backbone, method, options
+                (a dict), decoder, epochs, learning_rate, seed. A new method begins
+                with its own options.
+
+        Raises:
+            ValueError: A value that is not offered, or an unknown option.
+            TypeError: An unknown field.
+        """
+        if "method" in changes:
+            changes.setdefault("options", {})
+        self.controls.set(replace(self.choice, **changes))
+        return self
+
+    @property
+    def preview(self) -> Preview:
+        """Sizes and predicted memory of the choice, or why it cannot be trained."""
+        return self.bench.preview(self.choice)
+
+    @property
+    def code(self) -> str:
+        """The cell that repeats the choice in an empty process."""
+        return self.bench.code(self.choice)
+
+    # --- train ------------------------------------------------------------------------
+
+    @property
+    def training(self) -> bool:
+        """Whether a training is under way."""
+        return self._thread is not None
+
+    def train(self) -> Explorer:
+        """Train the choice in the background; a choice that has a run shows it.
+
+        What the page does meanwhile leaves no trace in the run. A cell of your own that
+        draws torch's random numbers meanwhile does, where a method uses dropout.
+
+        Raises:
+            RuntimeError: A training is under way.
+            ValueError: The choice cannot be trained; the text says why.
+        """
+        if self.training:
+            raise RuntimeError("a training is under way: wait for it, or cancel it.")
+        choice, preview = self.choice, self.preview
+        if preview.reason is not None:
+            raise ValueError(preview.reason)
+        if choice.key in self.bench.runs:
+            self._refresh()
+            return self
+        self._error, self._news = "", {"choice": choice}
+        self.bench.turns.stop.clear()
+        self._thread = threading.Thread(
+            target=self._work, args=(choice,), name="geopeft-explorer", daemon=True
+        )
+        self._refresh()
+        self._thread.start()
+        return self
+
+    def wait(self) -> Explorer:
+        """Wait until the training has ended.
+
+        The page goes on being drawn; its controls answer when the cell has ended.
+
+        Raises:
+            RuntimeError: The training failed; the text is the whole traceback.
+        """
+        while self._thread is not None:
+            self._thread.join(0.1)
+            self._mailbox.deliver()
+        if self._error:
+            raise RuntimeError(self._error)
+        return self
+
+    def cancel(self) -> Explorer:
+        """Ask the training to stop after its step; nothing of it is kept."""
+        self.bench.turns.stop.set()
+        return self
+
+    def _work(self, choice: Choice) -> None:
+        """The thread: train, and say how it ended."""
+        run, error, message = None, "", ""
+        try:
+            run = self.bench.train(choice, self._report)
+        except Cancelled:
+            message = "Cancelled; nothing of it was kept."
+        except BaseException:  # shown in full on the page, and raised by `wait`
+            error = traceback.format_exc()
+        self._mailbox.post(self._ended, run, error, message)
+
+    def _report(self, news: dict[str, Any]) -> None:
+        self._mailbox.post(self._tell, news)
+
+    def _tell(self, news: dict[str, Any]) -> None:
+        self._news |= news
+        if self.training:
+            self.page.draw_progress(self._news)
+
+    def _ended(self, run: KeptRun | None, error: str, message: str) -> None:
+        self._thread, self._error = None, error
+        if run is not None:
+            self.bench.runs[run.choice.key] = run
+        self.page.message = message
+        self._refresh()
+
+    # --- runs -------------------------------------------------------------------------
+
+    @property
+    def shown(self) -> KeptRun | None:
+        """The run of the choice, if it was trained."""
+        try:
+            return self.bench.runs.get(self.choice.key)
+        except ValueError:
+            return None
+
+    @property
+    def model(self) -> Model:
+        """The model of the choice, its adapter swapped in.
+
+        Raises:
+            RuntimeError: A training is under way, or the choice was not trained.
+        """
+        run = self.shown
+        if self.training or run is None:
+            raise RuntimeError(
+                "the choice has no trained model to hand out now: call train() and "
+                "wait() first."
+            )
+        return self.bench.activate(run)
+
+    @property
+    def runs(self) -> pd.DataFrame:
+        """All runs: choice, cost and scores, one row a run."""
+        return pd.DataFrame([_row(run) for run in self.bench.runs.values()])
+
+    def show(self, tab: str) -> Explorer:
+        """Open a tab of the page: "Picture", "Map", "Runs" or "Code"."""
+        if tab not in TABS:
+            raise ValueError(f"no tab {tab!r}. Choose one of: {', '.join(TABS)}.")
+        self.page.tabs.selected_index = TABS.index(tab)
+        return self
+
+    def _refresh(self) -> None:
+        """Draw what the controls say; a run that is there is swapped in."""
+        self.page.draw(self.training, self._news, self._error)
+        if self.shown is not None and not self.training:
+            self.bench.activate(self.shown)
+
+    # --- on disk ----------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> Path:
+        """Write choices, adapters, decoders and scores, whole or not at all.
+
+        Args:
+            folder: Made if needed; an explorer that is there is replaced.
+
+        Raises:
+            RuntimeError: A training is under way.
+            FileExistsError: The folder holds something else.
+        """
+        if self.training:
+            raise RuntimeError("a training is under way: wait for it, or cancel it.")
+        settings = {**self._settings, "choice": self.choice.to_dict()}
+        return save_bench(self.bench, folder, settings)
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, data: ChipData | Mapping[str, ChipData]
+    ) -> Explorer:
+        """Bring back a saved explorer, without training.
+
+        Args:
+            folder: Written by `save`.
+            data: The same data: it is compared by chips, splits and bands.
+
+        Raises:
+            FileNotFoundError: There is no explorer in the folder.
+            ValueError: Truncated files, other data, or other weights of a backbone.
+        """
+        content = read_settings(folder)
+        settings = dict(content["settings"])
+        choice = Choice(**settings.pop("choice"))
+        explorer = cls(data, content["backbones"], **settings)
+        check_data(content, explorer.bench.data)
+        fill_bench(explorer.bench, content, folder)
+        explorer.controls.set(choice)
+        return explorer
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict:
+        """The widget, and for exported pages its last state as HTML."""
+        view = self.page.box._repr_mimebundle_()
+        return {**view, "text/plain": repr(self), "text/html": self.page.as_html()}
+
+    def __repr__(self) -> str:
+        return f"Explorer({len(self.bench.runs)} runs)"
+
+
+def _row(run: KeptRun) -> dict[str, Any]:
+    choice = run.choice
+    overall = {
+        f"{split} {name}": value
+        for split, scores in run.scores.items()
+        for name, value in scores.get("overall", {}).items()
+    }
+    return {
+        "run": run.name,
+        "data": choice.data,
+        "held out": choice.held_out or "as given",
+        "backbone": choice.backbone,
+        "method": choice.method,
+        "decoder": choice.decoder,
+        "epochs": choice.epochs,
+        "seed": choice.seed,
+        "adapter": run.counts["adapter"],
+        "trained": run.counts["adapter"] + run.counts["decoder"],
+        "step_ms": run.resources["step_ms"],
+        "memory_mib": run.memory,
+        **overall,
+    }

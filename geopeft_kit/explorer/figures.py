@@ -1,0 +1,203 @@
+"""The explorer's pictures: a chip with its errors, the trade-off plot, the map."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from geopeft_kit import plots
+from geopeft_kit.data.chips import ChipData
+from geopeft_kit.explorer.bench import Bench, KeptRun, pareto_front
+from geopeft_kit.maps import MapLayer, Raster, SceneMap, chip_layers, show_map
+from geopeft_kit.model import WHOLE_IMAGE_TASKS
+from geopeft_kit.pictures import as_numpy, picture_bands, stretch
+from geopeft_kit.training.evaluate import HEADLINE
+
+CHIPS = 6  # places on the map, spread over the test split
+
+
+def positions_of(data: ChipData, count: int = CHIPS) -> list[int]:
+    """Positions of a few chips, spread evenly over the test split."""
+    total = len(data.dataset("test"))
+    return sorted({round(i) for i in np.linspace(0, total - 1, min(count, total))})
+
+
+def sample_at(data: ChipData, position: int) -> dict[str, Any]:
+    """A chip of the test split as it is drawn; of two dates, the later one."""
+    sample = dict(data.dataset("test")[position])
+    if sample["image"].ndim == 4:
+        sample["image"] = sample["image"][:, -1]  # (C, 2, H, W) -> (C, H, W)
+    return sample
+
+
+def png(figure: Figure, dpi: int = 110) -> bytes:
+    """A figure as PNG bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
+
+
+def chip_png(
+    bench: Bench, data: ChipData, run: KeptRun | None, position: int, show: Any
+) -> bytes:
+    """A chip: image and truth, and the prediction and its errors where there is a run.
+
+    Args:
+        bench: Makes the prediction.
+        data: The data set, with its held-out region.
+        run: Whose prediction, or None.
+        position: Of the chip in the test split.
+        show: Which three bands make the picture.
+    """
+    sample = sample_at(data, position)
+    guess = None if run is None else bench.predict(run, position)
+    if "mask" not in sample:
+        title = _whole_image_title(sample, guess, data)
+        return png(plots.show_chip(sample, data.bands, show, title=title))
+    if data.classes is None:
+        return png(_values_figure(sample, guess, data, show))
+    look: dict[str, Any] = {
+        "classes": data.classes,
+        "colours": data.colours,
+        "show": show,
+        "ignore_index": data.ignore_index,
+    }
+    if guess is None:
+        return png(plots.show_chip(sample, data.bands, **look))
+    return png(plots.plot_errors(sample, guess, data.bands, **look))
+
+
+def _whole_image_title(sample: Mapping[str, Any], guess: Any, data: ChipData) -> str:
+    """Truth and answer in words."""
+
+    def words(label: Any) -> str:
+        values = np.ravel(as_numpy(label))
+        numbers = np.flatnonzero(values) if data.task == "multilabel" else values
+        names = data.classes or [str(i) for i in range(data.num_classes)]
+        return ", ".join(names[int(i)] for i in numbers) or "nothing"
+
+    title = f"{sample['region']}. Truth: {words(sample['label'])}"
+    return title if guess is None else f"{title}. Prediction: {words(guess)}"
+
+
+def _values_figure(
+    sample: Mapping[str, Any], guess: Any, data: ChipData, show: Any
+) -> Figure:
+    """Regression: image, truth, and prediction on the truth's scale."""
+    truth = as_numpy(sample["mask"])
+    low, high = np.nanmin(truth), np.nanmax(truth)
+    panels = {"truth": truth} | ({} if guess is None else {"prediction": guess})
+    figure = Figure(figsize=(3.3 + 3.6 * len(panels), 3.4), layout="constrained")
+    first, *others = figure.subplots(1, 1 + len(panels))
+    first.imshow(stretch(as_numpy(sample["image"])[picture_bands(data.bands, show)]))
+    first.set(title="image", xlabel="column (pixels)", ylabel="row (pixels)")
+    for axis, (title, values) in zip(others, panels.items(), strict=True):
+        drawn = axis.imshow(values, vmin=low, vmax=high, interpolation="nearest")
+        axis.set(title=title, xlabel="column (pixels)")
+    figure.colorbar(drawn, ax=others, shrink=0.8)
+    figure.suptitle(str(sample["region"]).replace("$", r"\$"))
+    return figure
+
+
+def trade_off_png(runs: Sequence[KeptRun], shown: KeptRun | None) -> bytes:
+    """Held-out score against memory, with the Pareto front; empty without runs."""
+    if not runs:
+        return b""
+    name, larger = HEADLINE[runs[0].model.task]
+    figure = Figure(figsize=(7.6, 3.3), layout="constrained")
+    axis = figure.subplots()
+    front = pareto_front(list(runs))
+    axis.step(
+        [r.memory for r in front], [r.score() for r in front], where="post",
+        color="0.55", linestyle="--", linewidth=1.2, zorder=1, label="Pareto front",
+    )  # fmt: skip
+    for run in runs:
+        method = run.choice.method
+        axis.scatter(
+            run.memory, run.score(), s=90 if run is shown else 46, zorder=2,
+            color=plots.method_colour(method), marker=plots.method_marker(method),
+            edgecolors="black" if run is shown else "none", linewidths=1.4,
+        )  # fmt: skip
+        axis.annotate(
+            f" {run.number} {method}", (run.memory, run.score()), fontsize=8,
+            xytext=(5, 4), textcoords="offset points",
+        )  # fmt: skip
+    better = "higher" if larger else "lower"
+    axis.set(
+        xlabel="memory of a training step (MiB): weights, gradients, optimiser, "
+        "activations",
+        ylabel=f"held-out {name} ({better} is better)",
+    )
+    axis.xaxis.label.set_fontsize(9)
+    axis.yaxis.label.set_fontsize(9)
+    axis.margins(x=0.16, y=0.18)
+    axis.grid(color="0.9")
+    axis.set_axisbelow(True)
+    axis.legend(frameon=False, fontsize=8, loc="lower right")
+    return png(figure)
+
+
+def map_of(
+    bench: Bench, data: ChipData, runs: Sequence[KeptRun], show: Any, height: int
+) -> SceneMap:
+    """The held-out chips on a map: image, truth, predictions, errors.
+
+    Args:
+        bench: Makes the predictions.
+        data: The data set, with its held-out region.
+        runs: None, one, or two; two are compared by a swipe.
+        show: Which three bands make the picture.
+        height: Pixels.
+
+    Raises:
+        ValueError: The chips have no place on Earth, or the task draws no maps.
+    """
+    if data.task in WHOLE_IMAGE_TASKS:
+        raise ValueError(
+            f"{data.task} gives one answer per image, so there is no map to draw. The "
+            "picture shows truth and prediction in words."
+        )
+    positions = positions_of(data)
+    samples = [sample_at(data, position) for position in positions]
+    found = {run.name: [bench.predict(run, p) for p in positions] for run in runs}
+    if data.classes is None:
+        layers = _value_layers(samples, data, found, show)
+    else:
+        layers = chip_layers(
+            samples, data.bands, data.classes, data.colours, found,
+            data.ignore_index, show,
+        )  # fmt: skip
+    names = [*found] if len(found) == 2 else ["truth", *found][:2]
+    swipe = (names[0], names[1]) if len(names) == 2 else None
+    return show_map(layers, swipe, height=height, title=str(data.name))
+
+
+def _value_layers(
+    samples: Sequence[Mapping[str, Any]],
+    data: ChipData,
+    found: Mapping[str, Sequence[np.ndarray]],
+    show: Any,
+) -> list[MapLayer]:
+    """Layers of a regression: the image, and values on one scale."""
+    from rasterio.transform import from_bounds
+
+    def rasters(arrays: Sequence[Any]) -> list[Raster]:
+        made = []
+        for sample, array in zip(samples, map(as_numpy, arrays), strict=True):
+            box = [float(value) for value in sample["bounds"]]
+            place = from_bounds(*box, array.shape[-1], array.shape[-2])
+            made.append(Raster(array, place, sample["crs"], sample["region"]))
+        return made
+
+    truth = [sample["mask"] for sample in samples]
+    values = np.concatenate([as_numpy(mask).ravel() for mask in truth])
+    limits = (float(np.nanmin(values)), float(np.nanmax(values)) or 1.0)
+    images = rasters([sample["image"] for sample in samples])
+    layers = [MapLayer("image", images, bands=data.bands, show=show)]
+    for name, arrays in {"truth": truth, **found}.items():
+        layers.append(MapLayer(name, rasters(arrays), "values", limits=limits))
+    return layers

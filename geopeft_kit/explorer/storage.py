@@ -1,0 +1,174 @@
+"""A prepared explorer on disk: one folder, no pickle.
+
+`explorer.json` holds choices, histories, times and scores; each run has a folder with
+its adapter (`adapter.json`, `adapter.safetensors`) and `decoder.safetensors`. Backbones
+and data are not in it: they are named, and checked when it is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from geopeft_kit.data.chips import ChipData
+from geopeft_kit.explorer.bench import Bench, KeptRun
+from geopeft_kit.explorer.choice import Choice
+from geopeft_kit.methods import load_adapter
+from geopeft_kit.model import build_model
+
+FORMAT = 1
+NAME = "explorer.json"
+RUN_FIELDS = ("number", "rows", "losses", "resources", "scores", "counts")
+
+
+def save_bench(bench: Bench, folder: str | Path, settings: Mapping[str, Any]) -> Path:
+    """Write a bench and its runs, whole or not at all.
+
+    Args:
+        bench: What to write.
+        folder: Made if needed; an explorer that is there is replaced.
+        settings: Plain JSON that comes back from `read_settings`.
+
+    Raises:
+        FileExistsError: The folder holds something else.
+        OSError: The disk is full, or the place cannot be written.
+    """
+    folder = Path(folder).resolve()
+    occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if occupied and not (folder / NAME).is_file():
+        raise FileExistsError(
+            f"{folder} holds something that is no explorer. Choose another folder."
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    old = part.with_name(part.name + ".old")
+    try:
+        _write(bench, part, settings)
+        part.chmod(0o755)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(part, folder)
+    except BaseException:
+        if old.exists() and not folder.exists():
+            os.replace(old, folder)
+        raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def _write(bench: Bench, folder: Path, settings: Mapping[str, Any]) -> None:
+    from geopeft_kit import __version__
+
+    runs = []
+    for run in bench.runs.values():
+        place = folder / _place(run.number)
+        run.adapter.save(place)
+        state = run.model.decoder.state_dict()
+        tensors = {name: value.cpu().contiguous() for name, value in state.items()}
+        save_file(tensors, place / "decoder.safetensors")
+        fields = {name: getattr(run, name) for name in RUN_FIELDS}
+        runs.append({"choice": run.choice.to_dict(), **fields})
+    content = {
+        "format": FORMAT,
+        "geopeft_kit": __version__,
+        "data": {label: fingerprint(data) for label, data in bench.data.items()},
+        "backbones": bench.backbones,
+        "settings": dict(settings),
+        "runs": runs,
+    }
+    (folder / NAME).write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def _place(number: int) -> str:
+    return f"run_{number:03d}"
+
+
+def fingerprint(data: ChipData) -> str:
+    """A hash over the chips, their split and the bands: what scores depend on."""
+    rows = data.index[["chip", "split"]].astype(str).sort_values("chip").to_numpy()
+    text = json.dumps([data.task, list(data.bands), rows.tolist()])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_settings(folder: str | Path) -> dict[str, Any]:
+    """The content of `explorer.json`, checked as far as it can be without data.
+
+    Raises:
+        FileNotFoundError: There is no explorer in the folder.
+        ValueError: The file is truncated, or of another format.
+    """
+    path = Path(folder) / NAME
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist. explorer.save(folder) writes one."
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found = content.get("format")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is truncated or no explorer: {error}. Copy the folder again."
+        ) from error
+    missing = {"data", "backbones", "settings", "runs"} - set(content)
+    if found != FORMAT or missing:
+        raise ValueError(
+            f"{path} has format {found!r} and lacks {sorted(missing)}; this version "
+            f"reads format {FORMAT}. Save the explorer again with this version."
+        )
+    return content
+
+
+def check_data(content: Mapping[str, Any], data: Mapping[str, ChipData]) -> None:
+    """Raise ValueError where the data is not what the runs were scored on."""
+    if set(content["data"]) != set(data):
+        raise ValueError(
+            f"the explorer was made with the data {sorted(content['data'])}, and "
+            f"{sorted(data)} was given. Pass the same, under the same labels."
+        )
+    for label, found in content["data"].items():
+        if found != fingerprint(data[label]):
+            raise ValueError(
+                f"{label!r} has other chips, splits or bands than the data that the "
+                "explorer was made with, so its scores would not be about it. Make "
+                "the data with the same arguments."
+            )
+
+
+def fill_bench(bench: Bench, content: Mapping[str, Any], folder: str | Path) -> None:
+    """Put the saved runs on a new bench; no pickle, no training.
+
+    Raises:
+        ValueError: A file does not fit, or the weights of a backbone are others.
+    """
+    for saved in content["runs"]:
+        choice = Choice(**saved["choice"])
+        data, backbone = bench.data_of(choice), bench.backbone_of(choice)
+        place = Path(folder) / _place(int(saved["number"]))
+        adapter = load_adapter(backbone, place)
+        model = build_model(backbone, choice.decoder, data.task, data.num_classes)
+        try:
+            model.decoder.load_state_dict(load_file(place / "decoder.safetensors"))
+        except (SafetensorError, RuntimeError, FileNotFoundError) as error:
+            raise ValueError(
+                f"the decoder in {place} cannot be read: {error}. Copy the folder "
+                "again."
+            ) from error
+        adapter.deactivate()
+        fields = {name: saved[name] for name in RUN_FIELDS}
+        bench.runs[choice.key] = KeptRun(
+            choice=choice,
+            adapter=adapter,
+            model=model.to(bench.device).eval(),
+            **fields,
+        )

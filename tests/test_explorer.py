@@ -1,0 +1,424 @@
+"""The explorer without a browser: choices, previews, runs, code, files."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from toy import BANDS, toy_data
+
+import geopeft_kit as gk
+from geopeft_kit.data.folder import Chip, write_chip_folder
+from geopeft_kit.explorer.bench import Bench, pareto_front
+from geopeft_kit.explorer.choice import Choice, defaults_of
+from geopeft_kit.explorer.turns import Mailbox
+
+EVIL = "<img src=x onerror=alert(1)>"
+TINY = {"tiny": {"name": "geopeft_tiny"}}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> gk.ChipData:
+    return toy_data(tmp_path_factory.mktemp("toy"), chips=12)
+
+
+@pytest.fixture
+def bench(data: gk.ChipData) -> Bench:
+    return Bench({"toy": data}, TINY)
+
+
+def choice_of(method: str = "lora", **fields) -> Choice:
+    return Choice("toy", "", "tiny", method, **{"epochs": 1, **fields})
+
+
+@pytest.fixture(scope="module")
+def explored(data: gk.ChipData) -> gk.Explorer:
+    """An explorer with two runs, shared by the tests that only look."""
+    explorer = gk.Explorer(data, methods=["frozen", "bias", "lora", "upetu"])
+    for method in ("bias", "lora"):
+        # a decoder without a head start: after an epoch the two still differ
+        explorer.choose(method=method, decoder="fcn", epochs=1).train().wait()
+    return explorer
+
+
+# --- choices --------------------------------------------------------------------------
+
+
+def test_a_choice_keeps_only_what_was_changed():
+    plain = choice_of()
+    assert choice_of(options={"rank": 16, "layers": "all"}) == plain
+    assert choice_of(options={"rank": 4}).options == {"rank": 4}
+    assert choice_of(options={"rank": 4}).key != plain.key
+    assert Choice(**json.loads(plain.key)) == plain
+
+
+@pytest.mark.parametrize("name", ["rnk", 'rank=1); print("in") #'])
+def test_unknown_options_never_reach_the_code(name: str):
+    with pytest.raises(ValueError, match="has no option"):
+        choice_of(options={name: 4})
+    with pytest.raises(ValueError, match="no method 'lore'"):
+        choice_of("lore")
+
+
+@pytest.mark.parametrize("card", gk.list_methods(), ids=lambda card: card.name)
+def test_the_controls_say_each_choice_and_read_it_back(explored, card):
+    from geopeft_kit.explorer.controls import Controls
+
+    controls = Controls(explored.bench, [card.name])
+    first = controls.choice()
+    assert first.method == card.name
+    assert first.options == {}, "the controls of defaults change something"
+    changed = {
+        name: value + 1
+        for name, value in defaults_of(card).items()
+        if isinstance(value, int) and not isinstance(value, bool)
+    }
+    wanted = Choice(
+        first.data, "", first.backbone, card.name, {**changed, "layers": "last:2"},
+        "fcn", 7, 0.002, 3,
+    )  # fmt: skip
+    controls.set(wanted)
+    assert controls.choice() == wanted
+
+
+def test_texts_become_lists_numbers_and_words(explored):
+    explored.choose(method="lora", options={"targets": ["q", "v"], "alpha": 2.5})
+    assert explored.choice.options == {"targets": ["q", "v"], "alpha": 2.5}
+    with pytest.raises(ValueError, match="not offered"):
+        explored.choose(method="vpt")
+    explored.controls.rate.value = "fast"
+    assert "write a number" in explored.page.notes.value
+    assert explored.page.train_button.disabled
+    explored.controls.rate.value = ""
+    assert not explored.page.train_button.disabled
+
+
+# --- before training ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["frozen", "full", "lora", "vpt", "vit_adapter"])
+def test_the_preview_counts_what_is_built(bench, data, method):
+    preview = bench.preview(choice_of(method, decoder="fcn"))
+    backbone = gk.load_backbone("geopeft_tiny", bands=data.bands)
+    plain = sum(p.numel() for p in backbone.parameters())
+    adapter = gk.attach(backbone, method)
+    model = gk.build_model(backbone, "fcn", data.task, data.num_classes)
+    trained = {id(p): p.numel() for p in model.parameters() if p.requires_grad}
+    assert preview.backbone == plain
+    assert preview.adapter == adapter.num_parameters
+    assert preview.adapter + preview.decoder == sum(trained.values())
+
+
+def test_a_preview_leaves_the_backbone_as_it_was(bench):
+    backbone = bench.backbone_of(choice_of())
+    before, state = backbone.weights_hash(), torch.get_rng_state()
+    for method in ("lora", "full", "deflect"):
+        assert bench.preview(choice_of(method)).reason is None
+    assert backbone.weights_hash() == before
+    assert backbone.adapter is None
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_predicted_memory_is_what_training_takes(explored):
+    for run in explored.bench.runs.values():
+        predicted = explored.bench.preview(run.choice).memory
+        for part, size in predicted.items():
+            measured = run.resources[f"{part}_mib"]
+            assert size == pytest.approx(measured, rel=0.05, abs=0.02), part
+
+
+def test_what_does_not_fit_says_why(explored, data):
+    explored.choose(method="upetu")
+    reason = explored.preview.reason
+    assert "ConvNeXt" in reason
+    assert "ConvNeXt" in explored.page.notes.value
+    assert explored.page.train_button.disabled
+    with pytest.raises(ValueError, match="ConvNeXt"):
+        explored.train()
+    strange = Bench({"toy": data}, {"tiny": {"name": "geopeft_tiny_rgb"}})
+    assert "does not know NIR_NARROW" in strange.preview(choice_of()).reason
+    bad = explored.bench.preview(
+        Choice(data.name, "", "geopeft_tiny", "lora", {"rank": 0})
+    )
+    assert "rank" in bad.reason
+
+
+# --- runs -----------------------------------------------------------------------------
+
+
+def test_going_back_swaps_the_adapter_and_trains_nothing(explored, data):
+    pictures, outputs = {}, {}
+    image = data.dataset("test")[0]["image"][None]
+    for method in ("bias", "lora", "bias"):
+        explored.choose(method=method, epochs=1)
+        assert not explored.training
+        assert explored.shown.adapter.active, "it was not swapped in"
+        model = explored.model
+        with torch.inference_mode():
+            output = model(image)
+        picture = explored.page.picture.value
+        if method in outputs:
+            assert torch.equal(output, outputs[method])
+            assert picture == pictures[method]
+        outputs[method], pictures[method] = output, picture
+    assert not torch.equal(outputs["bias"], outputs["lora"])
+    assert pictures["bias"] != pictures["lora"]
+    assert len(explored.runs) == 2
+
+
+def test_the_kept_prediction_is_that_of_the_swapped_model(explored, data):
+    run = next(r for r in explored.bench.runs.values() if r.choice.method == "bias")
+    explored.choose(method="lora", epochs=1)
+    explored.model  # noqa: B018  (the other adapter is active now)
+    guess = explored.bench.predict(run, 1)
+    explored.choose(method="bias", epochs=1)
+    with torch.inference_mode():
+        output = explored.model(data.dataset("test")[1]["image"][None])
+    assert np.array_equal(guess, output.argmax(1)[0].numpy())
+
+
+def test_a_run_repeats_although_the_page_was_used_meanwhile(data):
+    """Dropout, order and weights of a training do not notice the previews."""
+    wanted = choice_of("vpt", options={"tokens": 4, "dropout": 0.3}, epochs=3)
+    alone = Bench({"toy": data}, TINY).train(wanted, lambda news: None)
+    busy = Bench({"toy": data}, TINY)
+    found = []
+    thread = threading.Thread(
+        target=lambda: found.append(busy.train(wanted, lambda news: None))
+    )
+    thread.start()
+    looked = 0
+    while thread.is_alive():
+        for method in ("lora", "full", "convpass"):
+            busy._previews.clear()
+            assert busy.preview(choice_of(method)).reason is None
+            looked += thread.is_alive()
+    thread.join()
+    assert looked > 2, "the training ended before it could be disturbed"
+    assert found[0].scores == alone.scores
+    assert [row["loss"] for row in found[0].rows] == [row["loss"] for row in alone.rows]
+
+
+def test_cancel_leaves_everything_as_it_was(data):
+    explorer = gk.Explorer(data, methods=["lora", "bias"])
+    backbone = explorer.bench.backbone_of(explorer.choice)
+    before = backbone.weights_hash()
+    explorer.choose(method="bias", decoder="fcn", epochs=1).train().wait()
+    explorer.choose(method="lora", epochs=500).train()
+    with pytest.raises(RuntimeError, match="under way"):
+        explorer.train()
+    explorer.cancel().wait()
+    assert "Cancelled" in explorer.page.notes.value
+    assert explorer.shown is None
+    assert [run.choice.method for run in explorer.bench.runs.values()] == ["bias"]
+    backbone.adapter.deactivate() if backbone.adapter else None
+    assert backbone.weights_hash() == before
+    explorer.choose(epochs=1).train().wait()
+    again = Bench(explorer.bench.data, explorer.bench.backbones)
+    assert (
+        explorer.shown.scores == again.train(explorer.choice, lambda news: None).scores
+    )
+
+
+def test_an_error_is_shown_in_full_and_the_widget_lives_on(tmp_path: Path):
+    toy_data(tmp_path, chips=12)
+    data = gk.ChipData(tmp_path, split="index", batch_size=4, cache=False)
+    explorer = gk.Explorer(data, methods=["bias"])
+    explorer.choose(decoder="fcn", epochs=1)
+    lost = tmp_path / "images" / "chip_002.tif"
+    lost.rename(tmp_path / "lost.tif")
+    with pytest.raises(RuntimeError, match="Traceback"):
+        explorer.train().wait()
+    shown = explorer.page.notes.value
+    assert "Traceback" in shown and "chip_002" in shown
+    (tmp_path / "lost.tif").rename(lost)
+    explorer.train().wait()
+    assert explorer.shown is not None
+    assert "Traceback" not in explorer.page.notes.value
+
+
+def test_the_front_is_what_no_run_beats(explored):
+    run = next(iter(explored.bench.runs.values()))
+    random = np.random.default_rng(0)
+
+    class Fake:
+        model = run.model
+
+        def __init__(self) -> None:
+            self.memory, self._score = random.integers(1, 9), random.integers(1, 9)
+
+        def score(self) -> float:
+            return float(self._score)
+
+    runs = [Fake() for _ in range(40)]
+    front = pareto_front(runs)
+    for one in runs:
+        beaten = [
+            r
+            for r in runs
+            if r.memory <= one.memory
+            and r.score() >= one.score()
+            and (r.memory, r.score()) != (one.memory, one.score())
+        ]
+        point = (one.memory, one.score())
+        assert (point in [(r.memory, r.score()) for r in front]) == (not beaten)
+
+
+def test_another_region_is_held_out(data):
+    explorer = gk.Explorer(
+        gk.ChipData(data.folder, test_regions=["far"], batch_size=4), methods=["bias"]
+    )
+    explorer.choose(held_out="near")
+    held = explorer.bench.data_of(explorer.choice)
+    regions = held.index.loc[held.index["split"] == "test", "region"].unique()
+    assert list(regions) == ["near"]
+    assert 'test_regions=["near"]' in explorer.code
+    places = [label for label, _ in explorer.page.place.options]
+    assert all(label.startswith("near: ") for label in places)
+
+
+# --- code -----------------------------------------------------------------------------
+
+
+def numbers(text: str) -> list[dict[str, float]]:
+    lines = [line for line in text.splitlines() if line.startswith(("valid", "held"))]
+    return [ast.literal_eval(line[line.index("{") :]) for line in lines]
+
+
+def run_alone(code: str, folder: Path) -> list[dict[str, float]]:
+    """What a cell prints in an empty process."""
+    script = folder / "cell.py"
+    script.write_text(code)
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, cwd=folder
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return numbers(done.stdout)
+
+
+@pytest.mark.slow
+def test_the_code_gives_the_same_numbers_in_an_empty_process(tmp_path, data):
+    explorer = gk.Explorer(data, TINY, methods=["lora"])
+    explorer.choose(
+        options={"rank": 4, "targets": ["q", "fc1"]}, decoder="fcn", epochs=2, seed=5
+    )
+    explorer.train().wait()
+    scores = explorer.shown.scores
+    found = run_alone(explorer.code, tmp_path)
+    assert found == [scores["val"]["overall"], scores["test"]["overall"]]
+
+
+@pytest.mark.slow
+def test_the_code_makes_simulated_data_and_random_weights_again(tmp_path):
+    data = gk.simulated_data(
+        "burn", chips_per_region=6, size=32, scene_size=64, seed=3, batch_size=4,
+        train_regions=["temperate", "boreal"], val_fraction=0.4,
+    ).subset(6, seed=2)  # fmt: skip
+    backbones = {"random": {"name": "geopeft_tiny", "weights": None}}
+    explorer = gk.Explorer(data, backbones, methods=["full"])
+    explorer.choose(epochs=1, learning_rate=1e-3).train().wait()
+    assert str(data.folder) not in explorer.code
+    scores = explorer.shown.scores
+    found = run_alone(explorer.code, tmp_path)
+    assert found == [scores["val"]["overall"], scores["test"]["overall"]]
+
+
+# --- on disk --------------------------------------------------------------------------
+
+
+def test_a_saved_explorer_comes_back_without_training(explored, data, tmp_path):
+    explored.choose(method="lora", epochs=1)
+    folder = explored.save(tmp_path / "prepared")
+    kinds = {path.suffix for path in folder.rglob("*") if path.is_file()}
+    assert kinds == {".json", ".safetensors"}
+    loaded = gk.Explorer.load(folder, data)
+    assert loaded.code == explored.code
+    assert loaded.runs.equals(explored.runs)
+    image = data.dataset("test")[0]["image"][None]
+    for method in ("bias", "lora"):
+        explored.choose(method=method, epochs=1)
+        loaded.choose(method=method, epochs=1)
+        with torch.inference_mode():
+            assert torch.equal(loaded.model(image), explored.model(image))
+        assert loaded.page.picture.value == explored.page.picture.value
+    explored.save(folder)  # replaces the one that is there
+    assert len(gk.Explorer.load(folder, data).runs) == 2
+
+
+def test_a_saved_explorer_is_checked(explored, data, tmp_path):
+    with pytest.raises(FileNotFoundError, match="explorer.json"):
+        gk.Explorer.load(tmp_path, data)
+    (tmp_path / "mine.txt").write_text("keep me")
+    with pytest.raises(FileExistsError, match="no explorer"):
+        explored.save(tmp_path)
+    folder = explored.save(tmp_path / "prepared")
+    with pytest.raises(ValueError, match="other chips, splits or bands"):
+        gk.Explorer.load(folder, data.subset(4))
+    with pytest.raises(ValueError, match="same labels"):
+        gk.Explorer.load(folder, {"another": data})
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    decoder = next(broken.rglob("decoder.safetensors"))
+    decoder.write_bytes(decoder.read_bytes()[:100])
+    with pytest.raises(ValueError, match="cannot be read"):
+        gk.Explorer.load(broken, data)
+    (broken / "explorer.json").write_text("{")
+    with pytest.raises(ValueError, match="truncated"):
+        gk.Explorer.load(broken, data)
+
+
+# --- text, threads --------------------------------------------------------------------
+
+
+def test_names_from_data_are_text(tmp_path: Path):
+    random = np.random.default_rng(0)
+    chips = [
+        Chip(
+            name=f"chip_{n}",
+            image=random.integers(0, 3000, (len(BANDS), 32, 32)).astype(np.uint16),
+            mask=random.integers(0, 2, (32, 32)).astype(np.uint8),
+            region=f"{EVIL} {'ab'[n % 2]}",
+            split=["train", "test"][n % 2],
+        )
+        for n in range(6)
+    ]
+    info = {
+        "name": EVIL, "task": "segmentation", "bands": BANDS, "scale": 1e-4,
+        "classes": (EVIL, "two"),
+    }  # fmt: skip
+    write_chip_folder(tmp_path / "evil", iter(chips), info)
+    data = gk.ChipData(tmp_path / "evil", split="index", batch_size=3)
+    explorer = gk.Explorer(data, {EVIL: {"name": "geopeft_tiny"}}, methods=["bias"])
+    explorer.choose(decoder="fcn", epochs=1).train().wait()
+    for number in range(4):
+        explorer.page.tabs.selected_index = number
+    page = explorer.page
+    shown = [page.as_html(), page.table.value, page.code.value, page.progress.value]
+    shown += [child.value for child in page.stage.children]
+    for text in shown:
+        assert EVIL not in text
+        assert "<img src=x" not in text
+    assert "&lt;img src=x" in page.table.value
+    assert "no place on a map" in page.stage.children[0].value
+
+
+def test_the_mailbox_calls_in_the_thread_that_made_it():
+    async def main() -> list[int]:
+        box, seen = Mailbox(), []
+        thread = threading.Thread(
+            target=lambda: box.post(lambda: seen.append(threading.get_ident()))
+        )
+        thread.start()
+        await asyncio.sleep(0.05)
+        return seen
+
+    assert asyncio.run(main()) == [threading.get_ident()]
