@@ -22,7 +22,12 @@ if TYPE_CHECKING:
     from geopeft_kit.model import build_model
     from geopeft_kit.overlays import MapLayer, Raster, chip_layers
     from geopeft_kit.pretraining import pretrain
-    from geopeft_kit.training import evaluate, fit  # type: ignore[no-redef]
+    from geopeft_kit.training import (  # type: ignore[no-redef]
+        MemoryEstimate,
+        estimate_memory,
+        evaluate,
+        fit,
+    )
 
 __version__ = "0.1.0"
 
@@ -30,12 +35,14 @@ __all__ = [
     "Candidate",
     "ChipData",
     "MapLayer",
+    "MemoryEstimate",
     "Raster",
     "attach",
     "baselines",
     "build_model",
     "chip_layers",
     "compare",
+    "estimate_memory",
     "evaluate",
     "fit",
     "list_backbones",
@@ -61,7 +68,7 @@ _ROOMS = {
     "model": ("build_model",),
     "overlays": ("MapLayer", "Raster", "chip_layers"),
     "pretraining": ("pretrain",),
-    "training": ("evaluate", "fit"),
+    "training": ("MemoryEstimate", "estimate_memory", "evaluate", "fit"),
 }
 _MODULES = ("baselines", "plots")
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}
