@@ -54,14 +54,21 @@ def evaluate(
     metrics = RegionalMetrics(model.task, model.num_classes, ignored)
     training = model.training
     model.to(device).eval()
+    # weights held in bf16 (see frozen_precision.py) compute in bf16
+    low = any(p.dtype == torch.bfloat16 for p in model.parameters())
     try:
-        with torch.inference_mode():
+        with (
+            torch.inference_mode(),
+            torch.autocast(device.type, torch.bfloat16, enabled=low),
+        ):
             for batch in data.dataloader(split):
                 meta = batch_meta(batch)
                 if meta is not None:
                     meta = {key: value.to(device) for key, value in meta.items()}
                 output = model(batch["image"].to(device), meta)
-                metrics.update(output.cpu(), batch_target(batch), batch["region"])
+                metrics.update(
+                    output.float().cpu(), batch_target(batch), batch["region"]
+                )
     finally:
         model.train(training)
     return metrics.compute()

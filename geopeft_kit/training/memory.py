@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from geopeft_kit.model import Model
+from geopeft_kit.training.checkpointing import parts_to_recompute
 from geopeft_kit.training.frozen_precision import (
     check_frozen_precision,
     frozen_weights,
@@ -180,17 +181,20 @@ def estimate_memory(
     size = image_size or model.backbone.image_size
     height, width = size if isinstance(size, tuple) else (size, size)
     if precision == "auto":
-        precision = choose_precision(precision, choose_device())
-        if frozen_precision and precision == "32-true":
-            precision = "bf16-mixed"
+        precision = choose_precision(precision, choose_device(), frozen_precision)
     check_frozen_precision(frozen_precision, precision)
+    parts_to_recompute(model, checkpointing)
     shadow = Shadow(model)
     if frozen_precision:
         with shadow.fakes:
             to_bf16(frozen_weights(shadow.model))
-    batch, twice = (_batch(model, n * batch_size, height, width) for n in (1, 2))
-    step = shadow.rehearse(batch, precision, checkpointing)
-    more = shadow.activations(twice, precision, checkpointing) - step.activations
+    step, larger = (
+        shadow.rehearse(_batch(model, n, height, width), precision, checkpointing)
+        for n in (batch_size, 2 * batch_size)
+    )
+    # Early in the backward pass activations are the most, late in it gradients are:
+    # the peak is the larger of two straight lines, and the steeper one is safe.
+    slope = max(larger.activations - step.activations, larger.peak - step.peak)
     temporary = max(0, step.peak - step.activations - step.gradients)
     adapter = model.backbone.adapter
     return MemoryEstimate(
@@ -207,7 +211,7 @@ def estimate_memory(
         optimiser_mib=optimiser_state_bytes(step.trained, optimiser) / MIB,
         activations_mib=step.activations / MIB,
         temporary_mib=temporary / MIB,
-        per_image_mib=(more + temporary) / batch_size / MIB,
+        per_image_mib=slope / batch_size / MIB,
     )
 
 

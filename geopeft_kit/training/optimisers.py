@@ -38,9 +38,7 @@ def make_optimiser(groups: list[dict[str, Any]], kind: str = "adamw") -> Optimiz
 def check_optimiser(kind: str) -> None:
     """Raise where `make_optimiser` would, before anything is computed."""
     if kind not in OPTIMISERS:
-        raise ValueError(
-            f"optimiser is {kind!r}; allowed are {', '.join(OPTIMISERS)}."
-        )
+        raise ValueError(f"optimiser is {kind!r}; allowed are {', '.join(OPTIMISERS)}.")
     if kind == "8bit":
         _find_8bit()
 

@@ -82,38 +82,25 @@ class Shadow:
             checkpointing: None, "blocks" or "mlp".
         """
         parameters = list(self.model.parameters())
+        low = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+        task = Task(self.model, 255, 0.0, 0.0, 0.0, 1, 0, 0)
         live = _LiveBytes(parameters)
         with self.fakes, checkpointed(self.model, checkpointing), live:
-            loss, kept = self._forward(batch, precision)
+            fakes = {n: torch.empty(s, dtype=kind) for n, (s, kind) in batch.items()}
+            with (
+                torch.autocast("cpu", low, enabled=low is not None),
+                count_saved_bytes(self.model) as saved,
+            ):
+                loss = task.training_step(fakes, 0)
             loss.backward()
         found = Rehearsal(
             trained=[p.numel() for p in parameters if p.grad is not None],
             gradients=gradient_bytes(self.model),
-            activations=kept,
+            activations=sum(saved.values()),
             peak=live.highest,
         )
         self.model.zero_grad(set_to_none=True)
         return found
-
-    def activations(
-        self, batch: Shapes, precision: str, checkpointing: str | None
-    ) -> int:
-        """Bytes kept for the backward pass alone, which is quicker to find."""
-        answers = _Answers()
-        with self.fakes, checkpointed(self.model, checkpointing), answers:
-            return self._forward(batch, precision)[1]
-
-    def _forward(self, batch: Shapes, precision: str) -> tuple[Tensor, int]:
-        """The loss of a batch, and the bytes kept for its backward pass."""
-        low = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
-        fakes = {n: torch.empty(s, dtype=kind) for n, (s, kind) in batch.items()}
-        task = Task(self.model, 255, 0.0, 0.0, 0.0, 1, 0, 0)
-        with (
-            torch.autocast("cpu", low, enabled=low is not None),
-            count_saved_bytes(self.model) as saved,
-        ):
-            loss = task.training_step(fakes, 0)
-        return loss, sum(saved.values())
 
 
 class _ShapeCopy(TorchFunctionMode):
@@ -149,21 +136,11 @@ _QUESTIONS = (
 )
 
 
-class _Answers(TorchDispatchMode):
-    """Answers where code asks for a number that nobody has.
-
-    Two tensors agree (what is recomputed is what was there), and a layer that a draw
-    might drop is not dropped.
-    """
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        return True if func in _QUESTIONS else func(*args, **(kwargs or {}))
-
-
-class _LiveBytes(_Answers):
+class _LiveBytes(TorchDispatchMode):
     """Counts the bytes of new storages while they live.
+
+    It also answers where code asks for a number that nobody has: two tensors agree
+    (what is recomputed is what was there), a layer that a draw might drop stays.
 
     Args:
         known: Tensors that do not count.
@@ -177,7 +154,9 @@ class _LiveBytes(_Answers):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if func in _QUESTIONS:
+            return True
+        result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._count(tensor.untyped_storage())

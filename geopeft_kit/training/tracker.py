@@ -215,7 +215,7 @@ class Tracker(L.Callback):
         self.times: list[float] = []
         self.samples = 0
         self.saved: dict[int, int] | None = None
-        self.gradients = self.optimiser = 0
+        self.weights = self.gradients = self.optimiser = 0
         self._counting: Any = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -253,6 +253,7 @@ class Tracker(L.Callback):
         optimizer: torch.optim.Optimizer,
     ) -> None:
         if not self.gradients:
+            self.weights = weight_bytes(pl_module)
             self.gradients = gradient_bytes(pl_module)
 
     def on_train_batch_end(
@@ -273,7 +274,7 @@ class Tracker(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.peak = self.memory.peak()
 
-    def resources(self, model: nn.Module) -> Resources:
+    def resources(self) -> Resources:
         """Sum up the run; call it after training.
 
         Raises:
@@ -298,7 +299,7 @@ class Tracker(L.Callback):
             timed_steps=len(timed),
             peak_mib=self.peak / MIB,
             peak_growth_mib=(self.peak - self.memory.floor) / MIB,
-            weights_mib=weight_bytes(model) / MIB,
+            weights_mib=self.weights / MIB,
             gradients_mib=self.gradients / MIB,
             optimiser_mib=self.optimiser / MIB,
             activations_mib=sum((self.saved or {}).values()) / MIB,
