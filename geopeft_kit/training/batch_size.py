@@ -19,7 +19,7 @@ from geopeft_kit.training.frozen_precision import frozen_held_in
 from geopeft_kit.training.hardware import free_gib
 from geopeft_kit.training.memory import estimate_memory
 from geopeft_kit.training.optimisers import make_optimiser
-from geopeft_kit.training.out_of_memory import explanation, survive
+from geopeft_kit.training.out_of_memory import explanation, is_out_of_memory, survive
 from geopeft_kit.training.task import Task
 from geopeft_kit.training.tracker import MIB, weight_bytes
 
@@ -75,15 +75,22 @@ def largest_batch(
 
     if size < 1:
         raise MemoryError(explain())
-    while True:
-        batch = next(iter(with_batch_size(data, size).dataloader("train")))
+    while size > 1:
+        batch = _first_batch(data, size)
         try:
-            survive(lambda: _one_step(model, batch, data, run, device), model, explain)
+            _one_step(model, batch, data, run, device)
             return size
-        except MemoryError:
-            if size == 1:
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
                 raise
-        size = max(1, 3 * size // 4)
+        size = 3 * size // 4  # the estimate was too hopeful here
+    batch = _first_batch(data, 1)
+    survive(lambda: _one_step(model, batch, data, run, device), model, explain)
+    return 1
+
+
+def _first_batch(data: ChipData, size: int) -> dict[str, Any]:
+    return next(iter(with_batch_size(data, size).dataloader("train")))
 
 
 def _one_step(
