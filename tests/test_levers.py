@@ -285,27 +285,29 @@ STARVED = """
     from tests.test_training import make_model
     from tests.toy import toy_data
 
-    data = toy_data(Path(sys.argv[1]), size=128, chips=36, batch_size=16)
+    data = toy_data(Path(sys.argv[1]), size=64, chips=48, batch_size=32)
+    few = data.subset(4)
     model = make_model("full", decoder="unet")
-    gk.fit(model, data, 1, batch_size=2, head_start="none", progress=False)
+    gk.fit(model, few, 1, batch_size=2, head_start="none", progress=False)
     gk.estimate_memory(model, 2)  # what is imported later takes room as well
     used = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
-    limit = used + 400 * 2**20
+    limit = used + 250 * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(
         resource.RLIMIT_AS)[1]))
     try:
-        gk.fit(model, data, 1, head_start="none", memory_gib=0.4, progress=False)
+        gk.fit(model, data, 1, head_start="none", memory_gib=0.25, progress=False)
     except MemoryError as error:
         print(error)
     image = data.dataset("train")[0]["image"][None]
     print("alive", tuple(model(image).shape))
-    run = gk.fit(model, data, 1, batch_size=2, checkpointing="blocks",
+    run = gk.fit(model, few, 1, batch_size=2, checkpointing="blocks",
                  head_start="none", progress=False)
     print("trained", len(run.history))
 """
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.skipif(sys.platform != "linux", reason="setrlimit as Linux has it")
 def test_a_real_failed_allocation_leaves_all_alive(tmp_path: Path, repo: Path) -> None:
     command = [sys.executable, "-c", textwrap.dedent(STARVED), str(tmp_path / "data")]
@@ -315,6 +317,6 @@ def test_a_real_failed_allocation_leaves_all_alive(tmp_path: Path, repo: Path) -
     lines = run.stdout.splitlines()
     ways = [line for line in lines if line[:2] in ("1.", "2.", "3.")]
     assert len(ways) == 3 and all("fit(..., " in way for way in ways)
-    assert "out of memory: 'full' at batch 16" in run.stdout
-    assert "alive (1, 2, 128, 128)" in lines
+    assert "out of memory: 'full' at batch 32" in run.stdout
+    assert "alive (1, 2, 64, 64)" in lines
     assert "trained 1" in lines
