@@ -60,7 +60,7 @@ def shaken(method: str, **options):
     return model
 
 
-EVERYDAY = ("full", "lora", "vpt")
+EVERYDAY = ("lora",)
 OTHERS = [
     card.name
     for card in gk.list_methods()
@@ -84,6 +84,7 @@ def test_checkpointing_changes_no_bit(method: str, how: str) -> None:
     assert not any("forward" in m.__dict__ for m in model.modules())
 
 
+@pytest.mark.slow
 def test_checkpointed_batch_norms_count_a_batch_once() -> None:
     torch.manual_seed(0)
     backbone = gk.load_backbone(
@@ -119,6 +120,7 @@ def trained(data: gk.ChipData, method: str = "lora", epochs: int = 2, **argument
     return copy_state(model), run
 
 
+@pytest.mark.slow
 def test_fit_with_levers_that_change_no_bit(data: gk.ChipData) -> None:
     plain, first = trained(data)
     for lever in ({"checkpointing": "blocks"}, {"checkpointing": "mlp"}):
@@ -127,6 +129,7 @@ def test_fit_with_levers_that_change_no_bit(data: gk.ChipData) -> None:
         assert run.resources.activations_mib < first.resources.activations_mib
 
 
+@pytest.mark.slow
 def test_frozen_bf16_is_mixed_precision_bit_for_bit(data: gk.ChipData) -> None:
     """Mixed precision rounds a frozen matrix at each use; here it is rounded once."""
     mixed, first = trained(data, precision="bf16-mixed")
@@ -150,6 +153,7 @@ def test_frozen_weights_come_back(data: gk.ChipData) -> None:
     assert all(after[n].dtype == t.dtype for n, t in before.items())
 
 
+@pytest.mark.slow
 def test_fused_adamw_trains_alike(data: gk.ChipData) -> None:
     plain, _ = trained(data)
     fused, _ = trained(data, optimiser="fused")
@@ -168,6 +172,7 @@ def test_8bit_is_refused_kindly(
         trained(data, optimiser="sgd")
 
 
+@pytest.mark.slow
 def test_cached_variants_are_the_augmented_images(tmp_path: Path) -> None:
     data = toy_data(tmp_path)
     augmented = gk.ChipData(data.folder, split="index", batch_size=4, augment=True)
@@ -208,6 +213,7 @@ def test_a_full_disk_is_said(
     assert list(cache.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_prefix_cache_trains_like_the_images(data: gk.ChipData) -> None:
     plain, _ = trained(data, layers="last:2")
     cached, run = trained(data, layers="last:2", cache_prefix=True, validate_every=1)
@@ -250,6 +256,7 @@ def test_prefix_is_refused_where_it_cannot_serve() -> None:
             Prefix(make_model(method))
 
 
+@pytest.mark.slow
 def test_batch_size_of_one_run(data: gk.ChipData) -> None:
     model = make_model("lora")
     run = gk.fit(model, data, 1, batch_size=2, head_start="none", progress=False)
@@ -259,6 +266,7 @@ def test_batch_size_of_one_run(data: gk.ChipData) -> None:
             gk.fit(model, data, 1, batch_size=wrong, progress=False)
 
 
+@pytest.mark.slow
 def test_automatic_batch_fits_and_moves_nothing(data: gk.ChipData) -> None:
     model = make_model("lora")
     estimate = gk.estimate_memory(model, 4, image_size=32)

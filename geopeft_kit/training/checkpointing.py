@@ -10,7 +10,7 @@ arXiv 1604.06174; `torch.utils.checkpoint`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -92,7 +92,7 @@ def _recomputed(module: nn.Module, forward: Callable[..., Any]) -> Callable[...,
     """The module's forward, checkpointed wherever it would keep anything."""
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        if not _keeps_anything(module, args):
+        if not _keeps_anything(module, [*args, *kwargs.values()]):
             return forward(*args, **kwargs)
         contexts = lambda: (nullcontext(), _statistics_at_rest(module))  # noqa: E731
         return checkpoint(
@@ -102,12 +102,12 @@ def _recomputed(module: nn.Module, forward: Callable[..., Any]) -> Callable[...,
     return wrapped
 
 
-def _keeps_anything(module: nn.Module, args: tuple[Any, ...]) -> bool:
+def _keeps_anything(module: nn.Module, inputs: Sequence[Any]) -> bool:
     """False before the first trained tensor, where autograd keeps nothing anyway."""
     if not torch.is_grad_enabled():
         return False
-    inputs = any(isinstance(a, Tensor) and a.requires_grad for a in args)
-    return inputs or any(p.requires_grad for p in module.parameters())
+    reached = any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+    return reached or any(p.requires_grad for p in module.parameters())
 
 
 @contextmanager

@@ -67,6 +67,7 @@ def survive(
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no room"
         traceback.clear_frames(error.__traceback__)  # they hold the step's tensors
     model.zero_grad(set_to_none=True)
+    model.eval()  # as after a run that ended well
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
