@@ -32,7 +32,14 @@ if TYPE_CHECKING:
     from geopeft_kit.overlays import MapLayer, Raster, chip_layers
     from geopeft_kit.places import fetch_scene, predict_place
     from geopeft_kit.pretraining import pretrain
-    from geopeft_kit.training import evaluate, fit, region_gap, score_regions  # type: ignore[no-redef]
+    from geopeft_kit.training import (  # type: ignore[no-redef]
+        MemoryEstimate,
+        estimate_memory,
+        evaluate,
+        fit,
+        region_gap,
+        score_regions,
+    )
 
 __version__ = "0.1.0"
 
@@ -41,6 +48,7 @@ __all__ = [
     "ChipData",
     "Explorer",
     "MapLayer",
+    "MemoryEstimate",
     "Raster",
     "TorchgeoData",
     "area_of_applicability",
@@ -51,6 +59,7 @@ __all__ = [
     "check_data",
     "chip_layers",
     "compare",
+    "estimate_memory",
     "evaluate",
     "export_prediction",
     "fetch_scene",
@@ -92,7 +101,14 @@ _ROOMS = {
     "overlays": ("MapLayer", "Raster", "chip_layers"),
     "places": ("fetch_scene", "predict_place"),
     "pretraining": ("pretrain",),
-    "training": ("evaluate", "fit", "region_gap", "score_regions"),
+    "training": (
+        "MemoryEstimate",
+        "estimate_memory",
+        "evaluate",
+        "fit",
+        "region_gap",
+        "score_regions",
+    ),
 }
 _MODULES = ("baselines", "bands", "plots")
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}

@@ -93,7 +93,7 @@ def test_activations_order_is_probe_lora_full(tmp_path: Path) -> None:
 
 def test_no_step_no_resources() -> None:
     with pytest.raises(RuntimeError, match="saw no training step"):
-        Tracker().resources(nn.Linear(1, 1))
+        Tracker().resources()
 
 
 @pytest.mark.gpu

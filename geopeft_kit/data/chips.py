@@ -264,6 +264,12 @@ class ChipData(L.LightningDataModule):
         found = set(self.index["split"]) - {"unused"}
         return [s for s in _FIRST if s in found] + sorted(found - set(_FIRST))
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the first chip, training chips first."""
+        rows = self.index[self.index["split"] == self.splits[0]]
+        return int(rows["height"].iloc[0]), int(rows["width"].iloc[0])
+
     def dataset(self, split: str) -> ChipDataset:
         """The samples of one split.
 

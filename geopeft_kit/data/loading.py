@@ -78,10 +78,21 @@ def flip_and_turn(tensors: Sequence[Tensor], key: AugmentedKey) -> list[Tensor]:
         The turned tensors. Images that are not square are turned by 180 degrees at
         most, so that their shape stays.
     """
+    return symmetry(tensors, drawn_symmetry(key))
+
+
+def drawn_symmetry(key: AugmentedKey) -> int:
+    """The number, 0 to 7, of the symmetry that belongs to a key."""
     turns, flip = np.random.default_rng(list(key)).integers((4, 2))
+    return int(2 * turns + flip)
+
+
+def symmetry(tensors: Sequence[Tensor], number: int) -> list[Tensor]:
+    """Symmetry 0 to 7: quarter turns are its half, an odd one mirrors besides."""
+    turns, flip = divmod(number, 2)
     if tensors[0].shape[-2] != tensors[0].shape[-1]:
         turns = 2 * (turns % 2)
-    turned = [torch.rot90(tensor, int(turns), (-2, -1)) for tensor in tensors]
+    turned = [torch.rot90(tensor, turns, (-2, -1)) for tensor in tensors]
     if flip:
         turned = [tensor.flip(-1) for tensor in turned]
     return [tensor.contiguous() for tensor in turned]

@@ -1,15 +1,18 @@
-"""Training: the step and its loss, `fit`, the tracker, the feature cache, scores."""
+"""Training: the step and its loss, `fit`, the tracker, memory, scores."""
 
 from geopeft_kit.training.evaluate import evaluate
 from geopeft_kit.training.fit import Run, fit
 from geopeft_kit.training.intervals import region_gap, score_regions
+from geopeft_kit.training.memory import MemoryEstimate, estimate_memory
 from geopeft_kit.training.tracker import Resources, Tracker, count_saved_bytes
 
 __all__ = [
+    "MemoryEstimate",
     "Resources",
     "Run",
     "Tracker",
     "count_saved_bytes",
+    "estimate_memory",
     "evaluate",
     "fit",
     "region_gap",

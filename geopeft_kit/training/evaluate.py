@@ -80,13 +80,18 @@ def outputs_of(
         device = choose_device(device)
     training = model.training
     model.to(device).eval()
+    # weights held in bf16 (see frozen_precision.py) compute in bf16
+    low = any(p.dtype == torch.bfloat16 for p in model.parameters())
     try:
         for batch in data.dataloader(split):
             meta = batch_meta(batch)
             if meta is not None:
                 meta = {key: value.to(device) for key, value in meta.items()}
-            with torch.inference_mode():  # not across the yield: it would leak out
-                output = model(batch["image"].to(device), meta).cpu()
+            with (  # not across the yield: it would leak out
+                torch.inference_mode(),
+                torch.autocast(device.type, torch.bfloat16, enabled=low),
+            ):
+                output = model(batch["image"].to(device), meta).float().cpu()
             yield output, batch
     finally:
         model.train(training)

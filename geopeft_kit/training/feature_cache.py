@@ -1,35 +1,54 @@
-"""Feature cache: a frozen backbone needs to see each image only once.
+"""Feature cache: what is frozen needs to see each image only once.
 
-With nothing trainable in the backbone and no augmentation, every epoch would compute
-the same feature maps again. `FeatureCache` computes them once and serves them as a data
-set, so that later epochs cost the decoder alone. Taught in notebook 02.
+With nothing trainable in the backbone, every epoch would compute the same feature maps
+again. `FeatureCache` computes them once and serves them as a data set, so that later
+epochs cost the decoder alone. Flips and quarter turns are a finite set: with them there
+are eight variants of each image, and each is computed once. Taught in notebooks 02
+and 08.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from geopeft_kit.data.loading import (
+    AugmentedKey,
+    drawn_symmetry,
+    symmetry,
+)
 from geopeft_kit.model import Model
-from geopeft_kit.training.task import batch_meta
+from geopeft_kit.training.map_store import MapStore, store_key
+from geopeft_kit.training.prefix_cache import Prefix
+from geopeft_kit.training.task import batch_features
+
+LIMIT_MIB = 4096.0
+SYMMETRIES = 8
+
+Compute = Callable[[Mapping[str, Any]], Sequence[Tensor]]
+"""A batch with images on the CPU -> the maps to keep, each (B, ...)."""
 
 
 class FeatureCache(Dataset):
-    """Feature maps of a data set, held in memory, with the targets beside them.
+    """Feature maps of a data set, with the targets beside them.
 
     Args:
         model: The model whose `features` are kept; put into eval mode meanwhile, so
             that dropout and batch statistics play no part.
         loader: Batches in a fixed order, without augmentation.
         device: Where to compute; the maps are kept in main memory.
-        limit_mib: The largest cache allowed.
+        limit_mib: More than that goes to files under GEOPEFT_CACHE, which are
+            memory-mapped and found again by a later run with the same weights, bands,
+            preprocessing and pixels.
+        augment: Keep all eight symmetries of each image, for a sampler that augments.
+        prefix: Keep what these frozen blocks put out, and not the features.
 
     Raises:
-        MemoryError: The maps would exceed `limit_mib`, known after the first batch.
+        OSError: The maps go to disk, and it has no room.
     """
 
     def __init__(
@@ -37,33 +56,52 @@ class FeatureCache(Dataset):
         model: Model,
         loader: DataLoader,
         device: torch.device | str = "cpu",
-        limit_mib: float = 4096,
+        limit_mib: float = LIMIT_MIB,
+        augment: bool = False,
+        prefix: Prefix | None = None,
     ) -> None:
+        chips: Any = loader.dataset
+        self.name = "prefix" if prefix else "features"
+        self.variants = SYMMETRIES if augment else 1
         self.samples: list[dict[str, Any]] = []
         self.size: tuple[int, int] = (0, 0)
-        total = len(loader.dataset)  # type: ignore[arg-type]
+        kept = prefix.kept if prefix else "features"
+        self.store = MapStore(
+            len(chips) * self.variants,
+            limit_mib,
+            lambda: store_key(model, chips, variants=self.variants, kept=kept),
+        )
+        compute: Compute = lambda batch: batch_features(model, batch, device)  # noqa: E731
+        if prefix is not None:
+            compute = lambda batch: prefix.record(batch, device)  # noqa: E731
         training = model.training
         model.eval()
         try:
-            with torch.inference_mode():
-                for batch in loader:
-                    self._append(model, batch, device)
-                    if len(self.samples) == len(batch["region"]):
-                        _check_room(self.samples, total, limit_mib)
+            # no_grad rather than inference_mode, whose tensors could not train
+            with torch.no_grad():
+                for number in range(self.variants):
+                    self._read(loader, number, compute)
         finally:
             model.train(training)
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.samples[index]
+    def __getitem__(self, key: int | AugmentedKey) -> dict[str, Any]:
+        """One sample; an `AugmentedKey` draws its symmetry as `ChipDataset` does."""
+        augmented = isinstance(key, AugmentedKey)
+        position = key.position if isinstance(key, AugmentedKey) else key
+        number = drawn_symmetry(key) if isinstance(key, AugmentedKey) else 0
+        sample = dict(self.samples[position])
+        if augmented and "mask" in sample:
+            sample["mask"] = symmetry([sample["mask"]], number)[0]
+        row = number * len(self.samples) + position
+        return sample | {self.name: self.store.row(row)}
 
     @property
     def maps(self) -> list[Tensor]:
-        """Each level's maps of the whole data set, (N, C_i, h, w)."""
-        levels = zip(*(sample["features"] for sample in self.samples), strict=True)
-        return [torch.stack(level) for level in levels]
+        """Each level's maps of the whole data set as it is, (N, C_i, h, w)."""
+        return [level[: len(self.samples)] for level in self.store.levels]
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """A batch of cached maps, with the image size that outputs are made for."""
@@ -71,38 +109,23 @@ class FeatureCache(Dataset):
         batch["size"] = self.size
         return batch
 
-    def _append(self, model: Model, batch: Mapping[str, Any], device: Any) -> None:
-        maps = batch_features(model, batch, device)
+    def _read(self, loader: DataLoader, number: int, compute: Compute) -> None:
+        """One pass over the images in one of their symmetries."""
+        for batch in loader:
+            if number == 0:
+                self._keep_targets(batch)
+            if self.store.complete and number:
+                return
+            if self.store.complete:
+                continue
+            images = batch["image"]
+            turned = symmetry([images], number)[0] if number else images
+            self.store.append(compute({**batch, "image": turned}))
+
+    def _keep_targets(self, batch: Mapping[str, Any]) -> None:
         self.size = tuple(batch["image"].shape[-2:])
         target = "mask" if "mask" in batch else "label"
         for index, region in enumerate(batch["region"]):
-            self.samples.append(
-                {
-                    # clone() leaves inference mode's tensors behind, and the batch
-                    # that each would otherwise keep alive
-                    "features": [m[index].to("cpu").clone() for m in maps],
-                    target: batch[target][index],
-                    "region": region,
-                }
-            )
-
-
-def batch_features(
-    model: Model, batch: Mapping[str, Any], device: torch.device | str
-) -> list[Tensor]:
-    """Return the feature maps of a batch's images, computed on a device."""
-    meta = batch_meta(batch)
-    if meta is not None:
-        meta = {key: value.to(device) for key, value in meta.items()}
-    return model.features(batch["image"].to(device), meta)
-
-
-def _check_room(samples: list[dict[str, Any]], total: int, limit_mib: float) -> None:
-    sizes = (m.numel() * m.element_size() for s in samples for m in s["features"])
-    needed = sum(sizes) / len(samples) * total / 2**20
-    if needed > limit_mib:
-        raise MemoryError(
-            f"the feature maps of {total} images need {needed:.0f} MiB, and the cache "
-            f"is allowed {limit_mib:.0f}. Pass cache_features=False to fit, or a "
-            "smaller data set."
-        )
+            # clone(), or each sample would keep its whole batch alive
+            kept = {target: batch[target][index].clone(), "region": region}
+            self.samples.append(kept)

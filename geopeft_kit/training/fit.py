@@ -23,18 +23,31 @@ from torch.utils.data import DataLoader
 from geopeft_kit.data.chips import ChipData
 from geopeft_kit.data.loading import EpochSampler
 from geopeft_kit.data.torchgeo_data import AnyData, as_data
-from geopeft_kit.methods import Adapter, list_methods
 from geopeft_kit.model import Model
+from geopeft_kit.training.batch_size import (
+    largest_batch,
+    room_mib,
+    with_batch_size,
+)
 from geopeft_kit.training.callbacks import Checkpoint, EarlyStop, History
+from geopeft_kit.training.checkpointing import checkpointed
 from geopeft_kit.training.evaluate import evaluate
 from geopeft_kit.training.feature_cache import FeatureCache
+from geopeft_kit.training.frozen_precision import frozen_held_in
 from geopeft_kit.training.hardware import choose_device, choose_precision
 from geopeft_kit.training.head_start import resolve_head_start, start_decoder
+from geopeft_kit.training.out_of_memory import explanation, survive
+from geopeft_kit.training.prefix_cache import Prefix
+from geopeft_kit.training.settings import (
+    check_levers,
+    check_run,
+    default_rate,
+    resolve_cache,
+)
 from geopeft_kit.training.task import Task
 from geopeft_kit.training.tracker import Resources, Tracker
 
 DECODER_LEARNING_RATE = 1e-3
-HEAD_STARTS = ("auto", "probe", "calibrate", "none")
 
 
 @dataclass
@@ -68,8 +81,14 @@ def fit(
     decoder_learning_rate: float | None = None,
     weight_decay: float = 0.05,
     head_start: str = "auto",
+    batch_size: int | str | None = None,
+    memory_gib: float | None = None,
     cache_features: bool | None = None,
+    cache_prefix: bool = False,
+    checkpointing: str | None = None,
     precision: str = "auto",
+    frozen_precision: str | None = None,
+    optimiser: str = "adamw",
     device: str = "auto",
     validate_every: int | None = None,
     patience: int | None = None,
@@ -97,11 +116,26 @@ def fit(
             features; "none" does neither; "auto" is "probe" for the linear decoder and
             the classification head, else "calibrate". A fresh head on raw features
             tells false stories about every method.
+        batch_size: Images in a batch of this run; None is the data's own. "auto" takes
+            the largest that fits, by `estimate_memory`, and tries it in one step.
+        memory_gib: What the run may use, for "auto" and for advice; None is what is
+            free.
         cache_features: Compute the maps of a frozen backbone once and train on those.
-            None does it whenever that changes nothing: nothing trains in the backbone
-            and the data is not augmented.
+            None does it whenever that changes nothing and costs nothing: nothing trains
+            in the backbone and the data is not augmented. True also serves augmented
+            data: all eight flips and turns of an image are computed once. Above 4 GiB
+            the maps go to files under GEOPEFT_CACHE.
+        cache_prefix: Compute the frozen blocks before the first trained one once, for
+            a method with layers="last:4", say; stored like features.
+        checkpointing: Keep less for the backward pass and compute it again: "mlp" in
+            the MLP of each block, "blocks" in whole blocks. The same numbers, more
+            time.
         precision: "auto" or a name Lightning knows. "auto" is bf16 where the GPU has it
             in hardware, 16-bit with loss scaling on older GPUs, 32-bit on a CPU.
+        frozen_precision: "bf16" holds frozen matrices in bf16 while training, and needs
+            (with "auto": takes) precision="bf16-mixed".
+        optimiser: "adamw", "fused" (one kernel a step) or "8bit" (its state in bytes;
+            needs torchao or bitsandbytes).
         device: "auto", "cpu" or "cuda".
         validate_every: Epochs between two looks at the validation split; None looks
             only after training, unless `patience` is set (then every epoch).
@@ -122,31 +156,41 @@ def fit(
     Raises:
         ValueError: An argument is out of its range, or the data's task is another.
         FileNotFoundError: `resume=True` and `folder` holds no checkpoint.
+        MemoryError: Memory ran out; the text names the three cheapest ways out. The
+            model is alive, part of the way trained.
     """
     chips: ChipData = as_data(data, model.task, model.num_classes)
-    _check(model, chips, epochs, head_start, folder, resume, patience)
+    check_run(model, chips, epochs, head_start, folder, resume, patience)
     place = choose_device(device)
     model.to(place)
+    run: dict[str, Any] = {
+        "batch_size": chips.batch_size,
+        "image_size": chips.image_size,
+        "precision": choose_precision(precision, place, frozen_precision),
+        "checkpointing": checkpointing,
+        "frozen_precision": frozen_precision,
+        "optimiser": optimiser,
+    }
+    check_levers(model, run)
+    room = room_mib(model, place, memory_gib)
+    if batch_size == "auto":
+        batch_size = largest_batch(model, chips, run, place, room)
+    if batch_size is not None:
+        chips = with_batch_size(chips, batch_size)
+        run["batch_size"] = chips.batch_size
     frozen = not any(p.requires_grad for p in model.backbone.parameters())
     settings: dict[str, Any] = {
         "epochs": epochs,
-        "learning_rate": _learning_rate(model, learning_rate, frozen, progress),
+        "learning_rate": default_rate(model, learning_rate, frozen, progress),
         "decoder_learning_rate": decoder_learning_rate or DECODER_LEARNING_RATE,
         "weight_decay": weight_decay,
         "head_start": resolve_head_start(model, head_start),
-        "cache_features": _resolve_cache(model, chips, cache_features, frozen),
-        "precision": choose_precision(precision, place),
+        "cache_features": resolve_cache(model, chips, cache_features, frozen),
+        "cache_prefix": cache_prefix,
         "seed": seed,
+        **run,
     }
     checkpoint = Path(folder) / "last.ckpt" if folder is not None else None
-    cache = None
-    if not resume:
-        cache = start_decoder(model, chips, place, settings["head_start"], seed)
-    if not settings["cache_features"]:
-        loader = chips.dataloader("train", shuffle=True, seed=seed)
-    else:
-        loader = _cached_loader(model, chips, cache, place, seed)
-    task = _make_task(model, chips, loader, settings)
     tracker = Tracker()
     history = History(
         chips, validate_every or (1 if patience else None), epochs, progress
@@ -156,127 +200,82 @@ def fit(
         own.append(EarlyStop(history, patience))
     if checkpoint is not None:
         own.append(Checkpoint(checkpoint))
-    with quiet_lightning():
-        trainer = L.Trainer(
-            accelerator="gpu" if place.type == "cuda" else "cpu",
-            devices=1,
-            precision=settings["precision"],
-            max_epochs=epochs,
-            callbacks=[*own, *callbacks],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-        )
-        # Lightning leaves each module in the mode it finds it in.
-        model.train()
-        resume_from = str(checkpoint) if resume else None
-        trainer.fit(task, loader, ckpt_path=resume_from, weights_only=True)
+
+    def train() -> None:
+        prefix = Prefix(model) if cache_prefix else None
+        loader = _start(model, chips, prefix, settings, place, resume)
+        task = _make_task(model, chips, loader, settings, prefix)
+        trainer = _make_trainer(settings, place, [*own, *callbacks])
+        with (
+            quiet_lightning(),
+            frozen_held_in(model, frozen_precision),
+            checkpointed(model, checkpointing),
+        ):
+            # Lightning leaves each module in the mode it finds it in.
+            model.train()
+            resume_from = str(checkpoint) if resume else None
+            trainer.fit(task, loader, ckpt_path=resume_from, weights_only=True)
+
+    survive(train, model, lambda: explanation(model, run, place, room))
     model.to(place).eval()
     return Run(
         model=model,
         history=history.table(),
-        resources=tracker.resources(model),
+        resources=tracker.resources(),
         metrics=evaluate(model, chips, "val", place) if "val" in chips.splits else {},
         settings=settings,
         folder=Path(folder) if folder is not None else None,
     )
 
 
-def _check(
+def _start(
     model: Model,
     data: ChipData,
-    epochs: int,
-    head_start: str,
-    folder: str | Path | None,
-    resume: bool,
-    patience: int | None,
-) -> None:
-    if epochs < 1:
-        raise ValueError(f"epochs is {epochs}; it must be 1 or more.")
-    if head_start not in HEAD_STARTS:
-        raise ValueError(
-            f"head_start is {head_start!r}; allowed are {', '.join(HEAD_STARTS)}."
-        )
-    if model.task != data.task:
-        raise ValueError(
-            f"the model's task is {model.task!r} and the data's is {data.task!r}. "
-            f"Build the model with build_model(..., task={data.task!r})."
-        )
-    if patience and "val" not in data.splits:
-        raise ValueError(
-            f"patience={patience} needs a validation split; the data has "
-            f"{', '.join(data.splits)}. Pass val_fraction to ChipData."
-        )
-    if resume and folder is None:
-        raise ValueError("resume=True needs the folder of the run to go on with.")
-    if resume and folder is not None and not (Path(folder) / "last.ckpt").exists():
-        raise FileNotFoundError(
-            f"{folder} holds no last.ckpt to resume from. Start with resume=False; a "
-            "checkpoint is written after each epoch."
-        )
-
-
-def _learning_rate(
-    model: Model, asked: float | None, frozen: bool, progress: bool
-) -> float:
-    """The rate asked for, or the default of the method's card, which is printed."""
-    if asked is not None:
-        if asked <= 0:
-            raise ValueError(f"learning_rate is {asked}; it must be above 0.")
-        return asked
-    if frozen:
-        return 0.0
-    name = _method(model)
-    card = next(card for card in list_methods() if card.name == name)
-    rate = card.learning_rate or 0.0
-    if progress:
-        print(f"learning_rate {rate:g} (default of {name!r})")
-    return rate
-
-
-def _method(model: Model) -> str:
-    """Key of the active method; a backbone without one trains in full."""
-    adapter: Adapter | None = getattr(model.backbone, "adapter", None)
-    return "full" if adapter is None else adapter.name
-
-
-def _resolve_cache(
-    model: Model, data: ChipData, asked: bool | None, frozen: bool
-) -> bool:
-    if asked is None:
-        return frozen and not data.augment
-    if asked and not frozen:
-        raise ValueError(
-            "cache_features=True needs a frozen backbone, but "
-            f"{_method(model)!r} trains inside it. Attach 'frozen', or leave "
-            "cache_features at None."
-        )
-    if asked and data.augment:
-        raise ValueError(
-            "cache_features=True needs images that do not change, but the data is "
-            "augmented. Build the data with augment=False."
-        )
-    return asked
-
-
-def _cached_loader(
-    model: Model,
-    data: ChipData,
-    cache: FeatureCache | None,
+    prefix: Prefix | None,
+    settings: dict[str, Any],
     place: torch.device,
-    seed: int,
+    resume: bool,
 ) -> DataLoader:
-    """Batches of cached maps; those that the head start computed serve again."""
-    if cache is None:
-        cache = FeatureCache(model, data.dataloader("train", augment=False), place)
-    sampler = EpochSampler(len(cache), seed, drop_last_of=data.batch_size)
+    """Start the decoder, and make the batches of images or of what is cached of them.
+
+    The features that the head start computed serve again.
+    """
+    seed, cache = settings["seed"], None
+    if not resume:
+        cache = start_decoder(model, data, place, settings["head_start"], seed)
+    if not (settings["cache_features"] or prefix):
+        return data.dataloader("train", shuffle=True, seed=seed)
+    if prefix or cache is None or data.augment:
+        images = data.dataloader("train", augment=False)
+        cache = FeatureCache(model, images, place, augment=data.augment, prefix=prefix)
+    sampler = EpochSampler(len(cache), seed, data.augment, data.batch_size)
     return DataLoader(cache, data.batch_size, sampler=sampler, collate_fn=cache.collate)
 
 
+def _make_trainer(
+    settings: dict[str, Any], place: torch.device, callbacks: list[L.Callback]
+) -> L.Trainer:
+    with quiet_lightning():
+        return L.Trainer(
+            accelerator="gpu" if place.type == "cuda" else "cpu",
+            devices=1,
+            precision=settings["precision"],
+            max_epochs=settings["epochs"],
+            callbacks=callbacks,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
+
+
 def _make_task(
-    model: Model, data: ChipData, loader: DataLoader, settings: dict[str, Any]
+    model: Model,
+    data: ChipData,
+    loader: DataLoader,
+    settings: dict[str, Any],
+    prefix: Prefix | None,
 ) -> Task:
     steps = len(loader) * settings["epochs"]
     return Task(
@@ -288,6 +287,8 @@ def _make_task(
         total_steps=steps,
         warmup_steps=min(steps // 10, 200),
         seed=settings["seed"],
+        optimiser=settings["optimiser"],
+        prefix=prefix,
     )
 
 

@@ -1,9 +1,11 @@
-"""What the machine can do: the device, and the precision it truly supports."""
+"""What the machine can do: the device, its free memory, the precision it supports."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 
@@ -27,7 +29,9 @@ def choose_device(device: str = "auto") -> torch.device:
     return torch.device("cuda" if available and device != "cpu" else "cpu")
 
 
-def choose_precision(precision: str, device: torch.device) -> Any:
+def choose_precision(
+    precision: str, device: torch.device, frozen_precision: str | None = None
+) -> Any:
     """Lightning's name of the precision to train in.
 
     "auto" is bf16 on GPUs that have it in hardware, 16-bit with loss scaling on older
@@ -37,6 +41,7 @@ def choose_precision(precision: str, device: torch.device) -> Any:
     Args:
         precision: "auto", "32-true", "bf16-mixed", "16-mixed".
         device: Where the training runs.
+        frozen_precision: "bf16" makes "auto" bf16, since nothing else would use it.
 
     Raises:
         ValueError: The hardware does not support the precision asked for.
@@ -46,6 +51,8 @@ def choose_precision(precision: str, device: torch.device) -> Any:
         raise ValueError(
             f"precision is {precision!r}; allowed are {', '.join(allowed)}."
         )
+    if precision == "auto" and frozen_precision == "bf16":
+        precision = "bf16-mixed"
     if device.type != "cuda":
         if precision == "16-mixed":
             raise ValueError(
@@ -53,12 +60,48 @@ def choose_precision(precision: str, device: torch.device) -> Any:
                 "'bf16-mixed'."
             )
         return "32-true" if precision == "auto" else precision
-    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    if precision == "bf16-mixed" and not has_bf16:
+    if precision == "bf16-mixed" and not has_bf16(device):
         raise ValueError(
             f"{torch.cuda.get_device_name(device)} has no bf16 in hardware. Choose "
             "'16-mixed' or '32-true'."
         )
     if precision == "auto":
-        return "bf16-mixed" if has_bf16 else "16-mixed"
+        return "bf16-mixed" if has_bf16(device) else "16-mixed"
     return precision
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether bf16 is computed in hardware there, as far as it says so."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(_cpu_flags()))
+
+
+def free_gib(device: torch.device) -> float:
+    """GiB that can still be taken: of the GPU, or of this machine or container."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
+            device
+        )
+        return (free + unused) / 2**30
+    free = psutil.virtual_memory().available
+    limit, used = Path("/sys/fs/cgroup/memory.max"), psutil.Process().memory_info().rss
+    if limit.exists() and limit.read_text().strip().isdigit():
+        free = min(free, int(limit.read_text()) - used)  # a container's own limit
+    return max(0, free) / 2**30
+
+
+def _cpu_flags() -> list[str]:
+    """The processor's abilities as Linux names them; empty elsewhere."""
+    listed = Path("/proc/cpuinfo")
+    if not listed.exists():
+        return []
+    return next(
+        (
+            line.split()
+            for line in listed.read_text().splitlines()
+            if line.startswith(("flags", "Features"))
+        ),
+        [],
+    )

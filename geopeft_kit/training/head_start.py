@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 
 from geopeft_kit.data.chips import ChipData
 from geopeft_kit.model import WHOLE_IMAGE_TASKS, Model
-from geopeft_kit.training.feature_cache import FeatureCache, batch_features
-from geopeft_kit.training.task import batch_target, compute_loss
+from geopeft_kit.training.feature_cache import FeatureCache
+from geopeft_kit.training.task import batch_features, batch_target, compute_loss
 
 
 def resolve_head_start(model: Model, how: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
@@ -19,6 +19,10 @@ from torch import Tensor, nn
 
 from geopeft_kit.methods.base import TrainingRule
 from geopeft_kit.model import Model
+from geopeft_kit.training.optimisers import make_optimiser
+
+if TYPE_CHECKING:
+    from geopeft_kit.training.prefix_cache import Prefix
 
 
 def compute_loss(
@@ -68,6 +72,23 @@ def batch_meta(batch: Mapping[str, Any]) -> dict[str, Tensor] | None:
     return meta or None
 
 
+def batch_features(
+    model: Model, batch: Mapping[str, Any], device: torch.device | str
+) -> list[Tensor]:
+    """Return the feature maps of a batch's images, computed on a device."""
+    return model.features(*images_on(batch, device))
+
+
+def images_on(
+    batch: Mapping[str, Any], device: torch.device | str
+) -> tuple[Tensor, dict[str, Tensor] | None]:
+    """Images of a batch, and their date and place, on a device."""
+    meta = batch_meta(batch)
+    if meta is not None:
+        meta = {key: value.to(device) for key, value in meta.items()}
+    return batch["image"].to(device), meta
+
+
 def trained_names(model: nn.Module) -> set[str]:
     """Names of what training changes: trainable parameters and the buffers beside them.
 
@@ -114,6 +135,8 @@ class Task(L.LightningModule):
         total_steps: Steps of the whole run, for the schedule.
         warmup_steps: Linear warm-up before the cosine.
         seed: Seeds dropout, epoch by epoch, so that a resumed run repeats it.
+        optimiser: "adamw", "fused" or "8bit", see `make_optimiser`.
+        prefix: Where batches hold what the frozen blocks put out, see `Prefix`.
 
     Source: AdamW, Loshchilov & Hutter 2019 (arXiv 1711.05101).
     """
@@ -130,9 +153,13 @@ class Task(L.LightningModule):
         total_steps: int,
         warmup_steps: int,
         seed: int,
+        optimiser: str = "adamw",
+        prefix: Prefix | None = None,
     ) -> None:
         super().__init__()
         self.model = model
+        self.optimiser = optimiser
+        self.prefix = prefix
         self.ignore_index = ignore_index
         self.learning_rate = learning_rate
         self.decoder_learning_rate = decoder_learning_rate
@@ -146,7 +173,10 @@ class Task(L.LightningModule):
             self.rule = adapter.method.training_rule(adapter, total_steps)
 
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
-        """Logits or values for a batch of images, or of cached feature maps."""
+        """Logits or values for a batch of images, or of what was cached of them."""
+        if self.prefix is not None:
+            maps = self.prefix.features(batch["prefix"], batch["size"])
+            return self.model.from_features(maps, batch["size"])
         if "features" in batch:
             return self.model.from_features(batch["features"], batch["size"])
         return self.model(batch["image"], batch_meta(batch))
@@ -167,7 +197,7 @@ class Task(L.LightningModule):
             self.rule.after_step(self.global_step)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimiser = torch.optim.AdamW(self._parameter_groups())
+        optimiser = make_optimiser(self.parameter_groups(), self.optimiser)
         factor = cosine_with_warmup(self.total_steps, self.warmup_steps)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
         return {
@@ -195,7 +225,8 @@ class Task(L.LightningModule):
         if self.rule is not None:
             self.rule.restore(checkpoint["training_rule"])
 
-    def _parameter_groups(self) -> list[dict[str, Any]]:
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What trains, in groups of one learning rate and decay each."""
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in self.model.named_parameters():
             if not parameter.requires_grad:

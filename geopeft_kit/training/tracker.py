@@ -69,26 +69,28 @@ def count_saved_bytes(model: nn.Module) -> Iterator[dict[int, int]]:
     """Count the bytes autograd saves for the backward pass inside this context.
 
     A storage that several tensors share counts once; storages of the model's own
-    parameters do not count, because they are there with or without training.
+    parameters do not count, because they are there with or without training. Tensors
+    without memory behind them (meta, fake) are counted as if they had it.
 
     Args:
         model: The model whose parameters are left out.
 
     Yields:
-        A dict from storage address to size in bytes; its sum is the answer.
+        A dict from storage to size in bytes; its sum is the answer.
 
     Example:
         >>> with count_saved_bytes(model) as saved:
         ...     loss = model(image).sum()
         >>> sum(saved.values())
     """
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    # `_cdata` tells storages apart, also those that have no address
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in own:
+            saved[storage._cdata] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -98,6 +100,12 @@ def count_saved_bytes(model: nn.Module) -> Iterator[dict[int, int]]:
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of all parameters of a model, trained or frozen, each counted once."""
     return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def gradient_bytes(model: nn.Module) -> int:
+    """Bytes of the gradients that are there now."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return sum(g.numel() * g.element_size() for g in gradients)
 
 
 def optimiser_bytes(optimiser: torch.optim.Optimizer) -> int:
@@ -207,7 +215,7 @@ class Tracker(L.Callback):
         self.times: list[float] = []
         self.samples = 0
         self.saved: dict[int, int] | None = None
-        self.gradients = self.optimiser = 0
+        self.weights = self.gradients = self.optimiser = 0
         self._counting: Any = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -245,11 +253,8 @@ class Tracker(L.Callback):
         optimizer: torch.optim.Optimizer,
     ) -> None:
         if not self.gradients:
-            self.gradients = sum(
-                p.grad.numel() * p.grad.element_size()
-                for p in pl_module.parameters()
-                if p.grad is not None
-            )
+            self.weights = weight_bytes(pl_module)
+            self.gradients = gradient_bytes(pl_module)
 
     def on_train_batch_end(
         self,
@@ -269,7 +274,7 @@ class Tracker(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.peak = self.memory.peak()
 
-    def resources(self, model: nn.Module) -> Resources:
+    def resources(self) -> Resources:
         """Sum up the run; call it after training.
 
         Raises:
@@ -294,7 +299,7 @@ class Tracker(L.Callback):
             timed_steps=len(timed),
             peak_mib=self.peak / MIB,
             peak_growth_mib=(self.peak - self.memory.floor) / MIB,
-            weights_mib=weight_bytes(model) / MIB,
+            weights_mib=self.weights / MIB,
             gradients_mib=self.gradients / MIB,
             optimiser_mib=self.optimiser / MIB,
             activations_mib=sum((self.saved or {}).values()) / MIB,

@@ -1,0 +1,78 @@
+"""The optimisers that `fit` offers: AdamW, and two that cost less.
+
+AdamW keeps two running means for each trained number, in 32 bits each. The fused one
+keeps the same in one kernel a step; the 8-bit one keeps them in a byte each, with a
+scale for every 256 (Dettmers et al. 2022, arXiv 2110.02861, section 2). Taught in
+notebook 08.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+OPTIMISERS = ("adamw", "fused", "8bit")
+BLOCK = 256  # numbers that share a scale
+SMALLEST = 4096  # tensors below this keep 32 bits, in both libraries
+
+
+def make_optimiser(groups: list[dict[str, Any]], kind: str = "adamw") -> Optimizer:
+    """Make an AdamW.
+
+    Args:
+        groups: Parameter groups with "params", "lr" and "weight_decay".
+        kind: "adamw", "fused" or "8bit".
+
+    Raises:
+        ValueError: Another kind, or "8bit" where no library brings it.
+    """
+    check_optimiser(kind)
+    if kind == "8bit":
+        return _find_8bit()(groups)
+    return torch.optim.AdamW(groups, fused=kind == "fused" or None)
+
+
+def check_optimiser(kind: str) -> None:
+    """Raise where `make_optimiser` would, before anything is computed."""
+    if kind not in OPTIMISERS:
+        raise ValueError(f"optimiser is {kind!r}; allowed are {', '.join(OPTIMISERS)}.")
+    if kind == "8bit":
+        _find_8bit()
+
+
+def optimiser_state_bytes(sizes: Sequence[int], kind: str = "adamw") -> int:
+    """Bytes that an optimiser keeps, step counters included.
+
+    Args:
+        sizes: Numbers in each trained tensor.
+        kind: "adamw", "fused" or "8bit".
+    """
+    total = 0
+    for size in sizes:
+        small = kind == "8bit" and size >= SMALLEST
+        total += 2 * (size + 4 * -(-size // BLOCK)) if small else 8 * size
+    return total + 4 * len(sizes)
+
+
+def _find_8bit() -> Any:
+    """AdamW8bit of bitsandbytes (GPU only) or torchao, whichever is installed."""
+    if torch.cuda.is_available():
+        try:
+            from bitsandbytes.optim import AdamW8bit
+
+            return AdamW8bit
+        except ImportError:
+            pass  # torchao has one as well
+    try:
+        from torchao.optim import AdamW8bit
+
+        return AdamW8bit
+    except ImportError as error:
+        raise ValueError(
+            "optimiser='8bit' needs torchao, or on a GPU bitsandbytes, and neither is "
+            "installed. `pip install torchao`, or choose optimiser='adamw': with few "
+            "trained tensors its state is small anyway (see estimate_memory)."
+        ) from error
