@@ -121,9 +121,9 @@ class ChipData(L.LightningDataModule):
         self.bands = available if bands is None else resolve_bands(bands)
         self.batch_size, self.num_workers = batch_size, num_workers
         self.seed, self.augment = seed, bool(augment)
-        self._augmentation = None
+        self.transforms: Augmentation | None = None
         if not isinstance(augment, bool):
-            self._augmentation = Augmentation(augment, self.bands, colour_bands)
+            self.transforms = Augmentation(augment, self.bands, colour_bands)
         self._read_facts()
         reader = ChipReader(self.folder, self.info, band_indices(self.bands, available))
         if cache is None:
@@ -290,7 +290,7 @@ class ChipData(L.LightningDataModule):
                 f"split {split!r} of {self.name} has no chips; it has {there}. Choose "
                 "one of these, or other test_regions or val_fraction."
             )
-        return ChipDataset(self._table, rows, self._augmentation)
+        return ChipDataset(self._table, rows, self.transforms)
 
     def dataloader(
         self,

@@ -53,6 +53,7 @@ class TorchgeoData:
     """
 
     augment = False
+    transforms = None
     simulated = False
 
     def __init__(
@@ -81,6 +82,13 @@ class TorchgeoData:
     def splits(self) -> list[str]:
         """Names of the splits that are there."""
         return list(self.sets)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the first training sample."""
+        first: Any = self.sets["train"]
+        height, width = first[0]["image"].shape[-2:]
+        return int(height), int(width)
 
     def dataset(self, split: str) -> Dataset:
         """Torchgeo's own data set of a split.

@@ -185,7 +185,9 @@ def fit(
         "decoder_learning_rate": decoder_learning_rate or DECODER_LEARNING_RATE,
         "weight_decay": weight_decay,
         "head_start": resolve_head_start(model, head_start),
-        "cache_features": resolve_cache(model, chips, cache_features, frozen),
+        "cache_features": resolve_cache(
+            model, chips, cache_features, frozen, cache_prefix
+        ),
         "cache_prefix": cache_prefix,
         "seed": seed,
         **run,

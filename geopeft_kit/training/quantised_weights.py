@@ -94,7 +94,7 @@ def quantised(model: Model) -> Iterator[None]:
 
 
 def _four_bits(layer: nn.Linear) -> Any:
-    """bitsandbytes' layer with the same numbers, rounded to NF4."""
+    """Bitsandbytes' layer with the same numbers, rounded to NF4."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     new = Linear4bit(

@@ -82,11 +82,19 @@ def method(model: Model) -> str:
 
 
 def resolve_cache(
-    model: Model, data: ChipData, asked: bool | None, frozen: bool
+    model: Model, data: ChipData, asked: bool | None, frozen: bool, prefix: bool
 ) -> bool:
     """Whether to cache features; None does where it changes nothing."""
-    if asked is None:
+    if asked is None and not prefix:
         return frozen and not data.augment
+    if (asked or prefix) and data.transforms is not None:
+        raise ValueError(
+            "cache_features and cache_prefix need images of a finite set, and the "
+            "transforms of this data draw new ones every epoch. Build the data with "
+            "augment=True (flips and quarter turns) or False."
+        )
+    if asked is None:
+        return False
     if asked and not frozen:
         raise ValueError(
             "cache_features=True needs a frozen backbone, but "
