@@ -12,6 +12,7 @@ import torch
 from test_data import HLS, INFO, image, toy_chips
 from torch import nn
 from torchgeo.transforms import RandomGrayscale
+from toy import toy_data
 
 import geopeft_kit as gk
 from geopeft_kit.data import write_chip_folder
@@ -166,3 +167,15 @@ def test_a_size_that_changes_is_refused(folder: Path) -> None:
     data = gk.ChipData(folder, test_regions=["a"], augment=[crop])
     with pytest.raises(ValueError, match=r"\(8, 8\) of \(16, 16\)"):
         next(iter(data.train_dataloader()))
+
+
+@pytest.mark.parametrize("lever", ["cache_features", "cache_prefix"])
+def test_what_never_repeats_is_not_cached(tmp_path: Path, lever: str) -> None:
+    toy_data(tmp_path)
+    flips = [K.RandomHorizontalFlip(p=0.5)]
+    data = gk.ChipData(tmp_path, split="index", augment=flips)
+    backbone = gk.load_backbone("geopeft_tiny", data.bands, weights=None)
+    gk.attach(backbone, "frozen")
+    model = gk.build_model(backbone, "linear", data.task, data.num_classes)
+    with pytest.raises(ValueError, match="draw new ones every epoch"):
+        gk.fit(model, data, epochs=1, progress=False, **{lever: True})

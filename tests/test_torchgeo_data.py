@@ -146,3 +146,12 @@ def test_what_does_not_fit_is_said() -> None:
     mixed = _List([*samples(3).samples, {"image": torch.zeros(3, 9, 8), "label": 0}])
     with pytest.raises(ValueError, match="cannot share a batch.*resizes"):
         next(iter(gk.TorchgeoData(mixed, "classification", 3).dataloader("train")))
+
+
+def test_a_batch_size_is_found_for_torchgeos_data_too() -> None:
+    backbone = gk.load_backbone("geopeft_tiny_rgb", weights=None)
+    gk.attach(backbone, "frozen")
+    model = gk.build_model(backbone, "linear", "classification", 3)
+    run = gk.fit(model, samples(), epochs=1, batch_size="auto", progress=False)
+    assert run.settings["batch_size"] == 12
+    assert run.settings["image_size"] == (8, 8)
