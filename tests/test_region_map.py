@@ -19,7 +19,7 @@ from test_maps import CLASSES, EVIL, chips, with_probabilities
 
 from geopeft_kit.maps import show_map
 
-pytestmark = [pytest.mark.slow, pytest.mark.browser, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.browser, pytest.mark.timeout(1500)]
 
 SETUP = """
 import sys
@@ -62,11 +62,11 @@ def test_the_map_by_hand(visit, tmp_path: Path) -> None:
     setup = SETUP.format(paths=[str(here), str(here.parent)])
     write_notebook(tmp_path / "map.ipynb", [setup, "scene"])
     page = visit.page
-    page.set_default_timeout(120_000)
-    with jupyter_lab(tmp_path, timeout=240) as lab:
-        lab.open(page, "map.ipynb", timeout=240)
+    page.set_default_timeout(300_000)
+    with jupyter_lab(tmp_path, timeout=400) as lab:
+        lab.open(page, "map.ipynb", timeout=400)
         lab.run_all(page)
-        page.wait_for_selector(".gpk-map .leaflet-sbs-divider", timeout=120_000)
+        page.wait_for_selector(".gpk-map .leaflet-sbs-divider", timeout=300_000)
         page.wait_for_timeout(1500)
         box = page.locator(".gpk-map").bounding_box()
         middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
