@@ -49,7 +49,14 @@ def convolution() -> Net:
     return Net(torch.nn.Conv2d(3, 3, 5, padding=2))
 
 
-@pytest.mark.parametrize(("overlap", "call"), [(0.75, 40), (0.0, 5), (0.5, 2)])
+@pytest.mark.parametrize(
+    ("overlap", "call"),
+    [
+        (0.75, 40),
+        pytest.param(0.0, 5, marks=pytest.mark.slow),
+        pytest.param(0.5, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_run_goes_on_to_the_same_file(tmp_path, overlap, call):
     source = write_scene(tmp_path / "scene.tif", reflectance(150, 110))
     options = {"window": 32, "overlap": overlap, "batch_size": 4, "progress": False}
@@ -121,7 +128,7 @@ def test_memory_of_a_scene_20000_pixels_wide(tmp_path):
     """A strip is what is in memory, so a wide scene shows what a whole one takes.
 
     The whole 20,000 x 20,000 with `geopeft_tiny` is the same command with other
-    numbers, see `large_scene.py`; docs/results.md says what it took.
+    numbers, see `large_scene.py`.
     """
     command = [sys.executable, str(HERE / "large_scene.py"), str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

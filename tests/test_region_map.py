@@ -19,7 +19,7 @@ from test_maps import CLASSES, EVIL, chips, with_probabilities
 
 from geopeft_kit.maps import show_map
 
-pytestmark = [pytest.mark.slow, pytest.mark.browser, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.browser, pytest.mark.timeout(1500)]
 
 SETUP = """
 import sys
@@ -45,12 +45,24 @@ def shot(page: Any) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(raw)).convert("RGB")).astype(int)
 
 
+def settled(page: Any, before: np.ndarray | None = None) -> np.ndarray:
+    """The map once it stands still, and once it differs from how it was before."""
+    last = shot(page)
+    for _ in range(120):
+        page.wait_for_timeout(500)
+        now = shot(page)
+        moved = before is None or np.abs(now - before).sum() > 1000
+        if moved and np.abs(now - last).max() == 0:
+            return now
+        last = now
+    raise AssertionError("the map did not come to rest, or did not change")
+
+
 def drag(page: Any, start: tuple[float, float], end: tuple[float, float]) -> None:
     page.mouse.move(*start)
     page.mouse.down()
     page.mouse.move(*end, steps=6)
     page.mouse.up()
-    page.wait_for_timeout(600)
 
 
 def row(page: Any, name: str) -> Any:
@@ -62,12 +74,12 @@ def test_the_map_by_hand(visit, tmp_path: Path) -> None:
     setup = SETUP.format(paths=[str(here), str(here.parent)])
     write_notebook(tmp_path / "map.ipynb", [setup, "scene"])
     page = visit.page
-    page.set_default_timeout(120_000)
-    with jupyter_lab(tmp_path, timeout=240) as lab:
-        lab.open(page, "map.ipynb", timeout=240)
+    page.set_default_timeout(300_000)
+    with jupyter_lab(tmp_path, timeout=400) as lab:
+        lab.open(page, "map.ipynb", timeout=400)
         lab.run_all(page)
-        page.wait_for_selector(".gpk-map .leaflet-sbs-divider", timeout=120_000)
-        page.wait_for_timeout(1500)
+        page.wait_for_selector(".gpk-map .leaflet-sbs-divider", timeout=300_000)
+        settled(page)
         box = page.locator(".gpk-map").bounding_box()
         middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
         swipe(page)
@@ -81,11 +93,11 @@ def test_the_map_by_hand(visit, tmp_path: Path) -> None:
 
 def swipe(page: Any) -> None:
     """What the divider passes over changes its layer; the rest stays."""
-    before = shot(page)
+    before = settled(page)
     handle = page.locator(".leaflet-sbs-range").bounding_box()
     x, y = handle["x"] + handle["width"] / 2, handle["y"]
     drag(page, (x, y), (x + 90, y))
-    changed = (np.abs(shot(page) - before).sum(axis=2) > 30).any(axis=0)
+    changed = (np.abs(settled(page, before) - before).sum(axis=2) > 30).any(axis=0)
     half = changed.size // 2
     passed = changed[half + 12 : half + 75]
     assert passed.mean() > 0.8, "the swiped strip did not change"
@@ -97,17 +109,13 @@ def swipe(page: Any) -> None:
 def fade(page: Any) -> None:
     """At half opacity a layer is half way between itself and what lies below."""
     sure = row(page, "confidence of lora")
-    sure.locator("input[type=checkbox]").uncheck()
-    page.wait_for_timeout(600)
-    below = shot(page)
+    below = settled(page)
     sure.locator("input[type=checkbox]").check()
-    page.wait_for_timeout(600)
-    above = shot(page)
+    above = settled(page, below)
     handle = sure.locator(".noUi-handle")
     for _ in range(5):
         handle.press("PageDown")
-    page.wait_for_timeout(600)
-    now, selector = shot(page), ".leaflet-layer-5-pane img"
+    now, selector = settled(page, above), ".leaflet-layer-5-pane img"
     share = float(page.eval_on_selector(selector, "i => i.style.opacity"))
     assert 0.2 < share < 0.8
     mixed = share * above + (1 - share) * below
@@ -121,9 +129,11 @@ def click(page: Any, middle: tuple[float, float]) -> None:
     """The panel says what the arrays hold at the place that it names."""
     scene = show_map(with_probabilities(chips()))
     for shift in ((31, -47), (-60, 52)):
-        page.mouse.click(middle[0] + shift[0], middle[1] + shift[1])
-        page.wait_for_timeout(1500)
         panel = page.locator(".gpk-pixel")
+        old = panel.inner_text()
+        page.mouse.click(middle[0] + shift[0], middle[1] + shift[1])
+        changed = "old => document.querySelector('.gpk-pixel').innerText !== old"
+        page.wait_for_function(changed, arg=old)
         text = panel.inner_text()
         lat, ns, lon, ew = re.search(r"([\d.]+)° (.), ([\d.]+)° (.)", text).groups()
         lat, lon = float(lat) * (-1 if ns == "S" else 1), float(lon)
@@ -143,12 +153,11 @@ def click(page: Any, middle: tuple[float, float]) -> None:
 def draw(page: Any, middle: tuple[float, float]) -> None:
     """A box becomes a red layer inside of the box, and nowhere else."""
     x, y = middle
-    before = shot(page)
+    before = settled(page)
     page.locator(".leaflet-draw-draw-rectangle").click()
     drag(page, (x - 70, y - 50), (x + 40, y + 60))
-    row(page, "drawn").wait_for(timeout=60_000)
-    page.wait_for_timeout(1200)
-    after = shot(page)
+    row(page, "drawn").wait_for()
+    after = settled(page, before)
     red = (after[:, :, 0] > 230) & (after[:, :, 1:] < 30).all(axis=2)
     rows, columns = np.nonzero(red)
     h, w = red.shape
