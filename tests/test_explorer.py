@@ -188,7 +188,8 @@ def test_the_kept_prediction_is_that_of_the_swapped_model(explored, data):
 
 def test_a_run_repeats_although_the_page_was_used_meanwhile(data):
     """Dropout, order and weights of a training do not notice the previews."""
-    wanted = choice_of("vpt", options={"tokens": 4, "dropout": 0.3}, epochs=3)
+    options = {"tokens": 4, "dropout": 0.3}
+    wanted = choice_of("vpt", options=options, decoder="fcn", epochs=2)
     alone = Bench({"toy": data}, TINY).train(wanted, lambda news: None)
     busy = Bench({"toy": data}, TINY)
     found = []
