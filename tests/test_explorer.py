@@ -186,9 +186,11 @@ def test_the_kept_prediction_is_that_of_the_swapped_model(explored, data):
     assert np.array_equal(guess, output.argmax(1)[0].numpy())
 
 
+@pytest.mark.slow
 def test_a_run_repeats_although_the_page_was_used_meanwhile(data):
     """Dropout, order and weights of a training do not notice the previews."""
-    wanted = choice_of("vpt", options={"tokens": 4, "dropout": 0.3}, epochs=3)
+    options = {"tokens": 4, "dropout": 0.3}
+    wanted = choice_of("vpt", options=options, decoder="fcn", epochs=2)
     alone = Bench({"toy": data}, TINY).train(wanted, lambda news: None)
     busy = Bench({"toy": data}, TINY)
     found = []
@@ -208,6 +210,7 @@ def test_a_run_repeats_although_the_page_was_used_meanwhile(data):
     assert [row["loss"] for row in found[0].rows] == [row["loss"] for row in alone.rows]
 
 
+@pytest.mark.slow
 def test_cancel_leaves_everything_as_it_was(data):
     explorer = gk.Explorer(data, methods=["lora", "bias"])
     backbone = explorer.bench.backbone_of(explorer.choice)

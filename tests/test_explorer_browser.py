@@ -33,6 +33,13 @@ data.classes = [{EVIL!r}, "high"]
 SHOW = 'explorer = gk.Explorer(data, {"tiny": {"name": "geopeft_tiny"}})\nexplorer'
 
 
+CHECKSUM = """async selector => {
+  const bytes = await (await fetch(document.querySelector(selector).src)).arrayBuffer();
+  const hash = new Uint8Array(await crypto.subtle.digest('SHA-256', bytes));
+  return [...hash].map(b => b.toString(16).padStart(2, '0')).join('');
+}"""
+
+
 class Hand:
     """What a person does with the explorer, and what they see."""
 
@@ -52,12 +59,19 @@ class Hand:
     def await_state(self, panel: str, state: str) -> None:
         self.page.wait_for_selector(f".gpk-{panel} [data-gpk-state='{state}']")
 
-    def picture(self) -> str:
-        """Address of the picture's bytes; a new picture has a new one."""
-        return self.page.locator("img.gpk-picture").get_attribute("src")
+    def picture(self, name: str = "picture") -> str:
+        """Checksum of the bytes of a picture in the page."""
+        return self.page.evaluate(CHECKSUM, f"img.gpk-{name}")
 
-    def pixels(self, selector: str = "img.gpk-picture") -> bytes:
-        return self.page.locator(selector).screenshot()
+    def await_picture(self, same: str = "", other: str = "", name="picture") -> str:
+        """Wait until a picture is a certain one, or another one."""
+        end = time.monotonic() + WAIT / 1000
+        while time.monotonic() < end:
+            now = self.picture(name)
+            if (same and now == same) or (other and now != other):
+                return now
+            self.page.wait_for_timeout(100)
+        raise AssertionError(f"the {name} did not change as it has to")
 
     def pick(self, name: str, begin: str) -> None:
         """Choose the option of a dropdown that begins with a text."""
@@ -169,37 +183,26 @@ def toggle_while_training_then_cancel(hand: Hand) -> None:
 def train_two_and_switch_back(hand: Hand) -> None:
     empty = hand.picture()
     train(hand, "lora", 1)
-    hand.page.wait_for_function(
-        "old => document.querySelector('img.gpk-picture').src !== old", arg=empty
-    )
-    hand.page.wait_for_timeout(500)
-    lora, progress = hand.pixels(), hand.text("progress")
+    lora, progress = hand.await_picture(other=empty), hand.text("progress")
     hand.shoot("trained")
     train(hand, "bias", 2)
-    hand.page.wait_for_timeout(500)
-    assert hand.pixels() != lora
+    hand.await_picture(other=lora)
     hand.tab("Runs")
     hand.await_state("table", "runs:2")
     rows = hand.page.locator(".gpk-table tr").all_inner_texts()
     assert len(rows) == 3 and "lora" in rows[1] and "bias" in rows[2]
-    assert (
-        hand.page.locator(".gpk-table tr.shown td")
-        .first.inner_text()
-        .endswith("2 bias + fcn")
-    )
-    front = hand.pixels("img.gpk-trade-off")
+    shown = hand.page.locator(".gpk-table tr.shown td").first
+    assert shown.inner_text().endswith("2 bias + fcn")
+    front = hand.picture("trade-off")
     hand.shoot("runs")
     hand.method("lora")
     hand.await_state("progress", "run:1")
-    shown = hand.page.locator(".gpk-table tr.shown td").first
+    hand.await_picture(other=front, name="trade-off")  # the shown run is marked
     assert shown.inner_text().endswith("1 lora + fcn")
-    hand.page.wait_for_timeout(500)
-    assert hand.pixels("img.gpk-trade-off") != front, "the shown run is not marked"
     hand.tab("Picture")
-    hand.page.wait_for_timeout(700)
-    assert hand.pixels() == lora, "the same run, another picture"
+    hand.await_picture(same=lora)
     assert hand.text("progress") == progress
-    assert len(hand.page.locator(".gpk-run option").all_inner_texts()) == 2
+    assert hand.page.locator(".gpk-run option").count() == 2
 
 
 def swipe_and_fade(hand: Hand) -> None:
@@ -307,9 +310,7 @@ def test_in_notebook_7(visit: Visit, tmp_path: Path) -> None:
         hand.number("epochs", 1)
         before = hand.picture()
         train(hand, "bias", 1)
-        visit.page.wait_for_function(
-            "old => document.querySelector('img.gpk-picture').src !== old", arg=before
-        )
+        hand.await_picture(other=before)
         hand.tab("Map")
         visit.page.wait_for_selector(".gpk-map .leaflet-image-layer")
         hand.shoot("notebook_7")
