@@ -395,7 +395,8 @@ class ChipData(L.LightningDataModule):
         facts = f"{info.task} {info.nodata} {info.ignore_index} {len(info.classes)}"
         root = cache_folder() / "packed" if folder is None else Path(folder)
         target = root / pack_key(self.folder, names, self.bands, facts)[:32]
-        chips = (table.read_file(row) for row in range(len(self.index)))
+        rows = range(len(self.index))
+        chips = (table.reader.read(*table.files_of(row)) for row in rows)
         table.packed = pack(target, chips, len(self.index), info)
         table.stored.clear()
         return target

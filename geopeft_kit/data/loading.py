@@ -141,26 +141,24 @@ class ChipTable:
         found = {row: self.stored[row] for row in rows if row in self.stored}
         with warnings.catch_warnings():  # pictures without a place are welcome here
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            found |= {row: self.read_file(row) for row in rows if row not in found}
+            missing = [row for row in dict.fromkeys(rows) if row not in found]
+            chips = self.reader.read_many(self.files_of(row) for row in missing)
+            found |= zip(missing, chips, strict=True)
         if self.cache:
             self.stored |= found
         return [found[row] for row in rows]
 
-    def read_file(self, row: int) -> StoredChip:
-        """One chip from its own files.
+    def files_of(self, row: int) -> tuple[str, str, str | None, str | None]:
+        """What `ChipReader.read` needs to know of a row.
 
         Args:
             row: Of the index.
 
         Returns:
-            The stored values, checked.
+            Name of the chip, its image, second image and mask.
         """
-        return self.reader.read(
-            self.chips[row],
-            str(self.files["image"][row]),
-            self.files["image_after"][row],
-            self.files["mask"][row],
-        )
+        image, after, mask = (self.files[name][row] for name in self.files)
+        return self.chips[row], str(image), after, mask
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker process that is spawned starts with an empty memory.

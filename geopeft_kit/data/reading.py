@@ -7,7 +7,7 @@ a mask value that is no class. Taught in `notebooks/14_your_own_data.ipynb`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -67,6 +67,9 @@ class ChipReader:
         self.indexes = [position + 1 for position in bands]  # rasterio counts from 1
         self.scale = self._per_band(info.scale)
         self.offset = self._per_band(info.offset)
+        # Asking GDAL for CRS and nodata takes as long as decoding a mask, so each file
+        # is asked when it is first read, and again only if its size has changed.
+        self._asked: dict[str, tuple[Grid, float | None]] = {}
 
     def _per_band(self, value: float | tuple[float, ...]) -> np.ndarray:
         full = np.broadcast_to(np.asarray(value, "f4"), len(self.info.bands))
@@ -90,8 +93,30 @@ class ChipReader:
             RuntimeError: A file is missing or cannot be decoded.
             ValueError: Files that do not fit the data set or each other.
         """
+        return self.read_many([(chip, image, after, mask)])[0]
+
+    def read_many(
+        self, files: Iterable[tuple[str, str, str | None, str | None]]
+    ) -> list[StoredChip]:
+        """Several chips, within one GDAL environment.
+
+        Args:
+            files: For each the arguments of `read`.
+
+        Returns:
+            The stored values of each.
+        """
         with rasterio.Env(**ALONE):
-            return self._read(chip, image, after, mask)
+            return [self._read(*each) for each in files]
+
+    def _about(
+        self, name: str, raster: rasterio.DatasetReader
+    ) -> tuple[Grid, float | None]:
+        """Where the pixels of a file lie, and its own nodata value."""
+        known = self._asked.get(name)
+        if known is None or known[0][:2] != raster.shape:
+            known = self._asked[name] = _grid(raster), raster.nodata
+        return known
 
     def _read(
         self, chip: str, image: str, after: str | None, mask: str | None
@@ -124,10 +149,8 @@ class ChipReader:
                     "or the bands of the data set."
                 )
             pixels = _decode(raster, self.indexes, chip)
-            grid = _grid(raster)
-            nodata = self.info.nodata
-            if nodata is None:
-                nodata = raster.nodata
+            grid, own = self._about(name, raster)
+            nodata = own if self.info.nodata is None else self.info.nodata
         invalid: np.ndarray | None = None
         if nodata is not None:
             # (H, W): a pixel is whole or it is nothing
@@ -154,8 +177,8 @@ class ChipReader:
                     f"chip {chip!r}: mask {name} has {raster.count} bands; expected 1."
                 )
             values = _decode(raster, [1], chip)[0]
-            _same_grid(chip, f"mask {name}", _grid(raster), image)
-            nodata = raster.nodata
+            grid, nodata = self._about(name, raster)
+            _same_grid(chip, f"mask {name}", grid, image)
         if info.task == "regression":
             values = values.astype(np.float32)
             if nodata is not None:
