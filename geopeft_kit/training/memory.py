@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from geopeft_kit.methods import Adapter
 from geopeft_kit.model import Model
 from geopeft_kit.training.checkpointing import parts_to_recompute
 from geopeft_kit.training.frozen_precision import (
@@ -202,7 +203,7 @@ def estimate_memory(
     # the peak is the larger of two straight lines, and the steeper one is safe.
     slope = max(larger.activations - step.activations, larger.peak - step.peak)
     temporary = max(0, step.peak - step.activations - step.gradients)
-    adapter = model.backbone.adapter
+    adapter: Adapter | None = getattr(model.backbone, "adapter", None)
     return MemoryEstimate(
         method="full" if adapter is None else adapter.name,
         batch_size=batch_size,

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from geopeft_kit.methods import Adapter
 from geopeft_kit.model import Model
 
 SCALE_BLOCK = 64  # numbers that share a scale of one byte (double quantisation)
@@ -28,7 +29,7 @@ def check_quantised(model: Model, device: torch.device) -> None:
     Raises:
         ValueError: No CUDA device, no bitsandbytes, or another method than LoRA.
     """
-    adapter = model.backbone.adapter
+    adapter: Adapter | None = getattr(model.backbone, "adapter", None)
     if adapter is None or adapter.name != "lora":
         name = "full" if adapter is None else adapter.name
         raise ValueError(
