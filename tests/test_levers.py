@@ -153,6 +153,46 @@ def test_frozen_weights_come_back(data: gk.ChipData) -> None:
     assert all(after[n].dtype == t.dtype for n, t in before.items())
 
 
+SIXTEEN_LEVELS = """
+    import torch
+    import geopeft_kit as gk
+    from geopeft_kit.training.quantised_weights import quantised
+    from tests.test_levers import copy_state, gradients, shaken
+
+    model = shaken("lora")
+    before = copy_state(model)
+    plain, _ = gradients(model)
+    plain = {name: gradient.clone() for name, gradient in plain.items()}
+    with quantised(model), torch.autocast("cpu", torch.bfloat16):
+        rounded, _ = gradients(model)
+    assert plain.keys() == rounded.keys()
+    one = torch.cat([g.flatten() for g in plain.values()])
+    two = torch.cat([g.flatten() for g in rounded.values()])
+    print(float(torch.cosine_similarity(one, two, dim=0)))
+    after = model.state_dict()
+    assert all(torch.equal(after[name], t) for name, t in before.items())
+"""
+
+
+@pytest.mark.slow
+def test_four_bits_train_almost_alike(repo: Path) -> None:
+    """bitsandbytes' own layers, on the CPU, where it computes too."""
+    pytest.importorskip("bitsandbytes")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(repo), *sys.path])}
+    command = [sys.executable, "-c", textwrap.dedent(SIXTEEN_LEVELS)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert float(run.stdout.splitlines()[-1]) > 0.9
+
+
+def test_four_bits_are_refused_kindly(data: gk.ChipData) -> None:
+    with pytest.raises(ValueError, match="serves 'lora'"):
+        trained(data, "vpt", frozen_precision="nf4")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="needs a CUDA device"):
+            trained(data, frozen_precision="nf4")
+
+
 @pytest.mark.slow
 def test_fused_adamw_trains_alike(data: gk.ChipData) -> None:
     plain, _ = trained(data)

@@ -144,7 +144,7 @@ def test_words_and_tables() -> None:
     [
         ({"batch_size": 0}, "1 or more"),
         ({"checkpointing": "all"}, "allowed are None, blocks, mlp"),
-        ({"frozen_precision": "int3"}, "allowed are None, 'bf16'"),
+        ({"frozen_precision": "int3"}, "allowed are None, 'bf16', 'nf4'"),
         ({"frozen_precision": "bf16", "precision": "32-true"}, "needs precision="),
     ],
 )

@@ -132,8 +132,9 @@ def fit(
             time.
         precision: "auto" or a name Lightning knows. "auto" is bf16 where the GPU has it
             in hardware, 16-bit with loss scaling on older GPUs, 32-bit on a CPU.
-        frozen_precision: "bf16" holds frozen matrices in bf16 while training, and needs
-            (with "auto": takes) precision="bf16-mixed".
+        frozen_precision: "bf16" holds frozen matrices in bf16 while training, "nf4"
+            (QLoRA; a GPU with bitsandbytes, 'lora' alone) in 4 bits; both need (with
+            "auto": take) precision="bf16-mixed".
         optimiser: "adamw", "fused" (one kernel a step) or "8bit" (its state in bytes;
             needs torchao or bitsandbytes).
         device: "auto", "cpu" or "cuda".
@@ -171,7 +172,7 @@ def fit(
         "frozen_precision": frozen_precision,
         "optimiser": optimiser,
     }
-    check_levers(model, run)
+    check_levers(model, run, place)
     room = room_mib(model, place, memory_gib)
     if batch_size == "auto":
         batch_size = largest_batch(model, chips, run, place, room)

@@ -1,4 +1,4 @@
-"""Frozen weights held in bf16, while what trains stays in 32 bits.
+"""Frozen weights held in fewer bits, while what trains stays in 32.
 
 Mixed precision computes a matrix product in bf16 but holds the matrix in 32 bits, and
 keeps a bf16 copy of it for the backward pass besides. A frozen matrix needs neither:
@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from geopeft_kit.model import Model
+from geopeft_kit.training.quantised_weights import quantised
 
-FROZEN_PRECISIONS = ("bf16",)
+FROZEN_PRECISIONS = ("bf16", "nf4")
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -28,7 +29,7 @@ def check_frozen_precision(how: str | None, precision: str) -> None:
     """Raise where the frozen weights cannot be held so.
 
     Args:
-        how: None or "bf16".
+        how: None, "bf16" or "nf4".
         precision: What the rest computes in, by Lightning's name.
 
     Raises:
@@ -65,9 +66,10 @@ def frozen_weights(model: Model) -> list[nn.Parameter]:
 
 @contextmanager
 def frozen_held_in(model: Model, how: str | None) -> Iterator[None]:
-    """Hold the frozen weights in bf16 inside this context; then all is as before.
+    """Hold the frozen weights in fewer bits inside this context; then all is as before.
 
-    The 32-bit originals wait in a temporary file, of the size of the weights.
+    With "bf16" the 32-bit originals wait in a temporary file, of the size of the
+    weights; "nf4" is `quantised`.
 
     Args:
         model: Only its frozen matrices and kernels change type. Methods that read a
@@ -77,6 +79,10 @@ def frozen_held_in(model: Model, how: str | None) -> Iterator[None]:
     Raises:
         OSError: There is no room for the temporary file.
     """
+    if how == "nf4":
+        with quantised(model):
+            yield
+        return
     weights = frozen_weights(model) if how else []
     if not weights:
         yield

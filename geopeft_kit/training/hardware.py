@@ -41,7 +41,7 @@ def choose_precision(
     Args:
         precision: "auto", "32-true", "bf16-mixed", "16-mixed".
         device: Where the training runs.
-        frozen_precision: "bf16" makes "auto" bf16, since nothing else would use it.
+        frozen_precision: Makes "auto" bf16, since nothing else would use such weights.
 
     Raises:
         ValueError: The hardware does not support the precision asked for.
@@ -51,7 +51,7 @@ def choose_precision(
         raise ValueError(
             f"precision is {precision!r}; allowed are {', '.join(allowed)}."
         )
-    if precision == "auto" and frozen_precision == "bf16":
+    if precision == "auto" and frozen_precision is not None:
         precision = "bf16-mixed"
     if device.type != "cuda":
         if precision == "16-mixed":

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from geopeft_kit.methods import Adapter
 from geopeft_kit.model import Model
 from geopeft_kit.training.checkpointing import parts_to_recompute
 from geopeft_kit.training.frozen_precision import (
@@ -24,6 +25,7 @@ from geopeft_kit.training.frozen_precision import (
 )
 from geopeft_kit.training.hardware import choose_device, choose_precision
 from geopeft_kit.training.optimisers import optimiser_state_bytes
+from geopeft_kit.training.quantised_weights import saved_bytes
 from geopeft_kit.training.shadow import Shadow, Shapes
 from geopeft_kit.training.tracker import MIB, weight_bytes
 
@@ -164,7 +166,7 @@ def estimate_memory(
         image_size: Pixels, one number or (height, width); None is the backbone's.
         precision: "auto", "32-true", "bf16-mixed" or "16-mixed".
         checkpointing: None, "blocks" or "mlp", as for `fit`.
-        frozen_precision: None or "bf16", as for `fit`.
+        frozen_precision: None, "bf16" or "nf4", as for `fit`.
         optimiser: "adamw", "fused" or "8bit", as for `fit`.
 
     Returns:
@@ -185,9 +187,14 @@ def estimate_memory(
     check_frozen_precision(frozen_precision, precision)
     parts_to_recompute(model, checkpointing)
     shadow = Shadow(model)
+    # 4-bit matrices are turned into bf16 for each product, so steps look the same
+    less = saved_bytes(shadow.model) if frozen_precision == "nf4" else 0
+    weights = weight_bytes(shadow.model) - less
     if frozen_precision:
         with shadow.fakes:
             to_bf16(frozen_weights(shadow.model))
+    if frozen_precision == "bf16":
+        weights = weight_bytes(shadow.model)
     step, larger = (
         shadow.rehearse(_batch(model, n, height, width), precision, checkpointing)
         for n in (batch_size, 2 * batch_size)
@@ -196,7 +203,7 @@ def estimate_memory(
     # the peak is the larger of two straight lines, and the steeper one is safe.
     slope = max(larger.activations - step.activations, larger.peak - step.peak)
     temporary = max(0, step.peak - step.activations - step.gradients)
-    adapter = model.backbone.adapter
+    adapter: Adapter | None = getattr(model.backbone, "adapter", None)
     return MemoryEstimate(
         method="full" if adapter is None else adapter.name,
         batch_size=batch_size,
@@ -205,7 +212,7 @@ def estimate_memory(
         checkpointing=checkpointing,
         frozen_precision=frozen_precision,
         optimiser=optimiser,
-        weights_mib=weight_bytes(shadow.model) / MIB,
+        weights_mib=weights / MIB,
         originals_mib=shadow.beside / MIB,
         gradients_mib=step.gradients / MIB,
         optimiser_mib=optimiser_state_bytes(step.trained, optimiser) / MIB,

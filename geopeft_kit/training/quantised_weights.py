@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from geopeft_kit.methods import Adapter
 from geopeft_kit.model import Model
 
 SCALE_BLOCK = 64  # numbers that share a scale of one byte (double quantisation)
@@ -28,7 +29,7 @@ def check_quantised(model: Model, device: torch.device) -> None:
     Raises:
         ValueError: No CUDA device, no bitsandbytes, or another method than LoRA.
     """
-    adapter = model.backbone.adapter
+    adapter: Adapter | None = getattr(model.backbone, "adapter", None)
     if adapter is None or adapter.name != "lora":
         name = "full" if adapter is None else adapter.name
         raise ValueError(
@@ -87,14 +88,12 @@ def quantised(model: Model) -> Iterator[None]:
         yield
     finally:
         for (owner, name, layer), data in zip(places, kept, strict=True):
-            bias = owner._modules[name].bias
-            device = data.device if bias is None else bias.device
-            layer.weight.data = data.to(device)
+            layer.weight.data = data.to(layer.weight.device)
             owner._modules[name] = layer
 
 
 def _four_bits(layer: nn.Linear) -> Any:
-    """Bitsandbytes' layer with the same numbers, rounded to NF4."""
+    """The layer of bitsandbytes with the same numbers, rounded to NF4."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     new = Linear4bit(
@@ -111,5 +110,9 @@ def _four_bits(layer: nn.Linear) -> Any:
         quant_type="nf4",
         module=new,
     )
-    new.bias = layer.bias
+    if layer.bias is not None:  # a copy: the library turns it into bf16 where it is
+        new.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
+    # LoRA adds into the output in place, which autograd forbids on a custom function's
+    # own output; peft clones it likewise.
+    new.register_forward_hook(lambda module, inputs, output: output.clone())
     return new.to(layer.weight.device)  # the numbers are rounded on the way

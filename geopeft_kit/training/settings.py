@@ -5,20 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from geopeft_kit.data.chips import ChipData
 from geopeft_kit.methods import Adapter, list_methods
 from geopeft_kit.model import Model
 from geopeft_kit.training.checkpointing import parts_to_recompute
 from geopeft_kit.training.frozen_precision import check_frozen_precision
 from geopeft_kit.training.optimisers import check_optimiser
+from geopeft_kit.training.quantised_weights import check_quantised
 
 HEAD_STARTS = ("auto", "probe", "calibrate", "none")
 
 
-def check_levers(model: Model, run: dict[str, Any]) -> None:
+def check_levers(model: Model, run: dict[str, Any], device: torch.device) -> None:
     """Errors for levers that this model or this machine does not have."""
     parts_to_recompute(model, run["checkpointing"])
     check_frozen_precision(run["frozen_precision"], run["precision"])
+    if run["frozen_precision"] == "nf4":
+        check_quantised(model, device)
     check_optimiser(run["optimiser"])
 
 
