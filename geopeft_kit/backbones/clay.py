@@ -182,7 +182,7 @@ def _wavelength(card: BackboneCard, band: str) -> float:
 
 
 def _network(card: BackboneCard, waves: Sequence[float]) -> Any:
-    model = VisionTransformer(
+    model: Any = VisionTransformer(
         img_size=card.image_size,
         patch_size=card.patch,
         in_chans=1,

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import pandas as pd
@@ -177,7 +177,8 @@ def fit(
     if batch_size == "auto":
         batch_size = largest_batch(model, chips, run, place, room)
     if batch_size is not None:
-        chips = with_batch_size(chips, batch_size)
+        # Anything else that is no number is refused there.
+        chips = with_batch_size(chips, cast(int, batch_size))
         run["batch_size"] = chips.batch_size
     frozen = not any(p.requires_grad for p in model.backbone.parameters())
     settings: dict[str, Any] = {
