@@ -103,7 +103,7 @@ def test_both_install_routes_use_pyproject(uv: str, tmp_path: Path):
     assert '-e ".[dev]"' in run.stdout
     assert ("uv pip install" in run.stdout) == bool(uv)
     assert ("-m pip install" in run.stdout) != bool(uv)
-    assert run.stdout.strip().endswith("-m pytest")
+    assert "-m pytest -n auto --dist loadgroup" in run.stdout.splitlines()[-1]
 
 
 def test_an_old_interpreter_is_refused(tmp_path: Path):
