@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,18 @@ def test_saved_bytes_by_hand() -> None:
         model(image).sum().backward()
     hidden = 32 * 16 * 4  # ReLU's output is the second layer's input: one storage
     assert sum(saved.values()) == 32 * 8 * 4 + hidden
+
+
+def test_counting_lets_go_of_a_step_that_failed() -> None:
+    """Without a backward pass nothing else would break the graph's circles."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.Sigmoid(), nn.Linear(16, 4))
+    with count_saved_bytes(model):
+        hidden = model[1](model[0](torch.randn(4, 8)))
+        output = model[2](hidden)
+    storage = weakref.ref(hidden.untyped_storage())
+    del hidden, output
+    gc.collect()
+    assert storage() is None
 
 
 def test_nothing_is_saved_without_gradients() -> None:

@@ -26,9 +26,9 @@ from geopeft_kit.training.tracker import MIB, weight_bytes
 SHARE = 0.9  # of what is free; the rest is left to others
 
 
-def with_batch_size(data: ChipData, size: int) -> ChipData:
+def with_batch_size(data: ChipData, size: int | str) -> ChipData:
     """The same data in batches of another size; shares what was already read."""
-    if type(size) is not int or size < 1:
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ValueError(
             f"batch_size is {size!r}; it must be a whole number from 1, 'auto', or "
             "None for the data's own."

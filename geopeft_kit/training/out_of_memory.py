@@ -21,7 +21,13 @@ from geopeft_kit.training.hardware import has_bf16
 from geopeft_kit.training.memory import MemoryEstimate, estimate_memory
 from geopeft_kit.training.optimisers import check_optimiser
 
-_ALLOCATOR = ("can't allocate memory", "not enough memory", "out of memory")
+# Words of PyTorch's allocators, and of oneDNN, which says nothing more.
+_ALLOCATOR = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "could not create a primitive",
+)
 
 
 @dataclass(frozen=True)

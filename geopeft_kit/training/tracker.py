@@ -91,7 +91,9 @@ def count_saved_bytes(model: nn.Module) -> Iterator[dict[int, int]]:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
             saved[storage._cdata] = storage.nbytes()
-        return tensor
+        # The tensor itself would refer to its own graph: a circle that outlives a step
+        # which fails before its backward pass.
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield saved
