@@ -145,6 +145,9 @@ class AreaOfApplicability(nn.Module):
     """
 
     task = "regression"
+    mean: Tensor
+    spread: Tensor
+    known: Tensor
 
     def __init__(self, backbone: Backbone, features: Tensor, folds: Tensor) -> None:
         super().__init__()
