@@ -141,7 +141,7 @@ def pixel_html(readings: Sequence[Reading], lon: float, lat: float) -> str:
         lat: Degrees north.
     """
     ns, ew = "NS"[lat < 0], "EW"[lon < 0]
-    parts = [f"<b>{abs(lat):.5f}° {ns}, {abs(lon):.5f}° {ew}</b>"]
+    parts = [f"<b>{abs(lat):.6f}° {ns}, {abs(lon):.6f}° {ew}</b>"]
     if not readings:
         parts.append("<div>no data here</div>")
     images: dict[tuple[str, ...], Reading] = {}

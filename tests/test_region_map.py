@@ -146,7 +146,7 @@ def click(page: Any, middle: tuple[float, float]) -> None:
         spectrum = panel.locator("img.gpk-spectrum")
         pairs = zip(bands.names, bands.values, strict=True)
         expected = ", ".join(f"{name} {value:.3f}" for name, value in pairs)
-        assert spectrum.get_attribute("alt") == expected
+        assert spectrum.get_attribute("alt") == expected, text
         assert spectrum.evaluate("i => i.complete && i.naturalWidth > 100")
 
 
