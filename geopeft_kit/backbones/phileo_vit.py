@@ -31,7 +31,7 @@ from geopeft_kit.backbones.phileo import (
     locked,
 )
 from geopeft_kit.backbones.rgb_vits import fixed_table
-from geopeft_kit.backbones.vit import ViTBackbone
+from geopeft_kit.backbones.vit import tokens_to_map
 from geopeft_kit.backbones.weights import State, load_strictly, strip_prefixes
 
 _PATCHES = (4, 16)
@@ -193,7 +193,7 @@ class PhilEOViTBackbone(Backbone):
             if index in self.taps:
                 taps.append(tokens)
         taps[-1] = vit.norm(tokens)
-        maps = [ViTBackbone.to_map(t, *patches.shape[1:3]) for t in taps]
+        maps = [tokens_to_map(t, *patches.shape[1:3]) for t in taps]
         pooled = F.max_pool2d(maps[3], 2)
         return model.head([model.fpn1(maps[0]), model.fpn2(maps[1]), maps[2], pooled])
 

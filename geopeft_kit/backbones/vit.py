@@ -19,6 +19,12 @@ from geopeft_kit.backbones.base import Backbone, Meta, tap_points
 from geopeft_kit.backbones.card import BackboneCard, BandPlan
 
 
+def tokens_to_map(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The last h*w of (B, N, D) tokens as a map (B, D, h, w)."""
+    patches = tokens[:, -height * width :]  # (B, h*w, D)
+    return patches.transpose(1, 2).unflatten(2, (height, width))  # (B, D, h, w)
+
+
 class ViTBackbone(Backbone):
     """A plain ViT: four maps at patch stride, from four depths.
 
@@ -93,8 +99,7 @@ class ViTBackbone(Backbone):
 
     def to_map(self, tokens: Tensor, height: int, width: int) -> Tensor:
         """The last h*w of (B, N, D) tokens as a map (B, D, h, w)."""
-        patches = tokens[:, -height * width :]  # (B, h*w, D)
-        return patches.transpose(1, 2).unflatten(2, (height, width))  # (B, D, h, w)
+        return tokens_to_map(tokens, height, width)
 
 
 class RotaryPositions:
