@@ -309,6 +309,7 @@ def run_alone(code: str, folder: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # importing torch anew takes minutes on a busy machine
 def test_the_code_gives_the_same_numbers_in_an_empty_process(tmp_path, data):
     explorer = gk.Explorer(data, TINY, methods=["lora"])
     explorer.choose(
@@ -321,6 +322,7 @@ def test_the_code_gives_the_same_numbers_in_an_empty_process(tmp_path, data):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # importing torch anew takes minutes on a busy machine
 def test_the_code_makes_simulated_data_and_random_weights_again(tmp_path):
     data = gk.simulated_data(
         "burn", chips_per_region=6, size=32, scene_size=64, seed=3, batch_size=4,

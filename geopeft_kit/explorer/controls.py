@@ -65,7 +65,7 @@ class Controls:
         self.decoder = widgets.ToggleButtons(
             options=[*DECODERS],
             description="decoder",
-            style={"button_width": "68px", "description_width": "92px"},
+            style={"button_width": "auto", "description_width": "92px"},
             layout={"width": "auto", "margin": "2px 0"},
         )
         self.decoder.add_class("gpk-decoder")

@@ -106,7 +106,8 @@ class Page:
         self.table = widgets.HTML(layout={"width": "auto"})
         self.table.add_class("gpk-table")
         self.trade_off = widgets.Image(
-            format="png", layout={"max_width": "100%", "width": "684px"}
+            format="png",
+            layout={"max_width": "100%", "width": "684px", "display": "none"},
         )
         self.trade_off.add_class("gpk-trade-off")
         self.code = widgets.HTML(layout={"width": "auto"})
