@@ -25,7 +25,11 @@ from geopeft_kit.backbones.prithvi import resize_table, sine_cosine_table
 from geopeft_kit.download import sha256_of
 
 HLS = ("BLUE", "GREEN", "RED", "NIR_NARROW", "SWIR_1", "SWIR_2")
-NAMED = [card.name for card in list_backbones()]
+# Radar twins differ from their optical ones in the first layer only.
+NAMED = [
+    pytest.param(name, marks=[pytest.mark.slow] if name.endswith("_s1") else [])
+    for name in (card.name for card in list_backbones())
+]
 SMALL = {
     "vit": "timm:vit_tiny_patch16_224",
     "convnext": "timm:convnext_atto",
@@ -122,11 +126,14 @@ def test_parameters_on_the_card(name: str) -> None:
         backbone = load_backbone(name, weights=None)
     assert count(backbone.model) == card.parameters
     assert len(backbone.blocks) == card.depth
-    assert backbone.width == card.width
+    assert backbone.width in (card.width, None)
+    assert backbone.channels[-1] == card.width
     assert (
         len(card.normalisation.mean) == len(card.normalisation.std) == len(card.bands)
     )
-    assert all(0.4 < micrometres < 2.5 for micrometres in card.wavelengths)
+    radar = [band in ("VV", "VH") for band in card.bands]
+    assert [micrometres is None for micrometres in card.wavelengths] == radar
+    assert all(0.4 < um < 2.5 for um in card.wavelengths if um is not None)
 
 
 def test_published_counts() -> None:

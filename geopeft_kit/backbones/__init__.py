@@ -23,6 +23,7 @@ from geopeft_kit.backbones import (
 from geopeft_kit.backbones.base import Backbone
 from geopeft_kit.backbones.card import BackboneCard, NewBands, plan_bands
 from geopeft_kit.backbones.weights import find_weights, read_checkpoint
+from geopeft_kit.bands import resolve_bands
 
 __all__ = ["Backbone", "BackboneCard", "find_card", "list_backbones", "load_backbone"]
 
@@ -32,9 +33,9 @@ _BUILDERS: dict[str, Callable[..., Backbone]] = {
     "dino_mc": rgb_vits.build_dino_mc,
     "galileo": galileo.build,
     "prithvi": prithvi.build,
-    "scalemae": torchgeo.build_scalemae,
     "terramind": terramind.build,
     "timm": timm_zoo.build,
+    **torchgeo.BUILDERS,
 }
 _CARDS = {
     card.name: card
@@ -47,9 +48,61 @@ _CARDS = {
 }
 
 
-def list_backbones() -> list[BackboneCard]:
-    """Cards of all named backbones; any ``timm:<name>`` can be loaded besides."""
-    return list(_CARDS.values())
+def list_backbones(
+    licence: str | Sequence[str] | None = None,
+    sensor: str | Sequence[str] | None = None,
+    max_parameters: float | None = None,
+) -> list[BackboneCard]:
+    """Cards of the named backbones; any ``timm:<name>`` can be loaded besides.
+
+    Args:
+        licence: of the weights, as ``"MIT"`` or several; upper or lower case.
+        sensor: a sensor's name or band names, as `load_backbone` takes them; keeps the
+            backbones that read every one of these bands.
+        max_parameters: keeps those of this size or smaller, as ``100e6``.
+
+    Returns:
+        The cards that pass every filter given; maybe none.
+
+    Raises:
+        ValueError: for a licence that no card has, an unknown band, or a size that is
+            no number above 0.
+        TypeError: if a licence or a band is not text.
+    """
+    cards = list(_CARDS.values())
+    if licence is not None:
+        wanted = _known_licences([licence] if isinstance(licence, str) else licence)
+        cards = [card for card in cards if card.licence.casefold() in wanted]
+    if sensor is not None:
+        bands = set(resolve_bands(sensor))
+        cards = [card for card in cards if bands <= {*card.bands, *card.also_reads}]
+    if max_parameters is not None:
+        number = isinstance(max_parameters, int | float)
+        if not number or isinstance(max_parameters, bool) or not max_parameters > 0:
+            raise ValueError(
+                f"max_parameters={max_parameters!r}: a number above 0, as 100e6"
+            )
+        cards = [card for card in cards if card.parameters <= max_parameters]
+    return cards
+
+
+def _known_licences(names: Sequence[str]) -> set[str]:
+    """Licences in lower case.
+
+    Raises:
+        ValueError: for one that no card has.
+        TypeError: if one is not text.
+    """
+    known = {card.licence.casefold(): card.licence for card in _CARDS.values()}
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"licence={name!r}: text is needed, as 'MIT'")
+        if name.casefold() not in known:
+            raise ValueError(
+                f"no backbone has licence={name!r}. There are: "
+                f"{', '.join(repr(text) for text in sorted(known.values()))}"
+            )
+    return {name.casefold() for name in names}
 
 
 def find_card(name: str) -> BackboneCard:

@@ -115,6 +115,7 @@ def network(
     patch: int,
     image_size: int,
     kind: type[VisionTransformer] = VisionTransformer,
+    epsilon: float = 1e-6,
     **options: Any,
 ) -> Any:
     """A ViT without a head: on the meta device where a checkpoint will fill it.
@@ -125,6 +126,7 @@ def network(
         patch: patch size in pixels.
         image_size: image size of the position table, pixels.
         kind: timm's class or one of its children.
+        epsilon: of the layer norms.
         **options: of that class.
     """
 
@@ -137,7 +139,7 @@ def network(
             embed_dim=card.width,
             depth=card.depth,
             num_heads=card.architecture["heads"],
-            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            norm_layer=partial(nn.LayerNorm, eps=epsilon),
             dynamic_img_size=True,
             **options,
         )

@@ -191,9 +191,20 @@ def _flatten(content: object, path: Path) -> State:
         content = content[nest]
     if isinstance(content, Mapping):
         state = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
-        if state:
+        if state := state or _parts(content):
             return state
     raise ValueError(f"{path} holds no tensors by name: not a checkpoint of a network")
+
+
+def _parts(content: Mapping[Any, object]) -> State:
+    """The tensors of several networks side by side, as CROMA's: ``part.key``."""
+    return {
+        f"{part}.{key}": tensor
+        for part, network in content.items()
+        if isinstance(network, Mapping)
+        for key, tensor in network.items()
+        if isinstance(tensor, Tensor)
+    }
 
 
 def strip_prefixes(state: Mapping[str, Tensor], prefixes: Sequence[str]) -> State:

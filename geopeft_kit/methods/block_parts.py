@@ -11,6 +11,9 @@ import torch
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
+from torchvision.models.swin_transformer import (
+    SwinTransformerBlockV2 as TorchvisionBlockV2,
+)
 
 from geopeft_kit.methods.base import Replacement
 
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
 Tensors = dict[str, tuple[nn.Module, str]]
 """Readable name -> (module that holds the tensor, its attribute)."""
 
-_POST_NORM = (ResPostBlock, SwinTransformerV2Block)
+_POST_NORM = (ResPostBlock, SwinTransformerV2Block, TorchvisionBlockV2)
 
 
 def no_mlp(backbone: Backbone) -> str | None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torchvision.models.swin_transformer import ShiftedWindowAttention
 
 from geopeft_kit.methods.base import Block
 
@@ -152,19 +153,30 @@ def _layers_of(blocks: Sequence[Block], kinds: Kinds) -> dict[str, Any]:
     """Path inside the block -> layer of one of the kinds, over all blocks.
 
     Layers whose weight is read without calling them are left out: a substitute would
-    stand there with no effect. That is `out_proj` of torch's MultiheadAttention, and
-    the qkv of attentions with separate q and v biases (BEiT, Swin V2).
+    stand there with no effect. That is `out_proj` of torch's MultiheadAttention, the
+    qkv of attentions with separate q and v biases (BEiT, Swin V2), and qkv and proj of
+    torchvision's window attention.
     """
     layers: dict[str, Any] = {}
     for _, block in blocks:
         for name, module in block.named_modules():
             parent = block.get_submodule(name.rpartition(".")[0])
-            bypassed = isinstance(parent, nn.MultiheadAttention) or (
-                _short(name) in FUSED and getattr(parent, "q_bias", None) is not None
-            )
-            if name and not bypassed and isinstance(module, kinds):
+            if (
+                name
+                and not _bypassed(parent, _short(name))
+                and isinstance(module, kinds)
+            ):
                 layers[name] = module
     return layers
+
+
+def _bypassed(parent: nn.Module, name: str) -> bool:
+    """True if the parent reads the weight of this layer without calling the layer."""
+    if isinstance(parent, ShiftedWindowAttention):
+        return name in ("qkv", "proj")
+    if isinstance(parent, nn.MultiheadAttention):
+        return True
+    return name in FUSED and getattr(parent, "q_bias", None) is not None
 
 
 def _checked(targets: Sequence[str]) -> list[str]:

@@ -1,0 +1,233 @@
+"""Copernicus-FM: kernels from wavelengths and bandwidths; place and date as codes.
+
+Source: Wang et al. 2025, Copernicus-FM, arXiv 2503.11849; torchgeo (MIT); radar's
+numbers from the configurations of the authors' Copernicus-Bench.
+Taught in notebook 01 (load a geospatial foundation model).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from geopeft_kit.backbones.base import Meta
+from geopeft_kit.backbones.card import BackboneCard, BandPlan, WeightFile
+from geopeft_kit.backbones.spectral import (
+    MICRO_TO_NANO,
+    NO_STATISTICS,
+    NOT_SEEN,
+    SpectralPatches,
+    described,
+    spectral_network,
+)
+from geopeft_kit.backbones.torchgeo_facts import (
+    DECIBEL,
+    LICENCE,
+    S2_STATISTICS,
+    SENTINEL2,
+    beyond_sentinel2,
+)
+from geopeft_kit.backbones.vit import ViTBackbone
+from geopeft_kit.bands import BANDS, wavelengths
+
+# 5 cm, and a bandwidth of 1 m, in nanometres.
+_RADAR_WAVELENGTHS = {"VV": 5e7, "VH": 5e7}
+_RADAR_BANDWIDTHS = {"VV": 1e9, "VH": 1e9}
+_PATCHES = range(3, 65)
+_EPOCH = 719_163  # ordinal day of 1970-01-01
+
+
+class CopernicusPatches(SpectralPatches):
+    """Kernels from `wavelengths` and `bandwidths` in nanometres, of any size."""
+
+    wavelengths: Sequence[float]
+    bandwidths: Sequence[float]
+
+    def tokens(self, image: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, h*w, D)."""
+        waves, widths = (
+            torch.tensor(values, device=image.device)
+            for values in (self.wavelengths, self.bandwidths)
+        )  # (C,) each
+        return self.embed(image, waves, widths, kernel_size=self.patch_size[0])
+
+
+class CopernicusViT(VisionTransformer):
+    """timm's ViT with Copernicus-FM's layers for place, time and area."""
+
+    def __init__(self, **options: Any) -> None:
+        from torchgeo.models.copernicusfm import FourierExpansion
+
+        super().__init__(**options)
+        self.coord_expansion = FourierExpansion(0.0001, 720)
+        self.scale_expansion = FourierExpansion(0.001, 5.1e8)
+        self.time_expansion = FourierExpansion(1, 365.25, assert_range=False)
+        for name in ("coord", "scale", "time"):
+            layer = nn.Linear(self.embed_dim, self.embed_dim)
+            setattr(self, f"{name}_fc", layer)
+            token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
+            setattr(self, f"{name}_token", token)
+
+
+class CopernicusBackbone(ViTBackbone):
+    """Copernicus-FM: place, date and area are added where they are known.
+
+    Attributes:
+        resolution: ground size of a pixel in metres, or None where it is not known.
+    """
+
+    resolution: float | None
+
+    def forward_maps(self, image: Tensor, meta: Meta | None) -> list[Tensor]:
+        """Normalised image (B, C, H, W) -> four maps (B, D, h, w)."""
+        patches = self.model.patch_embed(image)  # (B, h, w, D)
+        tokens = self.add_positions(patches)  # (B, 1 + h*w, D)
+        added = self.metadata(meta or {}, len(image)).to(tokens)  # (B or 1, 1, D)
+        return self.read_blocks(tokens + added, *patches.shape[1:3])
+
+    def metadata(self, meta: Meta, count: int) -> Tensor:
+        """Codes of place, area and time; learnt tokens stand for what is not known.
+
+        Args:
+            meta: ``lonlat`` (B, 2) in degrees and ``date`` (B, 1, 2), both optional.
+            count: number of images B.
+
+        Returns:
+            (B, 1, D), or (1, 1, D) where nothing is known.
+        """
+        model: Any = self.model
+        place, area, time = model.coord_token, model.scale_token, model.time_token
+        lonlat, date = _known(meta, "lonlat"), _known(meta, "date")
+        if lonlat is not None:
+            lonlat = lonlat.to(place.device)  # (B, 2)
+            shifted = lonlat + lonlat.new_tensor([180.0, 90.0])
+            code = model.coord_expansion(shifted, self.card.width // 2)  # (B, 2, D/2)
+            place = code.flatten(1)[:, None].to(place)  # (B, 1, D)
+        if self.resolution is not None:
+            side = self.strides[-1] * self.resolution / 1000  # km
+            code = model.scale_expansion(
+                torch.full((count,), side * side, device=area.device), self.card.width
+            )  # (B, D)
+            area = code[:, None].to(area)  # (B, 1, D)
+        if date is not None:
+            days = days_since_1970(date[:, 0]).to(time.device)  # (B,)
+            time = model.time_expansion(days, self.card.width)[:, None].to(time)
+        return model.coord_fc(place) + model.scale_fc(area) + model.time_fc(time)
+
+
+def _known(meta: Meta, key: str) -> Tensor | None:
+    """An entry of the metadata, or None if it is missing or not a number for one image.
+
+    That one unknown image hides the entry of the whole batch is torchgeo's rule.
+    """
+    value = meta.get(key)
+    return None if value is None or value.isnan().any() else value
+
+
+def days_since_1970(date: Tensor) -> Tensor:
+    """(B, 2: year, day of year from 0) -> (B,) days since 1 January 1970."""
+    before = date[:, 0].double() - 1  # whole years before the image's own
+    leaps = (before // 4) - (before // 100) + (before // 400)
+    return before * 365 + leaps + 1 + date[:, 1] - _EPOCH
+
+
+def build(
+    card: BackboneCard,
+    plan: BandPlan,
+    state: Mapping[str, Tensor] | None,
+    image_size: int | None = None,
+    normalise: bool = True,
+    patch: int = 16,
+    resolution: float | None = None,
+) -> CopernicusBackbone:
+    """Build Copernicus-FM's encoder for images (its way for named variables is unused).
+
+    Layer norms have eps 1e-5, as in torchgeo's class; the authors' own code has 1e-6.
+
+    Args:
+        card: sizes.
+        plan: the bands of the user's images; each needs a wavelength, or is radar.
+        state: checkpoint in torchgeo's key layout, or None for random weights, which
+            get the sine-cosine positions that torchgeo leaves at zero.
+        image_size: not needed: the table is resized to each image.
+        normalise: see `load_backbone`.
+        patch: patch size in pixels, 3 to 64; kernels are resized from 16.
+        resolution: ground size of a pixel in metres, from which the area of a patch
+            follows; None: not told, and a learnt token stands for it.
+
+    Raises:
+        ValueError: for a band without a wavelength, an option out of range, or a
+            checkpoint that does not fit.
+    """
+    if type(patch) is not int or patch not in _PATCHES:
+        raise ValueError(f"patch={patch!r}: {card.name} takes 3 to 64 whole pixels")
+    number = type(resolution) in (int, float)
+    if resolution is not None and not (number and 0 < resolution < float("inf")):
+        raise ValueError(f"resolution={resolution!r}: metres per pixel, above 0")
+
+    def bandwidths(names: Sequence[str]) -> list[float]:
+        return [MICRO_TO_NANO * float(BANDS[n].bandwidth_um or 0) for n in names]
+
+    def nanometres(names: Sequence[str]) -> list[float]:
+        return [MICRO_TO_NANO * value for value in wavelengths(names)]
+
+    def patches() -> CopernicusPatches:
+        from torchgeo.models.copernicusfm import DynamicPatchEmbed
+
+        embed = DynamicPatchEmbed(128, card.patch, card.width)
+        made = CopernicusPatches(embed, patch, card.image_size // card.patch)
+        made.wavelengths = described(plan, _RADAR_WAVELENGTHS, nanometres)
+        made.bandwidths = described(plan, _RADAR_BANDWIDTHS, bandwidths)
+        return made
+
+    model = spectral_network(
+        card,
+        state,
+        patches,
+        ("patch_embed_variable.", "fc_norm.", "norm.", "head."),
+        kind=CopernicusViT,
+        final_norm=False,
+        epsilon=1e-5,
+    )
+    backbone = CopernicusBackbone(card, model, plan, normalise)
+    backbone.resolution = resolution
+    return backbone
+
+
+_FILE = WeightFile(
+    "CopernicusFM_ViT_base_varlang-085350e4.pth",
+    repo="torchgeo/copernicus-fm",
+    revision="f395812cc990ba25a451dbb9c9e6d95c8482947e",
+)
+COPERNICUSFM_BASE = BackboneCard(
+    name="copernicusfm_base",
+    family="copernicusfm",
+    bands=SENTINEL2,
+    also_reads=beyond_sentinel2(("VV", "VH")),
+    patch=16,
+    width=768,
+    depth=12,
+    parameters=112_933_376,
+    image_size=224,
+    normalisation=S2_STATISTICS,
+    licence_weights=LICENCE,
+    licence_code="MIT (torchgeo), Apache-2.0 (timm)",
+    source="https://github.com/zhu-xlab/Copernicus-FM",
+    weights={"default": _FILE, "mae+distill": _FILE},
+    architecture={"heads": 12},
+    paper="arXiv 2503.11849",
+    notes="Masked autoencoder and distillation on Copernicus-Pretrain; kernels are "
+    "made from wavelengths and bandwidths in nanometres, of any size (option patch). "
+    "meta['lonlat'] and meta['date'] are used where given, and the option resolution."
+    + NO_STATISTICS
+    + DECIBEL,
+    cannot="Variables without a wavelength (Sentinel-5P, elevation), which it reads by "
+    "a language model's embedding of their name, are not offered. The last map has no "
+    "final norm: none is published." + NOT_SEEN,
+)
+
+CARDS = (COPERNICUSFM_BASE,)

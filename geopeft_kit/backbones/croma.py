@@ -1,0 +1,248 @@
+"""CROMA: a ViT without a position table, whose attention falls with distance.
+
+Each head takes away a multiple of the distance between two patches from its scores
+(ALiBi in two dimensions), so that positions fit any image size. The network is built
+of timm's blocks with that one change; its tokens equal those of torchgeo's class.
+
+The optical and the radar encoder are backbones of their own. The joint encoder, which
+needs both images at once, is not offered.
+
+Sources: Fuller et al. 2023, CROMA, arXiv 2311.00566; torchgeo (MIT); pixel values from
+the authors' README; ALiBi from Press et al., arXiv 2108.12409.
+Taught in notebook 01 (load a geospatial foundation model).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from timm.layers.attention import Attention
+from torch import Tensor
+
+from geopeft_kit.backbones.base import TokenGrid, adapt_kernels
+from geopeft_kit.backbones.card import (
+    BackboneCard,
+    BandPlan,
+    Normalisation,
+    WeightFile,
+)
+from geopeft_kit.backbones.rgb_vits import network
+from geopeft_kit.backbones.torchgeo_facts import (
+    DECIBEL,
+    LICENCE,
+    S1_STATISTICS,
+    S2_MEAN,
+    S2_STD,
+    SENTINEL1,
+    SENTINEL2,
+)
+from geopeft_kit.backbones.vit import ViTBackbone
+from geopeft_kit.backbones.weights import State, load_strictly, strip_prefixes
+from geopeft_kit.bands import SENSORS
+
+# torchgeo's names of the layers of a block -> timm's.
+_LAYERS = {
+    "0.input_norm": "norm1",
+    "0.to_qkv": "attn.qkv",
+    "0.to_out": "attn.proj",
+    "1.input_norm": "norm2",
+    "1.net.0": "mlp.fc1",
+    "1.net.3": "mlp.fc2",
+}
+_BLOCK = re.compile(r"transformer\.layers\.(\d+)\.(.+)\.(weight|bias)")
+
+
+class DistanceBias:
+    """What is added to the attention scores; made once per grid, shared by all blocks.
+
+    Args:
+        heads: attention heads, each with a slope of its own.
+        grid: where the patches lie; the backbone's own object.
+    """
+
+    def __init__(self, heads: int, grid: TokenGrid) -> None:
+        self.slopes = alibi_slopes(heads)
+        self.grid = grid
+        self._made: tuple[Any, Tensor | None] = (None, None)
+
+    def table(self, tokens: Tensor) -> Tensor:
+        """The bias for (B, N, D) tokens, (1, heads, N, N) in their number type.
+
+        Tokens before the patches (prompts) have no place, and are at distance 0.
+        """
+        length = tokens.shape[1]
+        key = (self.grid.height, self.grid.width, length, tokens.device, tokens.dtype)
+        if key != self._made[0]:
+            self._made = (key, self._make(length).to(tokens))
+        made = self._made[1]
+        assert made is not None
+        return made
+
+    def _make(self, length: int) -> Tensor:
+        height, width = self.grid.height, self.grid.width
+        rows, columns = torch.arange(height), torch.arange(width)
+        places = torch.cartesian_prod(rows, columns).float()  # (h*w, 2)
+        distance = torch.zeros(length, length)
+        first = length - height * width
+        distance[first:, first:] = torch.cdist(places, places)
+        slopes = torch.tensor(self.slopes).view(1, -1, 1, 1)
+        return -slopes * distance  # (1, heads, N, N)
+
+
+def alibi_slopes(heads: int) -> list[float]:
+    """A geometric series that ends at 2**-8: 2**(-8/n), 2**(-16/n), ... for n heads."""
+    return [2 ** (-8 * (head + 1) / heads) for head in range(heads)]
+
+
+class DistanceAttention(Attention):
+    """timm's attention with a bias that falls with distance.
+
+    Attributes:
+        bias: shared by all blocks; set by `build`.
+    """
+
+    bias: DistanceBias
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        return super().forward(x, attn_mask=self.bias.table(x))
+
+
+def build(
+    card: BackboneCard,
+    plan: BandPlan,
+    state: Mapping[str, Tensor] | None,
+    image_size: int | None = None,
+    normalise: bool = True,
+) -> ViTBackbone:
+    """Build one of CROMA's encoders.
+
+    Args:
+        card: sizes and bands; the radar cards take the radar encoder.
+        plan: the bands of the user's images.
+        state: checkpoint in the authors' or in torchgeo's key layout, or None for
+            random weights.
+        image_size: not needed: distances are computed for each image.
+        normalise: see `load_backbone`.
+
+    Raises:
+        ValueError: for a checkpoint that does not fit.
+    """
+    model = network(
+        card,
+        state,
+        card.patch,
+        card.image_size,
+        epsilon=1e-5,
+        pos_embed="none",
+        class_token=False,
+        global_pool="",
+        qkv_bias=False,
+        attn_layer=DistanceAttention,
+    )
+    if state is not None:
+        kept = encoder_state(state, card.architecture["encoder"], card.patch)
+        load_strictly(model, kept, card.name)
+    adapt_kernels(model.patch_embed.proj, plan.kernels)
+    backbone = ViTBackbone(card, model, plan, normalise)
+    bias = DistanceBias(card.architecture["heads"], backbone.grid)
+    for block in model.blocks:
+        block.attn.bias = bias
+    return backbone
+
+
+def encoder_state(state: Mapping[str, Tensor], encoder: str, patch: int) -> State:
+    """One encoder of a CROMA file under timm's names.
+
+    Args:
+        state: the checkpoint; its other encoders and the layers behind the mean over
+            all patches (``..._GAP_FFN``) are left out.
+        encoder: ``"s1_encoder"`` or ``"s2_encoder"``.
+        patch: patch size in pixels.
+    """
+    kept = {}
+    for key, tensor in strip_prefixes(state, ("module.",)).items():
+        if not key.startswith(f"{encoder}."):
+            continue
+        key = key.removeprefix(f"{encoder}.")
+        found = _BLOCK.fullmatch(key)
+        if found:
+            number, layer, kind = found.groups()
+            key = f"blocks.{number}.{_LAYERS.get(layer, layer)}.{kind}"
+        elif key == "linear_input.weight":  # (D, C * patch * patch)
+            tensor = tensor.unflatten(1, (-1, patch, patch))
+        key = key.replace("linear_input.", "patch_embed.proj.")
+        kept[key.replace("transformer.norm_out.", "norm.")] = tensor
+    return kept
+
+
+_OPTICAL_BANDS = SENSORS["sentinel2_l2a"]  # twelve: cirrus is not among them
+_OPTICAL = [SENTINEL2.index(band) for band in _OPTICAL_BANDS]
+
+
+def _stretched(
+    scale: float, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Normalisation:
+    """The authors' range: mean - 2 std becomes 0, mean + 2 std becomes 1."""
+    return Normalisation(
+        scale,
+        tuple(m - 2 * s for m, s in zip(mean, std, strict=True)),
+        tuple(4 * s for s in std),
+    )
+
+
+def _card(
+    size: str, width: int, depth: int, radar: bool, parameters: int, file: WeightFile
+) -> BackboneCard:
+    statistics = _stretched(
+        1e4, tuple(S2_MEAN[i] for i in _OPTICAL), tuple(S2_STD[i] for i in _OPTICAL)
+    )
+    if radar:
+        statistics = _stretched(1.0, S1_STATISTICS.mean, S1_STATISTICS.std)
+    return BackboneCard(
+        name=f"croma_{size}{'_s1' if radar else ''}",
+        family="croma",
+        bands=SENTINEL1 if radar else _OPTICAL_BANDS,
+        patch=8,
+        width=width,
+        depth=depth // 2 if radar else depth,
+        parameters=parameters,
+        image_size=120,
+        normalisation=statistics,
+        licence_weights=LICENCE,
+        licence_code="MIT (torchgeo), Apache-2.0 (timm)",
+        source="https://github.com/antofuller/CROMA",
+        weights={"default": file},
+        architecture={"heads": 16, "encoder": f"s{1 if radar else 2}_encoder"},
+        paper="arXiv 2311.00566",
+        notes=f"The {'radar' if radar else 'optical'} encoder; contrast between radar "
+        "and optical images, and masked autoencoder, on SSL4EO-S12. Statistics are "
+        "SSL4EO-S12's; the authors take those of the data at hand."
+        + (DECIBEL if radar else ""),
+        cannot="Values beyond two standard deviations are not clipped, which the "
+        "authors do. The joint encoder of both sensors is not offered. The published "
+        "file was not at hand: key names are those of torchgeo's class.",
+    )
+
+
+_BASE = WeightFile(
+    "CROMA_base-0238d814.pt",
+    repo="torchgeo/croma",
+    revision="387883f08af79d777167519c57cd826eda89a16f",
+)
+_LARGE = WeightFile(
+    "CROMA_large-921e69ad.pt",
+    repo="torchgeo/croma",
+    revision="92cb1a0f4e34c6c01558baf070197c01255382f6",
+)
+CARDS = (
+    _card("base", 768, 12, False, 85_618_944, _BASE),
+    _card("base", 768, 12, True, 42_614_016, _BASE),
+    _card("large", 1024, 24, False, 303_025_152, _LARGE),
+    _card("large", 1024, 24, True, 151_251_968, _LARGE),
+)
