@@ -126,7 +126,7 @@ def test_parameters_on_the_card(name: str) -> None:
         backbone = load_backbone(name, weights=None)
     assert count(backbone.model) == card.parameters
     assert len(backbone.blocks) == card.depth
-    assert backbone.width in (card.width, None)
+    assert backbone.width in (card.width, None)  # a hierarchy has no one width
     assert backbone.channels[-1] == card.width
     assert (
         len(card.normalisation.mean) == len(card.normalisation.std) == len(card.bands)

@@ -21,7 +21,7 @@ from geopeft_kit.backbones import find_card, load_backbone
 from geopeft_kit.backbones.rgb_vits import fixed_table
 
 WIDTH, DEPTH, HEADS = 48, 4, 3
-NAMES = ["scalemae_large", "dino_mc_small", "cross_scale_mae_base"]
+NAMES = ["scalemae_large", "dino_mc_small", "cross_scale_mae_base", "satmae_large"]
 NORM = partial(nn.LayerNorm, eps=1e-6)
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 
@@ -207,7 +207,7 @@ def test_dino_mc_says_which_patch_a_file_has(tmp_path: Path) -> None:
         load_backbone("dino_mc_small", weights=None, patch=14)
 
 
-# --- Cross-Scale MAE ------------------------------------------------------------------
+# --- Cross-Scale MAE and SatMAE -------------------------------------------------------
 
 
 class Encoder(nn.Module):
@@ -256,11 +256,18 @@ def as_mae(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("layout", "side"),
-    [("own", 8), ("own", 14), ("mae", 8), ("mae", 14), ("without a table", 8)],
+    ("name", "layout", "side"),
+    [
+        ("cross_scale_mae_base", "own", 8),
+        ("cross_scale_mae_base", "own", 14),
+        ("cross_scale_mae_base", "mae", 8),
+        ("cross_scale_mae_base", "without a table", 8),
+        ("satmae_large", "mae", 14),
+        ("satmae_large", "mae", 8),
+    ],
 )
-def test_cross_scale_mae_equals_a_plain_encoder(
-    tmp_path: Path, layout: str, side: int
+def test_masked_autoencoders_equal_a_plain_encoder(
+    tmp_path: Path, name: str, layout: str, side: int
 ) -> None:
     theirs = encoder(side)
     state = theirs.state_dict()
@@ -269,9 +276,9 @@ def test_cross_scale_mae_equals_a_plain_encoder(
     elif layout == "without a table":
         del state["encoder_pos_embed"]
     torch.save({"model": state | REST, "args": Namespace()}, tmp_path / "cross.pth")
-    ours = load_backbone("cross_scale_mae_base", weights=tmp_path / "cross.pth")
+    ours = load_backbone(name, weights=tmp_path / "cross.pth")
     image = torch.rand(2, 3, 16 * side, 16 * side)
-    tokens = theirs.tokens(normalised("cross_scale_mae_base", image))
+    tokens = theirs.tokens(normalised(name, image))
     wanted = taps(theirs.encoder, theirs.encoder_norm, tokens, (side, side))
     assert_close(ours(image), wanted)
 

@@ -13,9 +13,14 @@ from typing import Any
 from geopeft_kit.backbones import (
     clay,
     galileo,
+    gfm_swin,
+    phileo,
+    phileo_vit,
     prithvi,
     prithvi_cards,
     rgb_vits,
+    satmae,
+    spectralgpt,
     terramind,
     timm_zoo,
     torchgeo,
@@ -29,10 +34,17 @@ __all__ = ["Backbone", "BackboneCard", "find_card", "list_backbones", "load_back
 
 _BUILDERS: dict[str, Callable[..., Backbone]] = {
     "clay": clay.build,
-    "cross_scale_mae": rgb_vits.build_cross_scale_mae,
+    "cross_scale_mae": rgb_vits.build_mae,
     "dino_mc": rgb_vits.build_dino_mc,
+    "from_scratch": timm_zoo.build_from_scratch,
     "galileo": galileo.build,
+    "gfm": gfm_swin.build,
+    "phileo_unet": phileo.build,
+    "phileo_vit": phileo_vit.build,
     "prithvi": prithvi.build,
+    "satmae": rgb_vits.build_mae,
+    "satmae_multispectral": satmae.build,
+    "spectralgpt": spectralgpt.build,
     "terramind": terramind.build,
     "timm": timm_zoo.build,
     **torchgeo.BUILDERS,
@@ -45,6 +57,12 @@ _CARDS = {
     + galileo.CARDS
     + torchgeo.CARDS
     + rgb_vits.CARDS
+    + satmae.CARDS
+    + gfm_swin.CARDS
+    + spectralgpt.CARDS
+    + phileo.CARDS
+    + phileo_vit.CARDS
+    + timm_zoo.CARDS
 }
 
 

@@ -95,8 +95,8 @@ class Backbone(nn.Module):
         select: sees the normalised image first; a method may take its place.
         refine: sees the four maps last, and hands them on as they are; what takes its
             place may have `channels` and `strides` of its own.
-        layout: ``"vit"``, ``"convnext"``, ``"resnet"``, ``"swin"``, ``"mambaout"`` or
-            ``"efficientvim"``.
+        layout: ``"vit"``, ``"convnext"``, ``"resnet"``, ``"swin"``, ``"mambaout"``,
+            ``"efficientvim"`` or ``"unet"`` (PhilEO's).
         width: token width of a ViT, else None.
         num_prefix_tokens: tokens before the patch tokens (class, registers).
         image_size: height and width in pixels that it was loaded for.

@@ -26,13 +26,14 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from geopeft_kit.backbones.base import Backbone, Meta, tap_points
+from geopeft_kit.backbones.base import Meta
 from geopeft_kit.backbones.card import (
     BackboneCard,
     BandPlan,
     Normalisation,
     WeightFile,
 )
+from geopeft_kit.backbones.grouped import GroupedViTBackbone
 from geopeft_kit.backbones.weights import State, load_strictly
 
 # In the order of the rows of the channel embedding.
@@ -87,13 +88,19 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block, with timm's attribute names."""
+    """Pre-norm transformer block, with timm's attribute names.
 
-    def __init__(self, width: int, heads: int) -> None:
+    Args:
+        width: token width D.
+        heads: number of heads.
+        eps: of the layer norms.
+    """
+
+    def __init__(self, width: int, heads: int, eps: float = 1e-5) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width)
+        self.norm1 = nn.LayerNorm(width, eps)
         self.attn = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width, eps)
         self.mlp = Mlp(width, 4 * width)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -195,8 +202,8 @@ class Galileo(nn.Module):
         )
 
 
-class GalileoBackbone(Backbone):
-    """Galileo as four maps: the mean over the channel groups of each patch.
+class GalileoBackbone(GroupedViTBackbone):
+    """Galileo with the channel groups at hand.
 
     Args:
         card: what the model is.
@@ -208,7 +215,6 @@ class GalileoBackbone(Backbone):
         resolution: ground size of a pixel in metres.
     """
 
-    layout = "vit"
     model: Galileo
     resize: Tensor | None
 
@@ -222,11 +228,7 @@ class GalileoBackbone(Backbone):
         month: int,
         resolution: float,
     ) -> None:
-        super().__init__(card, model, plan, normalise)
-        self.width = card.width
-        self.channels = [card.width] * 4
-        self.strides = [patch] * 4
-        self.taps = tap_points(len(model.blocks))
+        super().__init__(card, model, plan, normalise, patch)
         self.patch, self.month, self.resolution = patch, month, resolution
         names = [plan.bands[position] for position in plan.read]
         self.positions = {
@@ -236,13 +238,8 @@ class GalileoBackbone(Backbone):
         matrix = None if patch == MAX_PATCH else kernel_resize(MAX_PATCH, patch)
         self.register_buffer("resize", matrix, persistent=False)
 
-    @property
-    def block_paths(self) -> list[str]:
-        """``blocks.0`` ... in order."""
-        return [f"blocks.{i}" for i in range(len(self.model.blocks))]
-
-    def forward_maps(self, image: Tensor, meta: Meta | None) -> list[Tensor]:
-        """Normalised image (B, C, H, W) -> four maps (B, D, h, w)."""
+    def embed(self, image: Tensor, meta: Meta | None) -> Tensor:
+        """Normalised image (B, C, H, W) -> tokens with encodings (B, h, w, N, D)."""
         patches = torch.stack(
             [
                 embed(image[:, self.positions[group]], self.resize)
@@ -250,22 +247,11 @@ class GalileoBackbone(Backbone):
             ],
             dim=3,
         )  # (B, h, w, N, D)
-        grid = patches.shape[1:4]
-        self.grid.height, self.grid.width, self.grid.groups = grid
-        month = self._months(meta, image)
         step = self.patch * self.resolution / 10
-        added = self.model.encodings(grid[0], grid[1], month, step)
-        tokens = (patches + added.to(patches.dtype)).flatten(1, 3)  # (B, h*w*N, D)
-        maps = []
-        for index, block in enumerate(self.model.blocks):
-            tokens = block(tokens)
-            if index not in self.taps:
-                continue
-            last = index == self.taps[-1]
-            tapped = self.model.norm(tokens) if last else tokens
-            own = tapped[:, -math.prod(grid) :].unflatten(1, grid)  # (B, h, w, N, D)
-            maps.append(own.mean(dim=3).permute(0, 3, 1, 2))  # (B, D, h, w)
-        return maps
+        added = self.model.encodings(
+            patches.shape[1], patches.shape[2], self._months(meta, image), step
+        )
+        return patches + added.to(patches.dtype)
 
     def _months(self, meta: Meta | None, image: Tensor) -> Tensor:
         """(B,) months from 0: of ``meta["date"]`` where it is given, else `month`."""
@@ -424,39 +410,83 @@ _STATISTICS = (  # band, mean, standard deviation
 )
 _COMMIT = "0f0b5b95ac81acef4b74cf4686dc877202f4541b"
 
-GALILEO_NANO = BackboneCard(
-    name="galileo_nano",
-    family="galileo",
-    bands=tuple(band for band, _, _ in _STATISTICS),
-    patch=MAX_PATCH,
-    width=128,
-    depth=4,
-    parameters=876_128,
-    image_size=64,
-    # The authors map mean - 2 std to 0 and mean + 2 std to 1.
-    normalisation=Normalisation(
-        1e4,
-        tuple(mean - 2 * std for _, mean, std in _STATISTICS),
-        tuple(4 * std for _, _, std in _STATISTICS),
-    ),
-    licence_weights="MIT",
-    licence_code="Apache-2.0",
-    source="https://github.com/nasaharvest/galileo",
-    weights={
-        "default": WeightFile(
+
+def _card(
+    size: str,
+    width: int,
+    depth: int,
+    heads: int,
+    parameters: int,
+    weights: WeightFile,
+    notes: str = "",
+) -> BackboneCard:
+    return BackboneCard(
+        name=f"galileo_{size}",
+        family="galileo",
+        bands=tuple(band for band, _, _ in _STATISTICS),
+        patch=MAX_PATCH,
+        width=width,
+        depth=depth,
+        parameters=parameters,
+        image_size=64,
+        # The authors map mean - 2 std to 0 and mean + 2 std to 1.
+        normalisation=Normalisation(
+            1e4,
+            tuple(mean - 2 * std for _, mean, std in _STATISTICS),
+            tuple(4 * std for _, _, std in _STATISTICS),
+        ),
+        licence_weights="MIT",
+        licence_code="Apache-2.0",
+        source="https://github.com/nasaharvest/galileo",
+        weights={"default": weights},
+        architecture={"heads": heads},
+        paper="arXiv 2502.09356",
+        notes="Self-supervised on Sentinel-1, Sentinel-2, weather, elevation and more. "
+        "One token per patch and channel group; the month of meta['date'] is used, "
+        "else July." + notes,
+        cannot="Reads one date of Sentinel-2; radar, NDVI, weather and the other "
+        "inputs are in the file and are not used.",
+    )
+
+
+_HUB = "nasaharvest/galileo"
+_NOT_OPENED = (
+    " Sizes are those of the authors' configuration; this file was not at hand, and "
+    "its key names are those of the nano file."
+)
+
+CARDS = (
+    _card(
+        "nano",
+        128,
+        4,
+        8,
+        876_128,
+        WeightFile(
             "encoder.pt",
             revision=_COMMIT,
             url=f"https://raw.githubusercontent.com/nasaharvest/galileo/{_COMMIT}"
             "/data/models/nano/encoder.pt",
             sha256="eab6acacf527886a508a555bc24efe4b4a2cf91b162e84cd1c4a1807e942180c",
-        )
-    },
-    architecture={"heads": 8},
-    paper="arXiv 2502.09356",
-    notes="Self-supervised on Sentinel-1, Sentinel-2, weather, elevation and more. One "
-    "token per patch and channel group; the month of meta['date'] is used, else July.",
-    cannot="Reads one date of Sentinel-2; radar, NDVI, weather and the other inputs "
-    "are in the file (1,037,856 numbers) and are not used.",
+        ),
+        " The file holds 1,037,856 numbers.",
+    ),
+    _card(
+        "tiny",
+        192,
+        12,
+        3,
+        5_462_928,
+        WeightFile("models/tiny/encoder.pt", _HUB),
+        _NOT_OPENED,
+    ),
+    _card(
+        "base",
+        768,
+        12,
+        12,
+        85_552_704,
+        WeightFile("models/base/encoder.pt", _HUB),
+        _NOT_OPENED,
+    ),
 )
-
-CARDS = (GALILEO_NANO,)

@@ -1,10 +1,11 @@
-"""RGB foundation models that are plain ViTs: DINO-MC and Cross-Scale MAE.
+"""RGB foundation models that are plain ViTs: DINO-MC, Cross-Scale MAE, SatMAE.
 
-Both saw red, green and blue only, as 8-bit pictures. Networks of timm, checkpoints in
-the authors' key layouts. Layer norms have eps 1e-6 in both.
+All saw red, green and blue only, as 8-bit pictures. Networks of timm, checkpoints in
+the authors' key layouts. Layer norms have eps 1e-6 in all.
 
 Sources: DINO-MC, arXiv 2303.06670 and github.com/WennyXY/DINO-MC; Cross-Scale MAE,
-NeurIPS 2023 and github.com/aicip/Cross-Scale-MAE (CC-BY-NC-4.0: facts only are taken).
+NeurIPS 2023 and github.com/aicip/Cross-Scale-MAE; SatMAE, arXiv 2207.08051 and
+github.com/sustainlab-group/SatMAE (both CC-BY-NC-4.0: facts only are taken).
 Taught in notebook 05 (DEFLECT).
 """
 
@@ -20,7 +21,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from geopeft_kit.backbones.base import adapt_kernels
-from geopeft_kit.backbones.card import BackboneCard, BandPlan, Normalisation
+from geopeft_kit.backbones.card import (
+    BackboneCard,
+    BandPlan,
+    Normalisation,
+    WeightFile,
+)
 from geopeft_kit.backbones.vit import ViTBackbone
 from geopeft_kit.backbones.weights import State, load_strictly, strip_prefixes
 
@@ -72,14 +78,14 @@ def build_dino_mc(
     return ViTBackbone(card, model, plan, normalise)
 
 
-def build_cross_scale_mae(
+def build_mae(
     card: BackboneCard,
     plan: BandPlan,
     state: Mapping[str, Tensor] | None,
     image_size: int | None = None,
     normalise: bool = True,
 ) -> ViTBackbone:
-    """Build Cross-Scale MAE's encoder with its fixed position table.
+    """Build a masked autoencoder's encoder with its fixed position table.
 
     Args:
         card: sizes and bands.
@@ -151,10 +157,10 @@ def network(
 
 
 def mae_state(state: Mapping[str, Tensor], name: str) -> State:
-    """Cross-Scale MAE's keys as timm's; decoder and predictor dropped.
+    """A masked autoencoder's keys as timm's; decoder and predictor dropped.
 
-    Its blocks are called ``encoder.N`` and two more tensors ``encoder_...``; MAE's own
-    names pass unchanged.
+    MAE's own names (SatMAE) pass unchanged. Cross-Scale MAE calls its blocks
+    ``encoder.N`` and two more tensors ``encoder_...``.
 
     Raises:
         ValueError: if the encoder is one of xformers, whose blocks are other ones.
@@ -266,8 +272,40 @@ def _cross_scale_card(
     )
 
 
+SATMAE_LARGE = BackboneCard(
+    name="satmae_large",
+    family="satmae",
+    bands=RGB,
+    patch=16,
+    width=1024,
+    depth=24,
+    parameters=303_099_904,
+    image_size=224,
+    normalisation=Normalisation(
+        1.0,
+        (0.4182007312774658, 0.4214799106121063, 0.3991275727748871),
+        (0.28774282336235046, 0.27541765570640564, 0.2764017581939697),
+    ),
+    licence_weights="CC-BY-NC-4.0",
+    licence_code="Apache-2.0",
+    source="https://github.com/sustainlab-group/SatMAE",
+    weights={
+        "default": WeightFile(
+            "fmow_pretrain.pth",
+            url="https://zenodo.org/record/7369797/files/fmow_pretrain.pth",
+        )
+    },
+    architecture={"heads": 16},
+    paper="arXiv 2207.08051",
+    notes="ViT-L, masked autoencoder on fMoW RGB, 800 epochs; satmae_multispectral_* "
+    "are its relatives for Sentinel-2." + PICTURES,
+    cannot="Knows red, green and blue only. No commercial use. The published file was "
+    "not at hand: key names are those of the authors' code.",
+)
+
 CARDS = (
     DINO_MC_SMALL,
+    SATMAE_LARGE,
     _cross_scale_card("Base", 768, 12, 12, 85_647_360),
     _cross_scale_card("Large", 1024, 24, 16, 303_099_904),
 )

@@ -9,6 +9,9 @@ Taught in notebook 01 (load a geospatial foundation model).
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -92,3 +95,48 @@ class ViTBackbone(Backbone):
         """The last h*w of (B, N, D) tokens as a map (B, D, h, w)."""
         patches = tokens[:, -height * width :]  # (B, h*w, D)
         return patches.transpose(1, 2).unflatten(2, (height, width))  # (B, D, h, w)
+
+
+class RotaryPositions:
+    """Hands the rotations of DINOv3's positions to an attention when it is called.
+
+    A hook does it, not an argument of the block, so that a method may wrap the block.
+    Tokens that a method adds before the patches (prompts) are not turned, like the
+    class and register tokens.
+
+    Attributes:
+        turns: (N, 2 * width of a head) sines, then cosines; of the last image.
+    """
+
+    turns: Tensor
+
+    def __call__(
+        self, attention: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        """The arguments of `attention` with its rotations among them."""
+        added = args[0].shape[1] - attention.num_prefix_tokens - len(self.turns)
+        still = torch.zeros_like(self.turns[:1]).expand(added, -1).clone()
+        still[:, still.shape[1] // 2 :] = 1  # sine 0, cosine 1
+        return args, kwargs | {"rope": torch.cat([still, self.turns])}
+
+
+class RotaryViTBackbone(ViTBackbone):
+    """A ViT that turns queries and keys by their positions (DINOv3).
+
+    There is no position table: the rotations are computed for the grid of each image.
+    """
+
+    model: Any
+
+    def __init__(
+        self, card: BackboneCard, model: Any, plan: BandPlan, normalise: bool = True
+    ) -> None:
+        super().__init__(card, model, plan, normalise)
+        self.rotary = RotaryPositions()
+        for block in model.blocks:
+            block.attn.register_forward_pre_hook(self.rotary, with_kwargs=True)
+
+    def add_positions(self, patches: Tensor) -> Tensor:
+        """(B, h, w, D) -> (B, prefix + h*w, D), and the rotations for the blocks."""
+        tokens, self.rotary.turns = self.model._pos_embed(patches)
+        return tokens

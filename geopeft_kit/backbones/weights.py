@@ -65,7 +65,9 @@ def find_weights(card: BackboneCard, weights: str | Path | None) -> Path | None:
         FileNotFoundError: if the packaged weights are not in this installation.
         RuntimeError: if the download fails.
     """
-    if weights is None:
+    # A card from scratch has random weights by definition, and says so.
+    from_scratch = weights == "default" and card.architecture.get("from_scratch")
+    if weights is None or from_scratch:
         return None
     if isinstance(weights, str) and weights in card.weights:
         return _find_tagged(card, weights)

@@ -70,7 +70,14 @@ class ScaleShiftFeatures(Method):
     mergeable = True
     identity_at_start = True
     learning_rate = 1e-3  # ours
-    needs = "any backbone"
+    needs = "any backbone whose norms have one gain per channel"
+
+    def why_not(self, backbone: Backbone) -> str | None:
+        """Refuse norms over channels and pixels, which have no axis of channels."""
+        for path, module in backbone.model.named_modules():
+            if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
+                return f"its norm {path} has a gain for every pixel, not per channel"
+        return None
 
     def build(self, backbone: Backbone, blocks: list[Block]) -> list[Replacement]:
         """Wrap the operations of the whole network, or of the chosen blocks."""

@@ -100,7 +100,7 @@ def find_targets(
 
     Raises:
         ValueError: A name that no block has for a layer of these kinds, that is given
-            twice, or a grouped convolution.
+            twice, a grouped convolution, or one that pads with its border.
         TypeError: Not a list of names.
     """
     names = _checked(targets)
@@ -205,6 +205,11 @@ def _check_overlap(targets: list[Target]) -> None:
                 "or its q, k, v parts, and one name for a layer."
             )
         parts.add(target.part)
+        if not _pointwise(target.layer) and _border_padded(target.layer):
+            raise ValueError(
+                f"{target.path} pads with the values at its border, and what peft puts "
+                "beside it pads with zeros. Leave it out of targets."
+            )
         if _grouped(target.layer):
             raise ValueError(
                 f"{target.path} is a convolution with {target.layer.groups} groups; "
@@ -216,14 +221,18 @@ def _grouped(layer: Any) -> bool:
     return getattr(layer, "groups", 1) > 1
 
 
+def _border_padded(layer: Any) -> bool:
+    return getattr(layer, "padding_mode", "zeros") != "zeros"
+
+
 def _pointwise(layer: Any) -> bool:
     """A Linear, or a convolution that looks at one cell only."""
     return set(getattr(layer, "kernel_size", (1,))) == {1}
 
 
 def _aside(name: str) -> bool:
-    """Shortcuts (downsample) and squeeze-excite layers (se)."""
-    return bool({"downsample", "se"} & set(name.split(".")))
+    """Shortcuts (downsample) and squeeze-excite layers (se, squeeze)."""
+    return bool({"downsample", "se", "squeeze"} & set(name.split(".")))
 
 
 def _unmistakable(name: str, layers: Mapping[str, Any]) -> str:

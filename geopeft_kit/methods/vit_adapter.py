@@ -350,7 +350,7 @@ class VitAdapter(Method):
 
     def why_not(self, backbone: Backbone) -> str | None:
         """Refuse networks without tokens, and patches that share no grid with 32."""
-        if backbone.width is None:
+        if backbone.width is None or len(set(backbone.strides)) > 1:
             return (
                 "it gives four scales to a plain ViT, and this network has them "
                 f"already; its layout is {backbone.layout!r}"

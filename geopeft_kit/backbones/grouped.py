@@ -1,0 +1,122 @@
+"""ViTs that make several tokens of a patch: one for each group of bands.
+
+Galileo, SatMAE's multispectral models and SpectralGPT share everything behind their
+patch embeddings: the tokens of all groups go through the blocks as one sequence, and
+the maps are the mean over the groups of a patch. Groups of which the image has no band
+are not in the sequence.
+
+Taught in notebook 01 (load a geospatial foundation model).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geopeft_kit.backbones.base import Backbone, Meta, tap_points
+from geopeft_kit.backbones.card import BackboneCard, BandPlan
+
+
+class GroupedViTBackbone(Backbone):
+    """Four maps at patch stride: the mean over the groups of each patch.
+
+    The sequence is prefix, then row, column, group, as `TokenGrid` says. Attention does
+    not depend on the order of its tokens, so this equals upstreams that put the groups
+    first.
+
+    Args:
+        card: what the model is.
+        model: a network with `blocks` and `norm`.
+        plan: the bands of the user's images.
+        normalise: see `load_backbone`.
+        patch: patch size in pixels.
+    """
+
+    layout = "vit"
+    model: Any
+
+    def __init__(
+        self,
+        card: BackboneCard,
+        model: Any,
+        plan: BandPlan,
+        normalise: bool,
+        patch: int,
+    ) -> None:
+        super().__init__(card, model, plan, normalise)
+        self.width = card.width
+        self.channels = [card.width] * 4
+        self.strides = [patch] * 4
+        self.taps = tap_points(len(model.blocks))
+
+    @property
+    def block_paths(self) -> list[str]:
+        """``blocks.0`` ... in order."""
+        return [f"blocks.{i}" for i in range(len(self.model.blocks))]
+
+    def embed(self, image: Tensor, meta: Meta | None) -> Tensor:
+        """Normalised image (B, C, H, W) -> tokens with positions (B, h, w, N, D)."""
+        raise NotImplementedError
+
+    def prefix(self) -> Tensor | None:
+        """Tokens before the patch tokens, (1, P, D); here none."""
+        return None
+
+    def forward_maps(self, image: Tensor, meta: Meta | None) -> list[Tensor]:
+        """Normalised image (B, C, H, W) -> four maps (B, D, h, w)."""
+        tokens = self.embed(image, meta)  # (B, h, w, N, D)
+        grid = tokens.shape[1:4]
+        self.grid.height, self.grid.width, self.grid.groups = grid
+        tokens = tokens.flatten(1, 3)  # (B, h*w*N, D)
+        first = self.prefix()
+        if first is not None:
+            first = first.expand(len(tokens), -1, -1).to(tokens.dtype)
+            tokens = torch.cat([first, tokens], dim=1)  # (B, P + h*w*N, D)
+        maps = []
+        for index, block in enumerate(self.model.blocks):
+            tokens = block(tokens)
+            if index not in self.taps:
+                continue
+            last = index == self.taps[-1]
+            tapped = self.model.norm(tokens) if last else tokens
+            own = tapped[:, -grid.numel() :].unflatten(1, grid)  # (B, h, w, N, D)
+            maps.append(own.mean(dim=3).permute(0, 3, 1, 2))  # (B, D, h, w)
+        return maps
+
+
+def group_slots(
+    card: BackboneCard, plan: BandPlan, groups: list[tuple[int, ...]]
+) -> list[list[tuple[int, int]]]:
+    """Which channels of the image a group reads, and with which of its kernels.
+
+    A band that is left out is a kernel that is left out, as in any other backbone;
+    under ``new_bands="copy_nearest"`` two channels may share a kernel.
+
+    Args:
+        card: the backbone's card.
+        plan: the bands of the user's images.
+        groups: indices of the card's bands, one tuple a group.
+
+    Returns:
+        For each group its (channel among those read, kernel of the group) pairs; empty
+        where the image has no band of the group.
+
+    Raises:
+        ValueError: for a random kernel, which belongs to no group.
+    """
+    if None in plan.kernels:
+        raise ValueError(
+            f"{card.name} reads its bands in groups, and a new band with a random "
+            "kernel belongs to none: use new_bands='copy_nearest' or 'ignore', or "
+            "leave it out"
+        )
+    return [
+        [
+            (channel, group.index(kernel))
+            for channel, kernel in enumerate(plan.kernels)
+            if kernel in group
+        ]
+        for group in groups
+    ]

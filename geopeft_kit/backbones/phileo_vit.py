@@ -1,0 +1,318 @@
+"""PhilEO's ViT-UPerNet: a plain ViT, a neck to four scales, and UPerNet's fusion.
+
+Written from the formulas, on timm's ViT; names inside the head are those of mmseg,
+which the upstream uses.
+
+Source: PhilEO on MajorTOM, arXiv 2506.14765, and its public code
+(github.com/ESA-PhiLab/PhilEO-MajorTOM); UPerNet, arXiv 1807.10221, section 3.
+Taught in notebook 11 (architectures and few labels).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from geopeft_kit.backbones.base import Backbone, Meta, adapt_kernels, tap_points
+from geopeft_kit.backbones.card import BackboneCard, BandPlan
+from geopeft_kit.backbones.phileo import (
+    BANDS,
+    LICENCE,
+    OBTAIN,
+    REFLECTANCE,
+    SOURCE,
+    CNNBlock,
+    check_locked,
+    locked,
+)
+from geopeft_kit.backbones.rgb_vits import fixed_table
+from geopeft_kit.backbones.vit import ViTBackbone
+from geopeft_kit.backbones.weights import State, load_strictly, strip_prefixes
+
+_PATCHES = (4, 16)
+_POOLS = (1, 2, 3, 6)
+# Heads of pretraining, the classifier, and the neck's second name.
+_DROPPED = (
+    "encoder.linear_proj.",
+    "encoder.head_",
+    "decoder.sample_list_base.",
+    "decoder.decoder_upernet.conv_seg.",
+    "head.",
+)
+_PREFIXES = {  # the upstream's -> ours
+    "encoder.vit_encoder.": "vit.",
+    "decoder.decoder_upernet.": "head.",
+    "decoder.": "",
+}
+
+
+class ConvUnit(nn.Module):
+    """Convolution without bias, batch norm, ReLU."""
+
+    def __init__(self, inputs: int, outputs: int, size: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, size, padding=size // 2, bias=False)
+        self.bn = nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, H, W) -> (B, outputs, H, W)."""
+        return F.relu(self.bn(self.conv(x)))
+
+
+class UPerHead(nn.Module):
+    """Pooling at four sizes on the coarsest map, a way up, and their fusion.
+
+    Args:
+        channels: of the four maps that come in.
+        width: of the maps that go out.
+    """
+
+    def __init__(self, channels: Sequence[int], width: int) -> None:
+        super().__init__()
+        deep = channels[-1]
+        self.psp_modules = nn.ModuleList(
+            nn.Sequential(nn.AdaptiveAvgPool2d(size), ConvUnit(deep, width, 1))
+            for size in _POOLS
+        )
+        self.bottleneck = ConvUnit(deep + len(_POOLS) * width, width, 3)
+        self.lateral_convs = nn.ModuleList(ConvUnit(c, width, 1) for c in channels[:-1])
+        self.fpn_convs = nn.ModuleList(ConvUnit(width, width, 3) for _ in channels[:-1])
+        self.fpn_bottleneck = ConvUnit(len(channels) * width, width, 3)
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        """Four maps (B, C_i, H_i, W_i) -> four (B, width, H_i, W_i), first fused."""
+        deep = maps[-1]
+        pooled = [_like(unit(deep), deep) for unit in self.psp_modules]
+        levels = [
+            unit(x) for unit, x in zip(self.lateral_convs, maps[:-1], strict=True)
+        ]
+        levels.append(self.bottleneck(torch.cat([deep, *pooled], dim=1)))
+        for i in (2, 1, 0):
+            levels[i] = levels[i] + _like(levels[i + 1], levels[i])
+        levels[:-1] = [
+            unit(x) for unit, x in zip(self.fpn_convs, levels[:-1], strict=True)
+        ]
+        fused = torch.cat([_like(x, levels[0]) for x in levels], dim=1)
+        return [self.fpn_bottleneck(fused), *levels[1:]]
+
+
+class ViTUPerNet(nn.Module):
+    """ViT, neck and head.
+
+    Args:
+        card: sizes.
+        patch: patch size in pixels.
+        stem: put the convolutional block of the pretraining code before the ViT.
+    """
+
+    def __init__(self, card: BackboneCard, patch: int, stem: bool) -> None:
+        super().__init__()
+        bands, width, size = len(card.bands), card.width, card.image_size
+        self.stem: nn.Module = nn.Identity()
+        if stem:
+            self.stem = CNNBlock(bands, bands, size, nn.LeakyReLU())
+        self.vit = VisionTransformer(
+            img_size=size,
+            patch_size=patch,
+            in_chans=bands,
+            num_classes=0,
+            embed_dim=width,
+            depth=card.depth,
+            num_heads=card.architecture["heads"],
+            norm_layer=partial(nn.LayerNorm, eps=1e-5),  # PyTorch's, not timm's
+            dynamic_img_size=True,
+        )
+        table = fixed_table(width, size // patch, size // patch)
+        table = torch.cat([torch.zeros(1, width), table])[None]  # (1, 1 + N, D)
+        self.vit.pos_embed = nn.Parameter(table, requires_grad=False)
+        half, quarter = width // 2, width // 4
+        self.fpn1 = nn.Sequential(
+            nn.ConvTranspose2d(width, half, 2, 2),
+            nn.BatchNorm2d(half),
+            nn.ReLU(),
+            nn.ConvTranspose2d(half, quarter, 2, 2),
+        )
+        self.fpn2 = nn.Sequential(
+            nn.ConvTranspose2d(width, half, 2, 2), nn.BatchNorm2d(half), nn.ReLU()
+        )
+        channels = (quarter, half, width, width)
+        self.head = UPerHead(channels, card.architecture["head_width"])
+
+
+class PhilEOViTBackbone(Backbone):
+    """The head's maps at patch / 4, patch / 2, patch and 2 patch; the first is fused.
+
+    Args:
+        card: what the model is.
+        model: ViT, neck and head.
+        plan: the bands of the user's images.
+        normalise: see `load_backbone`.
+        patch: patch size in pixels.
+    """
+
+    layout = "vit"
+    num_prefix_tokens = 1
+    model: ViTUPerNet
+
+    def __init__(
+        self,
+        card: BackboneCard,
+        model: ViTUPerNet,
+        plan: BandPlan,
+        normalise: bool,
+        patch: int,
+    ) -> None:
+        super().__init__(card, model, plan, normalise)
+        self.width = card.width
+        self.channels = [card.architecture["head_width"]] * 4
+        self.strides = [patch // 4, patch // 2, patch, 2 * patch]
+        self.taps = tap_points(card.depth)
+
+    @property
+    def block_paths(self) -> list[str]:
+        """``vit.blocks.0`` ... in order."""
+        return [f"vit.blocks.{i}" for i in range(len(self.model.vit.blocks))]
+
+    def forward_maps(self, image: Tensor, meta: Meta | None) -> list[Tensor]:
+        """Normalised image (B, C, H, W) -> four maps (B, 256, H_i, W_i)."""
+        model, vit = self.model, self.model.vit
+        if isinstance(model.stem, CNNBlock):
+            check_locked(self.card, image)
+            image = model.stem(image)
+        patches = vit.patch_embed(image)  # (B, h, w, D)
+        self.grid.height, self.grid.width = patches.shape[1:3]
+        tokens = vit._pos_embed(patches)  # (B, 1 + h*w, D)
+        taps = []
+        for index, block in enumerate(vit.blocks):
+            tokens = block(tokens)
+            if index in self.taps:
+                taps.append(tokens)
+        taps[-1] = vit.norm(tokens)
+        maps = [ViTBackbone.to_map(t, *patches.shape[1:3]) for t in taps]
+        pooled = F.max_pool2d(maps[3], 2)
+        return model.head([model.fpn1(maps[0]), model.fpn2(maps[1]), maps[2], pooled])
+
+
+def build(
+    card: BackboneCard,
+    plan: BandPlan,
+    state: Mapping[str, Tensor] | None,
+    image_size: int | None = None,
+    normalise: bool = True,
+    patch: int = 4,
+    stem: bool | None = None,
+) -> PhilEOViTBackbone:
+    """Build ViT, neck and UPerNet head.
+
+    Args:
+        card: sizes and bands.
+        plan: the bands of the user's images.
+        state: checkpoint of the pretraining code, or None for random weights.
+        image_size: the card's own where there is a stem; else any.
+        normalise: see `load_backbone`.
+        patch: 4 or 16 pixels: equal in size, 19 times apart in computation.
+        stem: the convolutional block before the ViT, which locks the network to one
+            image size and needs all bands. None: as the checkpoint has it; without a
+            checkpoint there is none, as in the counts of the card.
+
+    Raises:
+        ValueError: for another patch size, a band set or image size that the stem does
+            not take, or a checkpoint that does not fit.
+    """
+    if patch not in _PATCHES:
+        raise ValueError(f"patch={patch!r}: {card.name} takes 4 or 16")
+    kept = None if state is None else _own_names(state)
+    if stem is None:
+        stem = kept is not None and any(key.startswith("stem.") for key in kept)
+    if stem:
+        _check_stem(card, plan, image_size)
+    if kept is None:
+        model = ViTUPerNet(card, patch, stem)
+    else:
+        _check_patch(card, kept, patch)
+        with torch.device("meta"):  # no memory and no time for random numbers
+            model = ViTUPerNet(card, patch, stem)
+        load_strictly(model, kept, card.name)
+    adapt_kernels(model.vit.patch_embed.proj, plan.kernels)
+    return PhilEOViTBackbone(card, model, plan, normalise, patch)
+
+
+def _own_names(state: Mapping[str, Tensor]) -> State:
+    """The upstream's keys as ours; the heads of pretraining dropped."""
+    kept = {}
+    for key, tensor in strip_prefixes(state, ("module.",)).items():
+        if key.startswith(_DROPPED):
+            continue
+        prefix = next((p for p in _PREFIXES if key.startswith(p)), None)
+        if prefix is not None:
+            key = key.replace(prefix, _PREFIXES[prefix], 1)
+        kept[key] = tensor
+    return kept
+
+
+def _check_patch(card: BackboneCard, state: Mapping[str, Tensor], patch: int) -> None:
+    kernel = state.get("vit.patch_embed.proj.weight")
+    if kernel is not None and kernel.shape[-1] != patch:
+        raise ValueError(
+            f"this checkpoint of {card.name} has patches of {kernel.shape[-1]} px and "
+            f"patch={patch}. Load it with patch={kernel.shape[-1]}"
+        )
+
+
+def _check_stem(card: BackboneCard, plan: BandPlan, image_size: int | None) -> None:
+    if image_size not in (None, card.image_size):
+        raise ValueError(locked(card, f"image_size={image_size}"))
+    if plan.kernels != tuple(range(len(card.bands))):
+        raise ValueError(
+            f"the stem of {card.name} adds the image to what it computes from it, so "
+            f"it needs all its bands in their order: {', '.join(card.bands)}. Others "
+            "may come with new_bands='ignore'"
+        )
+
+
+def _like(x: Tensor, other: Tensor) -> Tensor:
+    """A map in the height and width of another."""
+    return F.interpolate(x, other.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def _card(
+    size: str, width: int, depth: int, parameters: int, sixteen: str
+) -> BackboneCard:
+    return BackboneCard(
+        name=f"phileo_vit_{size}",
+        family="phileo_vit",
+        bands=BANDS,
+        patch=4,
+        width=width,
+        depth=depth,
+        parameters=parameters,
+        image_size=128,
+        normalisation=REFLECTANCE,
+        licence_weights=LICENCE,
+        licence_code="Apache-2.0",
+        source=SOURCE,
+        architecture={"heads": 16, "head_width": 256},
+        paper="arXiv 2506.14765",
+        notes="ViT-UPerNet, reconstruction plus geographic labels on MajorTOM. "
+        "patch=4 (default) or 16, as many numbers and a 19th of the computation "
+        f"({sixteen} with patch=16). parameters counts ViT with its fixed position "
+        "table, neck and UPerNet head. The maps are the head's, 256 channels at patch "
+        "/ 4, patch / 2, patch and 2 patch: the first is its fusion, the last its "
+        "pooled map.",
+        cannot="Checkpoints of the released pretraining code have a convolutional stem "
+        "before the ViT (0.66 M more): it comes with them, and locks the network to "
+        "128 x 128 px and to all ten bands. No published file was at hand: key names "
+        "are those of the authors' code.",
+        obtain=OBTAIN,
+    )
+
+
+CARDS = (
+    _card("100m", 512, 32, 111_093_888, "111.83 M"),
+    _card("300m", 1024, 24, 318_609_664, "320.08 M"),
+)

@@ -1,0 +1,192 @@
+"""SpectralGPT: a ViT whose patches are blocks of 8 x 8 pixels and three bands.
+
+One 3-D kernel reads three neighbouring bands at a time, so that twelve bands give four
+tokens a patch. Two learned tables say where a token lies and which three bands it is.
+
+Ours is a short module on Galileo's blocks (separate q, k, v), written from the
+formulas.
+
+Sources: Hong et al. 2024, SpectralGPT, arXiv 2311.07113; key names and sizes from
+github.com/danfenghong/IEEE_TPAMI_SpectralGPT (GPL-3.0: facts only are taken).
+Taught in notebook 01 (load a geospatial foundation model).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from geopeft_kit.backbones.base import Meta
+from geopeft_kit.backbones.card import BackboneCard, BandPlan, WeightFile
+from geopeft_kit.backbones.galileo import Block
+from geopeft_kit.backbones.grouped import GroupedViTBackbone, group_slots
+from geopeft_kit.backbones.rgb_vits import mae_state
+from geopeft_kit.backbones.satmae import STATISTICS, two_spreads
+from geopeft_kit.backbones.weights import load_strictly
+
+_TOGETHER = 3  # bands that one kernel reads
+_BANDS = tuple(band for band, _, _ in STATISTICS)
+GROUPS = [
+    tuple(range(first, first + _TOGETHER)) for first in range(0, len(_BANDS), _TOGETHER)
+]
+
+
+class CubeEmbedding(nn.Module):
+    """Blocks of patch x patch pixels and three bands to tokens.
+
+    Args:
+        width: token width D.
+        patch: patch size in pixels.
+    """
+
+    def __init__(self, width: int, patch: int) -> None:
+        super().__init__()
+        size = (_TOGETHER, patch, patch)
+        self.proj = nn.Conv3d(1, width, size, size)
+
+    def forward(self, volume: Tensor) -> Tensor:
+        """(B, 3N, H, W) -> (B, h, w, N, D)."""
+        return self.proj(volume[:, None]).permute(0, 3, 4, 2, 1)
+
+
+class SpectralGPT(nn.Module):
+    """The encoder.
+
+    Args:
+        width: token width D.
+        depth: number of blocks.
+        heads: attention heads.
+        patch: patch size in pixels.
+        side: patches along each side of the position table.
+    """
+
+    def __init__(
+        self, width: int, depth: int, heads: int, patch: int, side: int
+    ) -> None:
+        super().__init__()
+        self.patch_embed = CubeEmbedding(width, patch)
+        self.pos_embed_spatial = nn.Parameter(torch.randn(1, side**2, width) * 0.02)
+        self.pos_embed_temporal = nn.Parameter(
+            torch.randn(1, len(GROUPS), width) * 0.02
+        )
+        self.blocks = nn.Sequential(
+            *(Block(width, heads, eps=1e-6) for _ in range(depth))
+        )
+        self.norm = nn.LayerNorm(width, 1e-6)
+
+
+class SpectralGPTBackbone(GroupedViTBackbone):
+    """SpectralGPT with the groups of three bands of which the image has one.
+
+    A band that is missing in such a group is read as 0, which is what leaving its
+    kernel out means. Channels that share a kernel are added, for the same reason.
+
+    Args:
+        card: what the model is.
+        model: the encoder.
+        plan: the bands of the user's images.
+        normalise: see `load_backbone`.
+    """
+
+    model: SpectralGPT
+    slots: Tensor
+
+    def __init__(
+        self, card: BackboneCard, model: SpectralGPT, plan: BandPlan, normalise: bool
+    ) -> None:
+        super().__init__(card, model, plan, normalise, card.patch)
+        found = group_slots(card, plan, GROUPS)
+        self.rows = [number for number, pairs in enumerate(found) if pairs]
+        slots = torch.zeros(len(self.rows), _TOGETHER, len(plan.read))
+        for place, number in enumerate(self.rows):
+            for channel, kernel in found[number]:
+                slots[place, kernel, channel] = 1
+        self.register_buffer("slots", slots.flatten(0, 1), persistent=False)  # (3N, C)
+
+    def embed(self, image: Tensor, meta: Meta | None) -> Tensor:
+        """Normalised image (B, C, H, W) -> tokens with positions (B, h, w, N, D)."""
+        volume = torch.einsum("sc,bchw->bshw", self.slots.to(image.dtype), image)
+        patches = self.model.patch_embed(volume)  # (B, h, w, N, D)
+        height, breadth = patches.shape[1:3]
+        place = resample_abs_pos_embed(
+            self.model.pos_embed_spatial, [height, breadth], num_prefix_tokens=0
+        )  # (1, h*w, D)
+        place = place.unflatten(1, (height, breadth))  # (1, h, w, D)
+        group = self.model.pos_embed_temporal[0, self.rows]  # (N, D)
+        return patches + place[:, :, :, None] + group
+
+
+def build(
+    card: BackboneCard,
+    plan: BandPlan,
+    state: Mapping[str, Tensor] | None,
+    image_size: int | None = None,
+    normalise: bool = True,
+) -> SpectralGPTBackbone:
+    """Build SpectralGPT's encoder.
+
+    Args:
+        card: sizes and bands.
+        plan: the bands of the user's images.
+        state: pretraining checkpoint in the upstream's key layout, or None for random
+            weights. Its position table may be of another grid (SpectralGPT: 96 px).
+        image_size: not needed: the table is resized to each image.
+        normalise: see `load_backbone`.
+
+    Raises:
+        ValueError: for a new band with a random kernel, or a checkpoint that does not
+            fit.
+    """
+    side = card.image_size // card.patch
+    kept = None if state is None else mae_state(state, card.name)
+    if kept is not None and "pos_embed_spatial" in kept:
+        side = round(kept["pos_embed_spatial"].shape[1] ** 0.5)
+    sizes = card.width, card.depth, card.architecture["heads"], card.patch, side
+    if kept is None:
+        model = SpectralGPT(*sizes)
+    else:
+        with torch.device("meta"):  # no memory and no time for random numbers
+            model = SpectralGPT(*sizes)
+        load_strictly(model, kept, card.name)
+    return SpectralGPTBackbone(card, model, plan, normalise)
+
+
+_ZENODO = "https://zenodo.org/records/8412455"
+
+SPECTRALGPT_BASE = BackboneCard(
+    name="spectralgpt_base",
+    family="spectralgpt",
+    bands=_BANDS,
+    patch=8,
+    width=768,
+    depth=12,
+    parameters=85_403_904,
+    image_size=128,
+    normalisation=two_spreads(_BANDS),
+    licence_weights="not confirmed: the Zenodo record was not read, see the source",
+    licence_code="Apache-2.0",
+    source="https://github.com/danfenghong/IEEE_TPAMI_SpectralGPT",
+    weights={
+        "default": WeightFile(
+            "SpectralGPT+.pth", url=f"{_ZENODO}/files/SpectralGPT+.pth"
+        ),
+        "fmow": WeightFile("SpectralGPT.pth", url=f"{_ZENODO}/files/SpectralGPT.pth"),
+    },
+    architecture={"heads": 12},
+    paper="arXiv 2311.07113",
+    notes="Masked autoencoder on fMoW-Sentinel at 96 px (tag fmow), continued on "
+    "BigEarthNet at 128 px (default, SpectralGPT+). Three neighbouring bands make one "
+    "token, so a patch has four; the maps are their mean (ours: the authors' decoders "
+    "weight or stack them). A group of three of which no band is given is not in the "
+    "sequence. The upstream's README puts its code under GPL-3.0.",
+    cannot="Pretraining scaled each band of each image from its own minimum to its own "
+    "maximum; here the fixed statistics of the authors' fine-tuning stand in for that. "
+    "1,024 tokens at 128 px make it slow on a CPU. No random kernel for a new band: "
+    "one kernel serves all groups. The published files were not at hand: key names are "
+    "those of the authors' code.",
+)
+
+CARDS = (SPECTRALGPT_BASE,)
