@@ -64,7 +64,7 @@ def run_one(name: str) -> dict[str, object]:
     loaded = time.perf_counter()
     maps, side = first_maps(backbone)
     forward = time.perf_counter()
-    sum(one.square().mean() for one in maps).backward()
+    torch.stack([one.square().mean() for one in maps]).sum().backward()
     backward = time.perf_counter()
     gradients = [p.grad for p in backbone.parameters() if p.grad is not None]
     if not gradients or not all(bool(t.isfinite().all()) for t in [*maps, *gradients]):
