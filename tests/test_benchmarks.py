@@ -73,6 +73,7 @@ def test_differences_are_paired_over_the_seeds_that_both_have() -> None:
     assert shown == f"{expected} better"
 
 
+@pytest.mark.slow
 def test_a_cut_study_goes_on_and_a_failure_is_a_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,6 +37,7 @@ def result(data: gk.ChipData) -> Comparison:
     )
 
 
+@pytest.mark.slow
 def test_one_row_a_candidate_and_seed(result: Comparison) -> None:
     assert len(result.rows) == 4
     assert list(result.table().index) == ["probe", "LoRA"]
@@ -46,6 +47,7 @@ def test_one_row_a_candidate_and_seed(result: Comparison) -> None:
     assert list(result.regions().columns) == ["far"]
 
 
+@pytest.mark.slow
 def test_the_budget_is_equal_and_the_best_rate_is_taken(result: Comparison) -> None:
     assert set(result.searches.groupby("label").size()) == {2}
     for label, trials in result.searches.groupby("label"):
@@ -53,6 +55,7 @@ def test_the_budget_is_equal_and_the_best_rate_is_taken(result: Comparison) -> N
         assert trials.loc[trials["chosen"], "learning_rate"].iloc[0] == best, label
 
 
+@pytest.mark.slow
 def test_trained_candidates_swap_in_and_differ(
     result: Comparison, data: gk.ChipData
 ) -> None:
@@ -64,6 +67,7 @@ def test_trained_candidates_swap_in_and_differ(
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
+@pytest.mark.slow
 def test_adapter_size_is_read_off_the_disk(result: Comparison) -> None:
     lora = result.rows[result.rows.label == "LoRA"].iloc[0]
     exact = lora["backbone_trainable"] * 4 / 1024

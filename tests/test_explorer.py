@@ -340,6 +340,7 @@ def test_the_code_makes_simulated_data_and_random_weights_again(tmp_path):
 # --- on disk --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_saved_explorer_comes_back_without_training(explored, data, tmp_path):
     explored.choose(method="lora", epochs=1)
     folder = explored.save(tmp_path / "prepared")
@@ -359,6 +360,7 @@ def test_a_saved_explorer_comes_back_without_training(explored, data, tmp_path):
     assert len(gk.Explorer.load(folder, data).runs) == 2
 
 
+@pytest.mark.slow
 def test_a_saved_explorer_is_checked(explored, data, tmp_path):
     with pytest.raises(FileNotFoundError, match="explorer.json"):
         gk.Explorer.load(tmp_path, data)

@@ -310,6 +310,7 @@ except RuntimeError as error:
 """
 
 
+@pytest.mark.slow
 def test_full_disk_leaves_the_old_prediction_and_nothing_else(tmp_path):
     source = write_scene(tmp_path / "scene.tif", reflectance(600, 600))
     target = tmp_path / "out.tif"

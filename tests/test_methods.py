@@ -655,6 +655,7 @@ def test_swapping_gives_batch_norms_their_mode() -> None:
 # --- moving, copying, mixed precision -----------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BACKBONES)
 def test_a_moved_backbone_takes_all_its_adapters_along(kind: str) -> None:
     backbone = make(kind)

@@ -405,6 +405,7 @@ def test_allocation_and_penalty_are_those_of_peft() -> None:
     assert ranks[6:] == [4, 4, 4, 4]
 
 
+@pytest.mark.slow
 def test_fit_prunes_to_the_budget_and_saving_keeps_it(tmp_path: Path) -> None:
     data = toy_data(tmp_path / "data", chips=12, size=16)
     torch.manual_seed(0)
@@ -425,6 +426,7 @@ def test_fit_prunes_to_the_budget_and_saving_keeps_it(tmp_path: Path) -> None:
     torch.testing.assert_close(output(model.backbone), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_prunes_as_one_never_interrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

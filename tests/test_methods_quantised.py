@@ -471,6 +471,7 @@ def change_data(
     return gk.ChipData(folder, split="index", batch_size=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("classes", "fusion"), [(2, "difference"), (3, "concatenate")])
 def test_change_detection_from_end_to_end(
     classes: int, fusion: str, tmp_path: Path
@@ -501,6 +502,7 @@ def test_change_detection_from_end_to_end(
         assert torch.equal(parameter, frozen[name]), name
 
 
+@pytest.mark.slow
 def test_change_on_simulated_pairs(tmp_path: Path) -> None:
     data = gk.simulated_data(
         "change",

@@ -43,6 +43,7 @@ def run(model: torch.nn.Module, **options: object):
     return gk.pretrain(model, Ramps(), **settings)
 
 
+@pytest.mark.slow
 def test_every_loss_falls() -> None:
     log = run(backbone(), steps_per_epoch=12)
     for part in ("masked", "physical", "scene"):
@@ -74,6 +75,7 @@ def test_unknown_targets_do_not_count() -> None:
     assert known_error(output, torch.full((2, 3), float("nan"))) == 0
 
 
+@pytest.mark.slow
 def test_resume_is_exact(tmp_path: Path) -> None:
     whole = backbone()
     run(whole, epochs=2, folder=tmp_path / "a")
@@ -119,6 +121,7 @@ def test_refusals(tmp_path: Path) -> None:
         run(backbone(), folder=tmp_path, resume=True)
 
 
+@pytest.mark.slow
 def test_the_embedded_model_earns_its_file(repo: Path) -> None:
     """The packaged weights are small, and not random: land cover shows in them."""
     path = repo / "geopeft_kit" / "weights" / "geopeft_tiny.safetensors"

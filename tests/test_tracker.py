@@ -95,6 +95,7 @@ def test_resources_of_a_run(method: str, tmp_path: Path) -> None:
     assert resources.peak_mib > resources.weights_mib
 
 
+@pytest.mark.slow
 def test_activations_order_is_probe_lora_full(tmp_path: Path) -> None:
     data = toy_data(tmp_path)
     kept = [

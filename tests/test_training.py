@@ -76,6 +76,7 @@ def test_only_what_is_trainable_moves(method: str, data: gk.ChipData) -> None:
     assert any(not torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_frozen_batch_norm_stays_frozen(data: gk.ChipData) -> None:
     backbone = random_resnet()
     gk.attach(backbone, "frozen")
@@ -87,6 +88,7 @@ def test_frozen_batch_norm_stays_frozen(data: gk.ChipData) -> None:
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
+@pytest.mark.slow
 def test_full_batch_norm_moves(data: gk.ChipData) -> None:
     backbone = random_resnet()
     model = gk.build_model(backbone, decoder="linear", num_classes=2)
@@ -98,6 +100,7 @@ def test_full_batch_norm_moves(data: gk.ChipData) -> None:
     assert any(name.endswith("running_mean") for name in moved)
 
 
+@pytest.mark.slow
 def test_cached_features_train_like_the_images(data: gk.ChipData) -> None:
     ends = []
     for cached in (True, False):
@@ -187,6 +190,7 @@ def test_killed_run_resumes_to_the_same_weights(tmp_path: Path, repo: Path) -> N
     assert not different
 
 
+@pytest.mark.slow
 def test_resume_with_another_method_is_refused(
     data: gk.ChipData, tmp_path: Path
 ) -> None:
@@ -197,6 +201,7 @@ def test_resume_with_another_method_is_refused(
         )
 
 
+@pytest.mark.slow
 def test_full_disk_keeps_the_old_checkpoint(
     data: gk.ChipData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,6 +221,7 @@ def test_full_disk_keeps_the_old_checkpoint(
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
 
 
+@pytest.mark.slow
 def test_early_stopping_returns_to_the_best(data: gk.ChipData) -> None:
     model = make_model("full")
     run = gk.fit(
@@ -226,6 +232,7 @@ def test_early_stopping_returns_to_the_best(data: gk.ChipData) -> None:
     assert run.metrics["overall"]["miou"] == pytest.approx(scores.max(), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_same_seed_same_weights(data: gk.ChipData) -> None:
     ends = []
     for seed in (0, 0, 1):
@@ -237,6 +244,7 @@ def test_same_seed_same_weights(data: gk.ChipData) -> None:
     assert not torch.equal(ends[0][name], ends[2][name])
 
 
+@pytest.mark.slow
 def test_head_start_beats_a_fresh_head(data: gk.ChipData) -> None:
     losses = {}
     for start in ("probe", "none"):
