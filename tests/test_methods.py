@@ -123,6 +123,7 @@ def test_each_method_serves_what_the_table_says_and_refuses_the_rest(row: Row) -
 def test_identity_gradients_and_detach(kind: str, row: Row) -> None:
     backbone = make(kind, row.load)
     before, start = snapshot(backbone), output(backbone)
+    torch.manual_seed(0)  # whichever tests ran before
     adapter = gk.attach(backbone, row.name, **row.options)
 
     assert differ(output(backbone), start) is not adapter.identity_at_start

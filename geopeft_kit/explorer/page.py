@@ -101,13 +101,14 @@ class Page:
         self.picks = widgets.HBox(
             [self.run, self.other, self.place], layout={"width": "auto"}
         )
-        self.picture = widgets.Image(format="png", layout={"max_width": "100%"})
+        whole = "calc(100% - 4px)"  # less the margins that every widget has
+        self.picture = widgets.Image(format="png", layout={"max_width": whole})
         self.picture.add_class("gpk-picture")
         self.table = widgets.HTML(layout={"width": "auto"})
         self.table.add_class("gpk-table")
         self.trade_off = widgets.Image(
             format="png",
-            layout={"max_width": "100%", "width": "684px", "display": "none"},
+            layout={"max_width": whole, "width": "684px", "display": "none"},
         )
         self.trade_off.add_class("gpk-trade-off")
         self.code = widgets.HTML(layout={"width": "auto"})
