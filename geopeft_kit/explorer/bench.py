@@ -25,7 +25,7 @@ from geopeft_kit.methods import Adapter, attach
 from geopeft_kit.model import Model, build_model
 from geopeft_kit.training.evaluate import HEADLINE, evaluate
 from geopeft_kit.training.fit import fit
-from geopeft_kit.training.hardware import choose_device
+from geopeft_kit.training.hardware import choose_device, free_gib
 from geopeft_kit.training.task import batch_meta, batch_target, compute_loss
 from geopeft_kit.training.tracker import MIB, count_saved_bytes, weight_bytes
 
@@ -316,10 +316,10 @@ def predict_memory(
 def machine_memory(device: torch.device) -> tuple[float, float]:
     """MiB of memory (free, in all) where the model trains."""
     if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
+        total = torch.cuda.mem_get_info(device)[1]
     else:
-        free, total = psutil.virtual_memory().available, psutil.virtual_memory().total
-    return free / MIB, total / MIB
+        total = psutil.virtual_memory().total
+    return free_gib(device) * 1024, total / MIB
 
 
 def pareto_front(runs: list[KeptRun]) -> list[KeptRun]:
