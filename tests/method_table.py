@@ -83,7 +83,8 @@ ROWS = [
     Row("vpt", {"tokens": 3, "dropout": 0.0}, TOKENS),
     Row("vpt", {"tokens": 3, "deep": False, "dropout": 0.0}, TOKENS),
     Row("houlsby", {"width": 4}, WITH_MLP),
-    Row("adaptformer", {"width": 4, "dropout": 0.0}, WITH_MLP),
+    # wide enough that some ReLU is awake in every block, whatever the last digit
+    Row("adaptformer", {"width": 16, "dropout": 0.0}, WITH_MLP),
     Row("convpass", {"width": 4, "dropout": 0.0}, ("fused", "split", "swin")),
     Row("conv_adapter", {"reduction": 4}, ("convnext", "resnet")),
     Row("mona", {"width": 8, "dropout": 0.0}, ("fused", "split", "swin")),
