@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from toy import BANDS, toy_data
+from toy import BANDS, change_data, toy_data
 
 import geopeft_kit as gk
 from geopeft_kit.data.folder import Chip, write_chip_folder
 from geopeft_kit.explorer.bench import Bench, pareto_front
 from geopeft_kit.explorer.choice import Choice, defaults_of
 from geopeft_kit.explorer.turns import Mailbox
+from geopeft_kit.training.evaluate import HEADLINE
 
 EVIL = "<img src=x onerror=alert(1)>"
 TINY = {"tiny": {"name": "geopeft_tiny"}}
@@ -287,6 +288,32 @@ def test_another_region_is_held_out(data):
     assert 'test_regions=["near"]' in explorer.code
     places = [label for label, _ in explorer.page.place.options]
     assert all(label.startswith("near: ") for label in places)
+
+
+@pytest.mark.parametrize("task", ["regression", "classification", "change"])
+def test_each_task_trains_and_shows_what_it_found(task: str, tmp_path: Path):
+    if task == "change":
+        data = change_data(tmp_path / "toy", classes=2)
+    else:
+        data = toy_data(tmp_path / "toy", task, chips=12)
+    explorer = gk.Explorer(data, methods=["frozen", "lora"])
+    pictures = []
+    for method in ("frozen", "lora"):
+        explorer.choose(method=method, epochs=1).train().wait()
+        pictures.append(explorer.page.picture.value)
+    assert pictures[0] and pictures[1]
+    explorer.show("Map")
+    (shown,) = explorer.page.stage.children
+    if task == "classification":
+        assert "no map to draw" in shown.value
+    else:
+        assert type(shown).__module__.startswith("ipyleaflet") or shown.children
+    explorer.show("Runs")
+    head, _ = HEADLINE[task]
+    for run in explorer.bench.runs.values():
+        assert run.score() == run.scores["test"]["overall"][head]
+        assert f"{run.score():.3f}" in explorer.page.table.value
+    assert "Traceback" not in explorer.page.notes.value
 
 
 # --- code -----------------------------------------------------------------------------

@@ -8,17 +8,15 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from method_table import image, make, output, stir
-from rasterio.transform import from_origin
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from toy import change_data
 
 import geopeft_kit as gk
-from geopeft_kit.data.folder import Chip, write_chip_folder
 from geopeft_kit.methods import codebook, storage
 from geopeft_kit.methods.quantised import QuantisedLinear
 from geopeft_kit.methods.upetu import ContextPrompts
@@ -429,46 +427,6 @@ def test_a_changed_file_is_refused(kind: str, text: str, tmp_path: Path) -> None
 
 
 # --- change detection ---------------------------------------------------------------
-
-
-def change_data(
-    folder: Path, classes: int, chips: int = 12, size: int = 32
-) -> gk.ChipData:
-    """Pairs of three-band images; rectangles got brighter between the dates."""
-    random = np.random.default_rng(0)
-    names = [f"class {number}" for number in range(classes)]
-    info = {
-        "name": "Toy changes",
-        "task": "change",
-        "bands": ("RED", "GREEN", "BLUE"),
-        "classes": names,
-        "scale": 1e-4,
-    }
-
-    def pairs():
-        for number in range(chips):
-            before = random.uniform(500, 1500, (3, size, size))
-            after = random.uniform(500, 1500, (3, size, size))
-            mask = np.zeros((size, size), np.uint8)
-            for label in range(1, classes):
-                row = int(random.integers(0, size - 12))
-                mask[row : row + 12, (label - 1) * 16 : label * 16] = label
-            for label in range(1, classes):
-                after[:, mask == label] += 2500 * label
-            split = ("train", "train", "val", "test")[number % 4]
-            yield Chip(
-                name=f"chip_{number:03d}",
-                image=before.astype(np.uint16),
-                image_after=after.astype(np.uint16),
-                mask=mask,
-                region="far" if split == "test" else "near",
-                split=split,
-                crs="EPSG:32633",
-                transform=from_origin(500_000 + number * 2 * size * 10, 5e6, 10, 10),
-            )
-
-    write_chip_folder(folder, pairs(), info)
-    return gk.ChipData(folder, split="index", batch_size=3)
 
 
 @pytest.mark.slow

@@ -98,7 +98,7 @@ def _values_figure(
     for axis, (title, values) in zip(others, panels.items(), strict=True):
         drawn = axis.imshow(values, vmin=low, vmax=high, interpolation="nearest")
         axis.set(title=title, xlabel="column (pixels)")
-    figure.colorbar(drawn, ax=others, shrink=0.8)
+    figure.colorbar(drawn, ax=others, shrink=0.8, label="value of the target")
     figure.suptitle(str(sample["region"]).replace("$", r"\$"))
     return figure
 
