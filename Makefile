@@ -8,8 +8,9 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 UV     ?= $(shell uv --version >/dev/null 2>&1 && echo uv)
 
 PY     := $(VENV)/bin/python
-# One process a core; tests that share a notebook's run or a file stay together.
-PARALLEL ?= -n auto --dist loadgroup
+# One process a core; tests that share a notebook's run or a file stay together, and
+# run in the order of tests/conftest.py: the longest first.
+PARALLEL ?= -n auto --dist loadgroup --no-loadscope-reorder
 REAL   := $(or $(GEOPEFT_REAL_DATA),../shared/data)
 
 .DEFAULT_GOAL := help

@@ -28,6 +28,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(_group(item)))
+    # Notebooks and browsers first: minutes each, so one that starts last, alone on its
+    # core, would keep the others waiting.
+    items.sort(key=lambda item: not _takes_minutes(item))
     _skip_gpu(items)
 
 
@@ -41,6 +44,11 @@ def _group(item: pytest.Item) -> str:
     if isinstance(path, Path) and path.suffix == ".ipynb":
         return path.stem
     return item.path.stem
+
+
+def _takes_minutes(item: pytest.Item) -> bool:
+    name = item.get_closest_marker("xdist_group").args[0]
+    return name[:2].isdigit() or "browser" in name
 
 
 def _skip_gpu(items: list[pytest.Item]) -> None:
