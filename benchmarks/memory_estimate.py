@@ -22,7 +22,7 @@ from rasterio.transform import from_origin
 from shared import setting, table
 
 import geopeft_kit as gk
-from geopeft_kit.data.folder import Chip, write_chip_folder
+from geopeft_kit.data import Chip, write_chip_folder
 
 BANDS = ("BLUE", "GREEN", "RED", "NIR_NARROW", "SWIR_1", "SWIR_2")
 BACKBONES = {

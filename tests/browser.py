@@ -201,3 +201,11 @@ def write_notebook(path: Path, cells: list[str]) -> Path:
     made.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
     path.write_text(json.dumps(made))
     return path
+
+
+def drag(page: Any, start: tuple[float, float], end: tuple[float, float]) -> None:
+    """Press the mouse at one place and let it go at another."""
+    page.mouse.move(*start)
+    page.mouse.down()
+    page.mouse.move(*end, steps=6)
+    page.mouse.up()

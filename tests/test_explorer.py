@@ -17,7 +17,7 @@ import torch
 from toy import BANDS, change_data, toy_data
 
 import geopeft_kit as gk
-from geopeft_kit.data.folder import Chip, write_chip_folder
+from geopeft_kit.data import Chip, write_chip_folder
 from geopeft_kit.explorer.bench import Bench, pareto_front
 from geopeft_kit.explorer.choice import Choice, defaults_of
 from geopeft_kit.explorer.turns import Mailbox

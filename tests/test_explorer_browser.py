@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import Visit, jupyter_lab, write_notebook
+from browser import Visit, drag, jupyter_lab, write_notebook
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser, pytest.mark.timeout(1800)]
 
@@ -218,10 +218,7 @@ def swipe_and_fade(hand: Hand) -> None:
     before = divider.bounding_box()["x"]
     handle = page.locator(".leaflet-sbs-range").bounding_box()
     x, y = handle["x"] + handle["width"] / 2, handle["y"]
-    page.mouse.move(x, y)
-    page.mouse.down()
-    page.mouse.move(x + 80, y, steps=4)
-    page.mouse.up()
+    drag(page, (x, y), (x + 80, y))
     assert 60 < divider.bounding_box()["x"] - before < 100
     cuts = page.eval_on_selector_all(
         ".leaflet-pane", "all => all.map(p => p.style.clip).filter(c => c)"
@@ -235,6 +232,31 @@ def swipe_and_fade(hand: Hand) -> None:
     row.locator(".noUi-handle").press("Home")
     page.wait_for_function(f"({opacity})() === '0'")
     row.locator(".noUi-handle").press("End")
+
+
+def click_and_draw(hand: Hand) -> None:
+    """A click tells what a pixel holds; a box adds the chips that it touches."""
+    page = hand.page
+    page.locator(".gpk-swipe input").uncheck()
+    page.locator(".leaflet-sbs-divider").wait_for(state="detached")
+    box = page.locator(".gpk-map").bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.click(x, y)
+    pixel = page.locator(".gpk-pixel")
+    pixel.locator("img.gpk-spectrum").wait_for()
+    text = pixel.inner_text()
+    assert "1 lora + fcn" in text and "2 bias + fcn" in text and "truth" in text
+    page.locator(".leaflet-draw-draw-rectangle").click()
+    drag(page, (x - 60, y - 60), (x + 60, y + 60))
+    page.get_by_text("the box is on the map").wait_for()
+    names = page.locator(".gpk-row").all_inner_texts()
+    assert any("box 1: 1 lora + fcn" in name for name in names), names
+    hand.shoot("box")
+    drawn = page.locator(".leaflet-image-layer").count()
+    page.locator(".leaflet-draw-draw-rectangle").click()
+    drag(page, (box["x"] + 10, y + 20), (box["x"] + 30, y + 40))  # beside all chips
+    page.get_by_text("the box touches 0 of").wait_for()
+    assert page.locator(".leaflet-image-layer").count() == drawn
 
 
 def copy_code(hand: Hand) -> str:
@@ -289,6 +311,7 @@ def test_in_jupyterlab(visit: Visit, tmp_path: Path) -> None:
         train_two_and_switch_back(hand)
         no_overflow(page)
         swipe_and_fade(hand)
+        click_and_draw(hand)
         code = copy_code(hand)
         seen = hand.text("progress"), hand.text("parameters")
         page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")

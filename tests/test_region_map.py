@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browser import jupyter_lab, write_notebook
+from browser import drag, jupyter_lab, write_notebook
 from PIL import Image
 from test_maps import CLASSES, EVIL, chips, with_probabilities
 
@@ -56,13 +56,6 @@ def settled(page: Any, before: np.ndarray | None = None) -> np.ndarray:
             return now
         last = now
     raise AssertionError("the map did not come to rest, or did not change")
-
-
-def drag(page: Any, start: tuple[float, float], end: tuple[float, float]) -> None:
-    page.mouse.move(*start)
-    page.mouse.down()
-    page.mouse.move(*end, steps=6)
-    page.mouse.up()
 
 
 def row(page: Any, name: str) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 from rasterio.transform import from_origin
 
 import geopeft_kit as gk
-from geopeft_kit.data.folder import Chip, write_chip_folder
+from geopeft_kit.data import Chip, write_chip_folder
 
 BANDS = ("BLUE", "GREEN", "RED", "NIR_NARROW", "SWIR_1", "SWIR_2")
 SPLITS = ["train"] * 4 + ["val"] + ["test"]

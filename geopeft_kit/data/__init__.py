@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from geopeft_kit.data.check import check_data
+    from geopeft_kit.data.chip import Chip
     from geopeft_kit.data.chips import ChipData
-    from geopeft_kit.data.folder import Chip, read_chip_folder, write_chip_folder
+    from geopeft_kit.data.folder import read_chip_folder, write_chip_folder
     from geopeft_kit.data.simulated import simulated_data
     from geopeft_kit.data.splits import touching_chips
     from geopeft_kit.data.torchgeo_data import TorchgeoData
@@ -29,7 +30,7 @@ __all__ = [
 
 # Resolved when first used: writing a chip folder needs no torch, reading one does.
 _ROOMS = {
-    "Chip": "folder",
+    "Chip": "chip",
     "ChipData": "chips",
     "TorchgeoData": "torchgeo_data",
     "check_data": "check",

@@ -20,7 +20,7 @@ import rasterio
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
 from geopeft_kit.bands import BANDS, SENSORS, resolve_bands
-from geopeft_kit.data.folder import ALONE
+from geopeft_kit.data.chip import ALONE
 
 FILES, SIDE = 8, 256  # files looked at, and pixels along a side of each
 BRIGHT = 1.6  # reflectance above this is glint, cloud or a wrong scale

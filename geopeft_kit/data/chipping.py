@@ -20,7 +20,7 @@ from affine import Affine
 from rasterio.errors import RasterioError
 from rasterio.windows import Window
 
-from geopeft_kit.data.folder import Chip
+from geopeft_kit.data.chip import Chip
 from geopeft_kit.data.info import DatasetInfo
 from geopeft_kit.data.pairing import safe_name
 from geopeft_kit.data.places import (

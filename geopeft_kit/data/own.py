@@ -21,8 +21,8 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from geopeft_kit.bands import resolve_bands
 from geopeft_kit.data import chipping, shapes
 from geopeft_kit.data.asking import ask, check_scale, look_at
+from geopeft_kit.data.chip import Chip
 from geopeft_kit.data.chipping import Cutting
-from geopeft_kit.data.folder import Chip
 from geopeft_kit.data.info import CLASS_TASKS, MASK_TASKS, DatasetInfo
 from geopeft_kit.data.pairing import RASTERS, Pair, pair_files, pair_table
 from geopeft_kit.data.places import place_pairs, read_vector

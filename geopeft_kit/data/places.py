@@ -93,7 +93,8 @@ def _read_file(path: Path, what: str) -> gpd.GeoDataFrame:
             )
         degrees = table[["lon", "lat"]].apply(pd.to_numeric, errors="coerce")
         bad = np.flatnonzero(
-            degrees.isna().any(axis=1) | (degrees.abs() > (180, 90)).any(axis=1)
+            degrees.isna().any(axis=1)
+            | degrees.abs().gt({"lon": 180, "lat": 90}).any(axis=1)
         )
         if len(bad):
             raise ValueError(

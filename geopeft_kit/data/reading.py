@@ -20,7 +20,8 @@ from rasterio.crs import CRS
 from rasterio.errors import RasterioError
 from torch import Tensor
 
-from geopeft_kit.data.folder import ALONE, mask_value_message
+from geopeft_kit.data.chip import ALONE
+from geopeft_kit.data.encoding import mask_value_message
 from geopeft_kit.data.info import DatasetInfo
 
 NOWHERE = (float("nan"),) * 4

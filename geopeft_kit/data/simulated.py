@@ -22,8 +22,9 @@ import numpy as np
 from rasterio.transform import from_origin
 
 from geopeft_kit.bands import resolve_bands
+from geopeft_kit.data.chip import Chip
 from geopeft_kit.data.chips import ChipData
-from geopeft_kit.data.folder import FACTS, Chip, write_chip_folder
+from geopeft_kit.data.folder import FACTS, write_chip_folder
 from geopeft_kit.data.info import DatasetInfo
 from geopeft_kit.data.regions import REGIONS
 from geopeft_kit.data.terrain import PIXEL

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import shapely
 from matplotlib.figure import Figure
 
 from geopeft_kit import plots
@@ -18,6 +21,7 @@ from geopeft_kit.pictures import as_numpy, picture_bands, stretch
 from geopeft_kit.training.evaluate import HEADLINE
 
 CHIPS = 6  # places on the map, spread over the test split
+IN_BOX = 24  # places that a box drawn on the map may add
 
 
 def positions_of(data: ChipData, count: int = CHIPS) -> list[int]:
@@ -144,7 +148,9 @@ def trade_off_png(runs: Sequence[KeptRun], shown: KeptRun | None) -> bytes:
 def map_of(
     bench: Bench, data: ChipData, runs: Sequence[KeptRun], show: Any, height: int
 ) -> SceneMap:
-    """The held-out chips on a map: image, truth, predictions, errors.
+    """Held-out chips on a map: image, truth, predictions, errors.
+
+    A box drawn on the map adds the held-out chips that it touches.
 
     Args:
         bench: Makes the predictions.
@@ -161,19 +167,57 @@ def map_of(
             f"{data.task} gives one answer per image, so there is no map to draw. The "
             "picture shows truth and prediction in words."
         )
-    positions = positions_of(data)
+    layers = _layers(bench, data, runs, show, positions_of(data))
+    names = [run.name for run in runs]
+    names = names if len(names) == 2 else ["truth", *names]
+    swipe = (names[0], names[1]) if len(names) == 2 else None
+    boxes = itertools.count(1)
+
+    def on_box(box: tuple[float, float, float, float]) -> list[MapLayer]:
+        found = _layers(bench, data, runs, show, positions_in(data, box))
+        number = next(boxes)
+        return [replace(one, name=f"box {number}: {one.name}") for one in found]
+
+    title = str(data.name)
+    return show_map(layers, swipe, height=height, title=title, on_box=on_box)
+
+
+def positions_in(data: ChipData, box: tuple[float, float, float, float]) -> list[int]:
+    """Positions in the test split of the chips that a box touches.
+
+    Args:
+        data: The data set.
+        box: West, south, east, north in degrees.
+
+    Raises:
+        ValueError: It touches none, or more than `IN_BOX`.
+    """
+    dataset = data.dataset("test")
+    footprints = dataset.table.index.geometry.iloc[dataset.rows]
+    found = np.flatnonzero(footprints.intersects(shapely.box(*box))).tolist()
+    if not 1 <= len(found) <= IN_BOX:
+        raise ValueError(
+            f"the box touches {len(found)} of {len(footprints)} held-out chips; draw "
+            f"one that touches 1 to {IN_BOX}."
+        )
+    return found
+
+
+def _layers(
+    bench: Bench,
+    data: ChipData,
+    runs: Sequence[KeptRun],
+    show: Any,
+    positions: Sequence[int],
+) -> list[MapLayer]:
+    """Image, truth, and for each run its prediction and errors, of some chips."""
     samples = [sample_at(data, position) for position in positions]
     found = {run.name: [bench.predict(run, p) for p in positions] for run in runs}
     if data.classes is None:
-        layers = _value_layers(samples, data, found, show)
-    else:
-        layers = chip_layers(
-            samples, data.bands, data.classes, data.colours, found,
-            data.ignore_index, show,
-        )  # fmt: skip
-    names = [*found] if len(found) == 2 else ["truth", *found][:2]
-    swipe = (names[0], names[1]) if len(names) == 2 else None
-    return show_map(layers, swipe, height=height, title=str(data.name))
+        return _value_layers(samples, data, found, show)
+    return chip_layers(
+        samples, data.bands, data.classes, data.colours, found, data.ignore_index, show
+    )
 
 
 def _value_layers(
