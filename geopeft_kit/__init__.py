@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from geopeft_kit.explorer import Explorer
     from geopeft_kit.exports import export_prediction
     from geopeft_kit.inference import predict_scene
+    from geopeft_kit.map_layers import MapLayer, Raster, chip_layers
     from geopeft_kit.maps import save_map, show_map
     from geopeft_kit.methods import attach, list_methods, load_adapter
     from geopeft_kit.model import build_model
-    from geopeft_kit.overlays import MapLayer, Raster, chip_layers
     from geopeft_kit.places import fetch_scene, predict_place
     from geopeft_kit.pretraining import pretrain
     from geopeft_kit.training import (  # type: ignore[no-redef]
@@ -98,7 +98,7 @@ _ROOMS = {
     "maps": ("save_map", "show_map"),
     "methods": ("attach", "list_methods", "load_adapter"),
     "model": ("build_model",),
-    "overlays": ("MapLayer", "Raster", "chip_layers"),
+    "map_layers": ("MapLayer", "Raster", "chip_layers"),
     "places": ("fetch_scene", "predict_place"),
     "pretraining": ("pretrain",),
     "training": (

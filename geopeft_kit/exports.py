@@ -22,7 +22,7 @@ import rasterio
 import rasterio.shutil
 from rasterio.enums import Resampling
 
-from .overlays import MapLayer, class_names
+from .map_layers import MapLayer, class_names
 from .pictures import Colours, class_colours
 from .rasters import colour_to_rgba, whole_file
 

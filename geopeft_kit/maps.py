@@ -18,9 +18,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .map_layers import MapLayer, Raster, chip_layers
 from .map_page import frame, page
 from .map_widget import MapControls, leaflet_map, legend_html
-from .overlays import Box, Drawing, MapLayer, Raster, chip_layers, draw
+from .overlays import Box, Drawing, draw
 from .pixel_values import Reading, read_pixel
 
 if TYPE_CHECKING:

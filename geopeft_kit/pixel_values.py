@@ -20,7 +20,7 @@ from rasterio.warp import transform as to_crs
 from rasterio.windows import Window
 
 from .bands import resolve_bands
-from .overlays import MapLayer, Raster, Source, class_names, sources_of
+from .map_layers import MapLayer, Raster, Source, class_names, sources_of
 from .pictures import as_numpy
 from .plots import plot_spectrum
 

@@ -23,7 +23,7 @@ from rasterio.warp import transform_bounds
 
 from .bands import resolve_bands
 from .inference import predict_scene
-from .overlays import MapLayer
+from .map_layers import MapLayer
 from .rasters import SceneReader, whole_file
 from .stac import BandFile, band_files, cloud_file, find_item
 

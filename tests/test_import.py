@@ -31,7 +31,16 @@ LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 # Rooms that serve the ones above and stand on their floors.
 LEVEL |= dict.fromkeys(["pictures", "rasters", "kept_rows"], LEVEL["plots"])
 LEVEL |= dict.fromkeys(
-    ["map_page", "map_widget", "overlays", "pixel_values", "places", "stac", "exports"],
+    [
+        "map_layers",
+        "map_page",
+        "map_widget",
+        "overlays",
+        "pixel_values",
+        "places",
+        "stac",
+        "exports",
+    ],
     LEVEL["maps"],
 )
 LEVEL["applicability"] = LEVEL["inference"]
