@@ -290,6 +290,7 @@ def test_another_region_is_held_out(data):
     assert all(label.startswith("near: ") for label in places)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["regression", "classification", "change"])
 def test_each_task_trains_and_shows_what_it_found(task: str, tmp_path: Path):
     if task == "change":

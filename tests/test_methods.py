@@ -216,7 +216,13 @@ def _recomputed(forward: Any) -> Any:
     return lambda *inputs: checkpoint(forward, *inputs, use_reentrant=False)
 
 
-@pytest.mark.parametrize("kind", BACKBONES)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=() if kind == "split" else pytest.mark.slow)
+        for kind in BACKBONES
+    ],
+)
 def test_adapters_on_one_backbone_do_not_see_each_other(kind: str) -> None:
     backbone = make(kind)
     before, plain = snapshot(backbone), output(backbone)

@@ -148,6 +148,7 @@ def test_what_does_not_fit_is_said() -> None:
         next(iter(gk.TorchgeoData(mixed, "classification", 3).dataloader("train")))
 
 
+@pytest.mark.slow
 def test_a_batch_size_is_found_for_torchgeos_data_too() -> None:
     backbone = gk.load_backbone("geopeft_tiny_rgb", weights=None)
     gk.attach(backbone, "frozen")

@@ -79,7 +79,10 @@ def test_peak_memory_sees_a_block_come_and_go() -> None:
     assert memory.peak() - memory.floor > 48 * 2**20
 
 
-@pytest.mark.parametrize("method", ["frozen", "lora", "full"])
+@pytest.mark.parametrize(
+    "method",
+    ["frozen", *(pytest.param(m, marks=pytest.mark.slow) for m in ("lora", "full"))],
+)
 def test_resources_of_a_run(method: str, tmp_path: Path) -> None:
     data = toy_data(tmp_path)
     model = make_model(method)

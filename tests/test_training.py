@@ -48,7 +48,10 @@ def copy_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    "task",
+    [TASKS[0], *(pytest.param(task, marks=pytest.mark.slow) for task in TASKS[1:])],
+)
 def test_fit_learns(task: str, tmp_path: Path) -> None:
     data = toy_data(tmp_path, task)
     model = make_model("lora", task=task)
@@ -262,6 +265,7 @@ def test_default_learning_rate_is_the_cards_and_is_printed(
     assert f"{card.learning_rate:g}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_progress_in_a_log_is_about_ten_lines(
     data: gk.ChipData, capsys: pytest.CaptureFixture[str]
 ) -> None:
