@@ -71,6 +71,31 @@ def read_mask(path: Path, values: dict[int, int], fill: int = 255) -> np.ndarray
     return relabel(mask, values, str(path), fill)
 
 
+def read_colours(
+    path: Path, colours: Sequence[tuple[int, int, int]], other: bool = False
+) -> np.ndarray:
+    """A mask that is painted in colours, as class numbers.
+
+    Args:
+        path: Anything that rasterio opens, with red, green and blue.
+        colours: One per class, in the order of the numbers.
+        other: Another colour is "no label" (255); by default it is refused.
+
+    Returns:
+        (H, W) uint8.
+
+    Raises:
+        ValueError: The mask holds another colour.
+    """
+    red, green, blue = read_raster(path)[0][:3].astype(int)
+    code = red << 16 | green << 8 | blue  # (H, W)
+    known = {r << 16 | g << 8 | b: number for number, (r, g, b) in enumerate(colours)}
+    if other:
+        code = np.where(np.isin(code, list(known)), code, -1)
+        known[-1] = 255
+    return relabel(code, known, str(path))
+
+
 def relabel(
     mask: np.ndarray, values: dict[int, int], name: str, fill: int = 255
 ) -> np.ndarray:

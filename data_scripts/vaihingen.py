@@ -12,11 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 from archives import File
 from command import chip_option, main
 from common import Source, make
-from pixels import cut, first_of_each, read_raster, relabel
+from pixels import cut, first_of_each, read_colours, read_raster
 
 from geopeft_kit.data import Chip
 
@@ -44,17 +43,6 @@ def files(folder: Path, subset: str, chip: int | None) -> Iterator[File]:
         yield File("", name, md5=md5, unpack=True)
 
 
-def read_colours(path: Path) -> np.ndarray:
-    """A mask of colours as class numbers, (H, W)."""
-    from torchgeo.datasets import Vaihingen2D
-
-    colours = read_raster(path)[0].astype(int)
-    code = colours[0] << 16 | colours[1] << 8 | colours[2]
-    numbers = enumerate(Vaihingen2D.colormap)
-    known = {r << 16 | g << 8 | b: number for number, (r, g, b) in numbers}
-    return relabel(code, known, str(path))
-
-
 def read_chips(folder: Path, subset: str, chip: int | None) -> Iterator[Chip]:
     """The windows of all tiles."""
     from torchgeo.datasets import Vaihingen2D
@@ -64,7 +52,7 @@ def read_chips(folder: Path, subset: str, chip: int | None) -> Iterator[Chip]:
             whole = Chip(
                 Path(name).stem,
                 read_raster(folder / Vaihingen2D.image_root / name)[0][:3],
-                read_colours(folder / name),
+                read_colours(folder / name, Vaihingen2D.colormap),
                 split=split,
                 region=Path(name).stem.rpartition("_")[2],
             )

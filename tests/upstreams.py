@@ -476,6 +476,17 @@ def vaihingen(home: Path) -> None:
         picture(home / name, values=colours[rng(name).integers(0, 6, (36, 36))])
 
 
+def potsdam(home: Path) -> None:
+    from torchgeo.datasets import Potsdam2D
+
+    colours = np.array([*Potsdam2D.colormap, (252, 255, 0)])  # the last is no class
+    for name in (n for names in Potsdam2D.splits.values() for n in names):
+        image = rng(name, "image").integers(0, 256, (36, 36, 4))
+        picture(home / "4_Ortho_RGBIR" / f"{name}_RGBIR.tif", values=image)
+        mask = colours[rng(name).integers(0, 7, (36, 36))]
+        picture(home / f"{name}_label.tif", values=mask)
+
+
 def spacenet2(home: Path) -> None:
     for aoi, city, x in ((3, "Paris", 2.3), (5, "Khartoum", 32.5)):
         for i in (1, 2, 10):
@@ -631,6 +642,10 @@ UPSTREAMS = [
     ),
     Upstream(
         "vaihingen", vaihingen, {"train": 64, "test": 68}, (3, 16, 16), 132,
+        options={"chip": 16}, by_hand=True,
+    ),
+    Upstream(
+        "potsdam", potsdam, {"train": 96, "test": 56}, (4, 16, 16), 152,
         options={"chip": 16}, by_hand=True,
     ),
     Upstream(
