@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from geopeft_kit import bands, baselines, plots
     from geopeft_kit.applicability import area_of_applicability
     from geopeft_kit.backbones import list_backbones, load_backbone
+    from geopeft_kit.backbones.selective_scan import SelectiveScanBlock, selective_scan
     from geopeft_kit.comparison import Candidate, compare
     from geopeft_kit.data import (
         ChipData,
@@ -50,6 +51,7 @@ __all__ = [
     "MapLayer",
     "MemoryEstimate",
     "Raster",
+    "SelectiveScanBlock",
     "TorchgeoData",
     "area_of_applicability",
     "attach",
@@ -75,6 +77,7 @@ __all__ = [
     "region_gap",
     "save_map",
     "score_regions",
+    "selective_scan",
     "show_map",
     "simulated_data",
     "touching_chips",
@@ -84,6 +87,7 @@ __all__ = [
 _ROOMS = {
     "applicability": ("area_of_applicability",),
     "backbones": ("list_backbones", "load_backbone"),
+    "backbones.selective_scan": ("SelectiveScanBlock", "selective_scan"),
     "comparison": ("Candidate", "compare"),
     "data": (
         "ChipData",
