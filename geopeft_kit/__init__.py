@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from geopeft_kit.explorer import Explorer
     from geopeft_kit.exports import export_prediction
+    from geopeft_kit.geo_aware import pretrain_geo_aware
     from geopeft_kit.inference import predict_scene
     from geopeft_kit.maps import save_map, show_map
     from geopeft_kit.methods import attach, list_methods, load_adapter
@@ -74,6 +75,7 @@ __all__ = [
     "predict_place",
     "predict_scene",
     "pretrain",
+    "pretrain_geo_aware",
     "region_gap",
     "save_map",
     "score_regions",
@@ -98,6 +100,7 @@ _ROOMS = {
     ),
     "exports": ("export_prediction",),
     "explorer": ("Explorer",),
+    "geo_aware": ("pretrain_geo_aware",),
     "inference": ("predict_scene",),
     "maps": ("save_map", "show_map"),
     "methods": ("attach", "list_methods", "load_adapter"),
