@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--factors", type=int, nargs="+", default=[0, 1, 4, 16])
     parser.add_argument("--unit", type=int, default=40, help="chips of the 1x corpus")
-    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--shots", type=int, default=4, help="few-shot: per region")
     parser.add_argument("--chips", type=int, default=24, help="of a task, per region")
     arguments = parser.parse_args()
@@ -71,6 +71,7 @@ def open_corpus(chips: int) -> gk.ChipData:
     return gk.simulated_data(
         "land_cover",
         chips_per_region=-(-chips // 5),
+        chips_per_scene=8,
         val_fraction=0,
         seed=CORPUS_SEED,
         shift={"cloud": -1.0},

@@ -3,9 +3,10 @@
     python benchmarks/few_shot.py --data DIR --out build/few_shot --minutes 8
 
 Three simulated tasks of PhilEO Bench's kind (building and road density by regression,
-land cover) with `geopeft_tiny`, buckets are regions, "savanna" unseen; and, where DIR
+land cover) with `geopeft_tiny`, buckets are regions, one region unseen; and, where DIR
 holds `eurosat_rgb` and `galileo_nano`, real EuroSAT with real weights, buckets are
-classes, an unseen longitude block. A seed draws the chips, and the start of what is
+classes, an unseen longitude block. (The unlabelled pretraining of `geopeft_tiny` saw
+other places of "delta", and none of "savanna".) A seed draws the chips, and the start of what is
 random. Every run takes the same number of steps, whatever n is, at the method card's
 learning rate: nothing is searched. Rows are written as they come and a rerun goes on.
 """
@@ -25,7 +26,12 @@ from shared import convert, setting, table
 
 import geopeft_kit as gk
 
-SIMULATED = ("building_density", "road_density", "land_cover")
+# task -> region that is held out: savanna has too few towns to be told from a constant
+SIMULATED = {
+    "building_density": "delta",
+    "road_density": "delta",
+    "land_cover": "savanna",
+}
 SHOTS = {"simulated": (2, 8, 32), "eurosat": (2, 5, 10, 25, 50)}
 # label -> method, weights, and what the decoder starts from
 METHODS = {
@@ -91,7 +97,12 @@ def open_study(name: str, arguments: argparse.Namespace) -> Study:
         shots = arguments.shots or SHOTS["eurosat"]
         return Study(data, "label", tuple(shots), "galileo_nano", weights)
     data = gk.simulated_data(
-        name, chips_per_region=arguments.chips, size=32, scene_size=128, batch_size=8
+        name,
+        chips_per_region=arguments.chips,
+        size=32,
+        scene_size=128,
+        test_regions=[SIMULATED[name]],
+        batch_size=8,
     )
     shots = arguments.shots or SHOTS["simulated"]
     return Study(data, "region", tuple(shots), "geopeft_tiny")
