@@ -3,10 +3,10 @@
     python benchmarks/few_shot.py --data DIR --out build/few_shot --minutes 8
 
 Three simulated tasks of PhilEO Bench's kind (building and road density by regression,
-land cover) with `geopeft_tiny`, buckets are regions, one region unseen; and, where DIR
-holds `eurosat_rgb` and `galileo_nano`, real EuroSAT with real weights, buckets are
-classes, an unseen longitude block. (The unlabelled pretraining of `geopeft_tiny` saw
-other places of "delta", and none of "savanna".) A seed draws the chips, and the start of what is
+land cover) with `geopeft_tiny`, buckets are regions, one region unseen. Its unlabelled
+pretraining saw other places of "delta", and none of "savanna". Where DIR holds
+`eurosat_rgb` and `galileo_nano`, also real EuroSAT with real weights, buckets are
+classes, an unseen longitude block. A seed draws the chips, and the start of what is
 random. Every run takes the same number of steps, whatever n is, at the method card's
 learning rate: nothing is searched. Rows are written as they come and a rerun goes on.
 """
