@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--studies", nargs="+", default=[*SIMULATED, "eurosat"])
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--labels", nargs="+", default=[*METHODS, *RIVALS])
     parser.add_argument("--shots", type=int, nargs="+", default=None)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--chips", type=int, default=48, help="simulated, per region")
@@ -112,9 +113,11 @@ def cells(
     name: str, study: Study, arguments: argparse.Namespace
 ) -> list[tuple[str, str, int, int]]:
     """Study, label, n and seed; a whole seed before the next."""
-    labels = [*METHODS, "constant"]
-    if study.data.task != "regression":
-        labels.append("pixel statistics")
+    labels = [
+        label
+        for label in arguments.labels
+        if label != "pixel statistics" or study.data.task != "regression"
+    ]
     return [
         (name, label, n, seed)
         for seed in arguments.seeds

@@ -112,3 +112,16 @@ def test_growth_is_linear_without_attention_and_faster_with_it(
     assert growth["ViT-UPerNet 100M, patch 16"] > 4.1
     assert rows["ms"].notna().tolist() == [True, False, True, False, False]
     assert ("Geo-Aware U-Net 200M", 256) not in rows.index  # locked to 128 px
+
+
+def test_points_marked_in_the_published_curves_are_squares() -> None:
+    """Their roots fit their own curve, and no other point of an RMSE is so low."""
+    rows = pd.read_csv(FOLDER.parent / "docs" / "results" / "phileo_published.csv")
+    errors = rows[rows["metric"] == "rmse"]
+    marked = errors["mark"] == "looks like MSE"
+    assert marked.sum() == 3
+    assert errors.loc[marked, "value"].max() < 0.2 * errors.loc[~marked, "value"].min()
+    for row in errors[marked].itertuples():
+        same = (errors["task"] == row.task) & (errors["model"] == row.model)
+        nearest = (errors.loc[same & ~marked, "value"] - row.value**0.5).abs()
+        assert nearest.min() < 0.2 * row.value**0.5
