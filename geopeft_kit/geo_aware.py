@@ -12,7 +12,9 @@ The paper and its released code differ, and both leave things open:
 - Weights. Paper: not stated. Code: 100 for clouds and buildings, else 1. Here: 1 each,
   yours to change.
 - What is hidden. Paper: share not stated. Code and here: one rectangle of 25 to 50 % of
-  the image, filled with random values, and the error counts over the whole image.
+  the image, filled with random values, and the error counts over the whole image. Here
+  the values have each band's own mean and spread: in plain units of reflectance they
+  would be ten times as bright as the ground, and drown it.
 - Latitude. Code: sine and cosine with a period of 180 degrees, so that both poles are
   one place. Here: 360.
 - Size. Theirs reads the place off the bottleneck's vector and rebuilds the image with a
@@ -179,7 +181,7 @@ def pretrain_geo_aware(
     hide, rows = RandomErasing(1.0, erase, value="random"), []
     for batch in _batches(data, steps, batch_size, seed):
         image = symmetry([batch["image"].to(place)], int(torch.randint(8, ())))[0]
-        hidden = torch.stack([hide(one) for one in image])
+        hidden = _hidden(image, hide)
         with torch.autocast(place.type, torch.bfloat16, enabled=mixed):
             answers = [answer.float() for answer in heads(backbone(hidden))]
         errors = _errors(answers, backbone.normalised(image), batch, climates)
@@ -195,6 +197,13 @@ def pretrain_geo_aware(
     settings = {"steps": steps, "batch_size": batch_size, "seed": seed, "erase": erase}
     settings |= {"learning_rate": learning_rate, "weights": counts}
     return GeoAwareRun(heads.eval(), history, climates, settings)
+
+
+def _hidden(image: Tensor, hide: RandomErasing) -> Tensor:
+    """Another rectangle of each image (B,C,H,W) under noise as dark as its bands."""
+    std, mean = torch.std_mean(image, dim=(0, 2, 3), keepdim=True)  # (1, C, 1, 1)
+    unit = (image - mean) / std.clamp(min=1e-6)
+    return torch.stack([hide(one) for one in unit]) * std + mean
 
 
 def _errors(

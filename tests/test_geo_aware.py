@@ -98,7 +98,7 @@ def test_only_what_trains_is_changed_and_heads_can_be_left_out(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_hidden_pixels_do_not_reach_the_backbone(
+def test_a_rectangle_is_hidden_under_noise_as_dark_as_the_image(
     world: gk.ChipData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network, seen = backbone(), []
@@ -109,10 +109,23 @@ def test_hidden_pixels_do_not_reach_the_backbone(
         return forward(self, image, meta)
 
     monkeypatch.setattr(type(network), "forward", keep)
-    gk.pretrain_geo_aware(network, world, steps=1, batch_size=8, erase=(0.25, 0.5))
-    # reflectance lies in 0-1; the fill is drawn from the normal distribution
-    outside = ((seen[0] < 0) | (seen[0] > 1)).any(1).float().mean((1, 2))
-    assert ((outside > 0.2) & (outside < 0.55)).all(), outside
+    run = {"steps": 1, "batch_size": 8}
+    gk.pretrain_geo_aware(network, world, erase=(0.25, 0.5), **run)
+    gk.pretrain_geo_aware(network, world, erase=(0.001, 0.001), **run)
+    hidden, plain = seen  # the same chips, since the seed is the same
+    turns = [torch.rot90(plain, k, (2, 3)) for k in range(4)]
+    turns += [turn.flip(3) for turn in turns]
+    same = [((turn - hidden).abs() < 1e-5).all(1) for turn in turns]
+    covered = 1 - max(same, key=lambda s: float(s.float().mean())).float()  # (B, H, W)
+    assert ((covered.mean((1, 2)) > 0.2) & (covered.mean((1, 2)) < 0.55)).all()
+    for cover in covered:  # one rectangle, and the other run's pixel
+        rows, columns = cover.amax(1), cover.amax(0)
+        assert cover.sum() > 0.8 * rows.sum() * columns.sum()
+    noise = hidden.movedim(1, -1)[covered.bool()]
+    torch.testing.assert_close(
+        noise.mean(0), plain.mean((0, 2, 3)), atol=0.02, rtol=0.1
+    )
+    torch.testing.assert_close(noise.std(0), plain.std((0, 2, 3)), atol=0.02, rtol=0.1)
 
 
 def test_refusals(world: gk.ChipData, tmp_path: Path) -> None:
