@@ -72,11 +72,6 @@ def main() -> None:
         "cividis",
         FIGURES / "03_moved.png",
     )
-    copy_figure(
-        BUILD / "gallery" / "11_phileo.html",
-        "picture_of(n=SHOTS[-1])",
-        FIGURES / "11_few_shot.png",
-    )
 
 
 if __name__ == "__main__":
