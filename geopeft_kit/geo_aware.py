@@ -31,7 +31,7 @@ Source: PhilEO on MajorTOM, arXiv 2506.14765, section III.A, and its public code
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -58,13 +58,13 @@ class GeoAwareRun:
         heads: The trained heads; they are not part of the backbone.
         history: One row a step: the error of each head that counts.
         climates: Region -> class number.
-        settings: The arguments that produced the run.
+        weights: How much each head counted.
     """
 
     heads: GeoAwareHeads
     history: pd.DataFrame
     climates: dict[str, int]
-    settings: dict[str, Any] = field(default_factory=dict)
+    weights: dict[str, float]
 
 
 class GeoAwareHeads(nn.Module):
@@ -133,7 +133,6 @@ def pretrain_geo_aware(
     weights: Mapping[str, float] | None = None,
     climates: Mapping[str, int] | None = None,
     erase: tuple[float, float] = (0.25, 0.5),
-    mixed: bool = False,
     device: str = "auto",
     seed: int = 0,
 ) -> GeoAwareRun:
@@ -151,7 +150,6 @@ def pretrain_geo_aware(
         climates: Region -> class number from 0; None gives each region its own.
         erase: Least and largest share of the image that a rectangle of random values
             hides.
-        mixed: Compute in bf16 where that is safe.
         device: As in `fit`.
         seed: Of heads, order, rectangles and turns.
 
@@ -175,17 +173,15 @@ def pretrain_geo_aware(
         )
     parameters = [*trained, *heads.parameters()]
     optimiser = torch.optim.AdamW(parameters, learning_rate, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, cosine_with_warmup(steps, steps // 10)
-    )
+    factor = cosine_with_warmup(steps, steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
     hide, rows = RandomErasing(1.0, erase, value="random"), []
     for batch in _batches(data, steps, batch_size, seed):
         image = symmetry([batch["image"].to(place)], int(torch.randint(8, ())))[0]
         hidden = _hidden(image, hide)
-        with torch.autocast(place.type, torch.bfloat16, enabled=mixed):
-            answers = [answer.float() for answer in heads(backbone(hidden))]
+        answers = heads(backbone(hidden))
         errors = _errors(answers, backbone.normalised(image), batch, climates)
-        loss = sum(counts[name] * errors[name] for name in counts)
+        loss = torch.stack([counts[name] * errors[name] for name in counts]).sum()
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -194,9 +190,7 @@ def pretrain_geo_aware(
         rows.append({name: errors[name].item() for name in counts})
     backbone.eval()
     history = pd.DataFrame(rows).rename_axis("step").reset_index()
-    settings = {"steps": steps, "batch_size": batch_size, "seed": seed, "erase": erase}
-    settings |= {"learning_rate": learning_rate, "weights": counts}
-    return GeoAwareRun(heads.eval(), history, climates, settings)
+    return GeoAwareRun(heads.eval(), history, climates, counts)
 
 
 def _hidden(image: Tensor, hide: RandomErasing) -> Tensor:
@@ -207,7 +201,7 @@ def _hidden(image: Tensor, hide: RandomErasing) -> Tensor:
 
 
 def _errors(
-    answers: list[Tensor],
+    answers: tuple[Tensor, Tensor, Tensor],
     image: Tensor,
     batch: Mapping[str, Any],
     climates: Mapping[str, int],

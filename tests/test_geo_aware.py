@@ -90,7 +90,7 @@ def test_only_what_trains_is_changed_and_heads_can_be_left_out(
         network, world, steps=2, batch_size=4, weights={"place": 0, "climate": 2.0}
     )
     assert list(run.history) == ["step", "image", "climate"]
-    assert run.settings["weights"] == {"image": 1.0, "climate": 2.0}
+    assert run.weights == {"image": 1.0, "climate": 2.0}
     moved = [p for p in adapter.parameters() if p.requires_grad and p.any()]
     assert moved
     adapter.detach()

@@ -474,7 +474,7 @@ def n_shot(
             f"column that does; the data has {', '.join(choices)}."
         )
     buckets = index[by].astype(str).to_numpy()
-    chosen = [np.empty(0, int)]
+    chosen: list[np.ndarray] = []
     for bucket in np.unique(buckets):
         rows = np.flatnonzero(buckets == bucket)
         chosen.append(rows[nested_order(index.iloc[rows], seed)[:n]])
