@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from geopeft_kit import bands, baselines, plots
     from geopeft_kit.applicability import area_of_applicability
     from geopeft_kit.backbones import list_backbones, load_backbone
+    from geopeft_kit.backbones.selective_scan import SelectiveScanBlock, selective_scan
     from geopeft_kit.comparison import Candidate, compare
     from geopeft_kit.data import (
         ChipData,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     )
     from geopeft_kit.explorer import Explorer
     from geopeft_kit.exports import export_prediction
+    from geopeft_kit.geo_aware import pretrain_geo_aware
     from geopeft_kit.inference import predict_scene
     from geopeft_kit.map_layers import MapLayer, Raster, chip_layers
     from geopeft_kit.maps import save_map, show_map
@@ -50,6 +52,7 @@ __all__ = [
     "MapLayer",
     "MemoryEstimate",
     "Raster",
+    "SelectiveScanBlock",
     "TorchgeoData",
     "area_of_applicability",
     "attach",
@@ -72,9 +75,11 @@ __all__ = [
     "predict_place",
     "predict_scene",
     "pretrain",
+    "pretrain_geo_aware",
     "region_gap",
     "save_map",
     "score_regions",
+    "selective_scan",
     "show_map",
     "simulated_data",
     "touching_chips",
@@ -84,6 +89,7 @@ __all__ = [
 _ROOMS = {
     "applicability": ("area_of_applicability",),
     "backbones": ("list_backbones", "load_backbone"),
+    "backbones.selective_scan": ("SelectiveScanBlock", "selective_scan"),
     "comparison": ("Candidate", "compare"),
     "data": (
         "ChipData",
@@ -94,6 +100,7 @@ _ROOMS = {
     ),
     "exports": ("export_prediction",),
     "explorer": ("Explorer",),
+    "geo_aware": ("pretrain_geo_aware",),
     "inference": ("predict_scene",),
     "maps": ("save_map", "show_map"),
     "methods": ("attach", "list_methods", "load_adapter"),

@@ -1,4 +1,4 @@
-"""Rivals without a network: a spectral index with one threshold, and pixel statistics.
+"""Rivals without a network: a constant, an index with a threshold, pixel statistics.
 
 A foundation model has to beat these before it is worth its memory. Both are models like
 any other, so `evaluate`, `predict_scene` and the map take them. Taught in notebook 00.
@@ -74,6 +74,45 @@ class IndexThreshold(nn.Module):
         taken = torch.arange(1, len(hits) + 1)
         overlap = hits / (taken + label.sum() - hits)
         return float(value[order[overlap.argmax()]])
+
+
+class Constant(nn.Module):
+    """The same answer everywhere: the training mean, or the commonest class.
+
+    A curve of scores that lies on this line has learnt nothing from its labels; without
+    the line in the picture nobody sees it.
+
+    Args:
+        data: Regression, segmentation or classification data.
+
+    Raises:
+        ValueError: The task is another.
+    """
+
+    def __init__(self, data: ChipData) -> None:
+        super().__init__()
+        if data.task not in ("regression", "segmentation", "classification"):
+            raise ValueError(
+                "a constant answer is written for regression, segmentation and "
+                f"classification; the data's task is {data.task!r}."
+            )
+        self.task, self.num_classes = data.task, data.num_classes
+        self.bands, target = tuple(data.bands), data.info.target
+        batches = data.dataloader("train", augment=False)
+        values = torch.cat([batch[target].flatten() for batch in batches])
+        if self.task == "regression":
+            self.answer = values[torch.isfinite(values)].double().mean().float()[None]
+        else:
+            values = values[values != data.ignore_index]
+            counts = torch.bincount(values, minlength=self.num_classes)
+            self.answer = F.one_hot(counts.argmax(), self.num_classes).float()
+
+    def forward(self, image: Tensor, meta: object = None) -> Tensor:
+        """(B,C,H,W) reflectance -> (B,1,H,W) values, or logits (B,K,H,W) or (B,K)."""
+        if self.task == "classification":
+            return self.answer.to(image).expand(len(image), -1)
+        shape = (len(image), -1, *image.shape[2:])
+        return self.answer.to(image)[:, None, None].expand(shape)
 
 
 class PixelStatistics(nn.Module):

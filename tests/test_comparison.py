@@ -133,6 +133,21 @@ def test_index_threshold_is_the_best_one(data: gk.ChipData) -> None:
         assert gk.evaluate(other, data, "train")["overall"]["miou"] <= best + 1e-6
 
 
+@pytest.mark.parametrize("task", ["regression", "segmentation", "classification"])
+def test_a_constant_is_the_best_constant(task: str, tmp_path: Path) -> None:
+    data = toy_data(tmp_path, task)
+    rival = gk.baselines.Constant(data)
+    scores = gk.evaluate(rival, data, "train")["overall"]
+    batches = list(data.dataloader("train"))
+    truth = torch.cat([batch[data.info.target].flatten() for batch in batches])
+    if task == "regression":
+        spread = (truth.double() - truth.double().mean()).square().mean().sqrt()
+        assert scores["rmse"] == pytest.approx(float(spread), rel=1e-5)
+    else:
+        share = truth.bincount().max() / len(truth)
+        assert scores["accuracy"] == pytest.approx(float(share))
+
+
 def test_pixel_statistics_learn_the_toy(data: gk.ChipData) -> None:
     rival = gk.baselines.PixelStatistics(data)
     assert gk.evaluate(rival, data, "test")["overall"]["miou"] > 0.95

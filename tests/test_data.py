@@ -410,6 +410,43 @@ def test_subsets_are_nested_and_stratified(tmp_path: Path) -> None:
             data.subset(wrong)
 
 
+def test_shots_are_counted_per_bucket_and_nested(tmp_path: Path) -> None:
+    chips = [
+        Chip(
+            f"c{i:02d}",
+            image(i),
+            label=int(i % 3 == 0),
+            **place(i, i % 3) | {"region": "abc"[i % 3 if i < 50 else 0]},
+            split=["train", "val", "test"][i % 7 // 3],
+        )
+        for i in range(80)
+    ]
+    info = INFO | {"task": "classification"}
+    folder = write_chip_folder(tmp_path / "toy", chips, info)
+    data = ChipData(folder, split="index")
+
+    def buckets(few: ChipData, split: str, by: str = "region") -> dict[str, int]:
+        return few.index.query("split == @split")[by].value_counts().to_dict()
+
+    before: set[str] = set()
+    for n in (1, 2, 5, 6):
+        few = data.n_shot(n, seed=3)
+        assert buckets(few, "train") == {"a": n, "b": n, "c": n}
+        assert buckets(few, "val") == dict.fromkeys("abc", -(-n // 5))
+        assert buckets(few, "test") == buckets(data, "test")
+        names = {sample["chip"] for sample in few.dataset("train")}
+        assert before < names
+        before = names
+    assert buckets(data.n_shot(4, by="label"), "train", "label") == {0: 4, 1: 4}
+    assert data.n_shot(4, 1).subsets == ('.n_shot(4, 1, "region")',)
+    fewest = min(buckets(data, "train").values())
+    for wrong in (0, fewest + 1):
+        with pytest.raises(ValueError, match=f"{wrong} chips of each region.*1 to"):
+            data.n_shot(wrong)
+    with pytest.raises(ValueError, match="by is 'colour'.*region, label"):
+        data.n_shot(1, by="colour")
+
+
 # ---------------------------------------------------------------- order, augmentation
 
 

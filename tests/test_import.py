@@ -45,6 +45,7 @@ LEVEL |= dict.fromkeys(
 )
 LEVEL["applicability"] = LEVEL["inference"]
 LEVEL |= {"baselines": LEVEL["comparison"], "indices": LEVEL["bands"]}
+LEVEL["geo_aware"] = LEVEL["pretraining"]
 
 
 def modules_after(code: str) -> set[str]:

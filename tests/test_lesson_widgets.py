@@ -1,4 +1,4 @@
-"""The sliders and toggles of notebooks 03 to 06, moved in a real JupyterLab."""
+"""The sliders and toggles of notebooks 03 to 06 and 11, moved in a real JupyterLab."""
 
 from __future__ import annotations
 
@@ -30,6 +30,20 @@ LESSONS = {
     ),
     "05_deflect_style": ("form = widgets.ToggleButtons", ("show_chip", "BrBG")),
     "06_upetu_style": ("slider = widgets.SelectionSlider", ()),
+    "11_phileo": (
+        "slider = widgets.SelectionSlider",
+        (
+            "families",
+            "by_loop",
+            "milliseconds",
+            "kinds",
+            "on_a_circle",
+            "geo =",
+            "rebuilt",
+            "published",
+            "assert",
+        ),
+    ),
 }
 
 
@@ -63,6 +77,7 @@ ACTIONS: list[tuple[str, list[Callable[[Any], None]]]] = [
     ("04_adapters_and_prompts", [click("convpass"), slide]),
     ("05_deflect_style", [click("polar"), slide]),
     ("06_upetu_style", [slide, slide]),
+    ("11_phileo", [slide]),
 ]
 
 

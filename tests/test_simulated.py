@@ -23,6 +23,7 @@ LABELS = {
     "permanent_water": (np.uint8, 1),
     "burn": (np.uint8, 1),
     "building_density": (np.float32, 1),
+    "road_density": (np.float32, 1),
     "change": (np.uint8, 1),
 }
 
@@ -239,6 +240,14 @@ def test_construction_adds_buildings_where_it_says() -> None:
     assert found > 300
 
 
+def test_roads_are_sealed_and_thin(scenes) -> None:
+    for group in scenes.values():
+        roads = pooled(group, lambda scene: scene.labels["road_density"])
+        sealed = pooled(group, lambda scene: scene.physical["impervious"])
+        assert sealed[roads > 0.4].mean() > 5 * sealed[roads < 0.05].mean()
+        assert 0.001 < roads.mean() < 0.1
+
+
 def test_without_event_nothing_changes_but_the_sky(scenes) -> None:
     for group in scenes.values():
         for scene in group:
@@ -446,6 +455,7 @@ def tiny_data(**options):
         ("burn", "segmentation"),
         ("land_cover", "segmentation"),
         ("building_density", "regression"),
+        ("road_density", "regression"),
         ("change", "change"),
     ],
 )

@@ -10,6 +10,7 @@ nowhere but inside the backbone. Taught in `notebooks/00_quickstart.ipynb` and
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ from geopeft_kit.data.info import DatasetInfo
 from geopeft_kit.data.loading import ChipDataset, ChipTable, EpochSampler
 from geopeft_kit.data.packing import pack, pack_key
 from geopeft_kit.data.reading import ChipReader
-from geopeft_kit.data.splits import nested_order, resolve_split
+from geopeft_kit.data.splits import n_shot, nested_order, resolve_split
 from geopeft_kit.download import cache_folder
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class ChipData(L.LightningDataModule):
         splits: The splits that have chips.
         index: GeoDataFrame; its column `split` says what was resolved.
         hparams: The arguments above, by name.
-        subsets: The calls of `subset` that led here: (n, seed, split).
+        subsets: The calls of `subset` and `n_shot` that led here, as code.
 
     Raises:
         FileNotFoundError: No chip folder, or files of it are missing.
@@ -108,7 +109,7 @@ class ChipData(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)  # the arguments, as `hparams`
-        self.subsets: tuple[tuple[int, int, str], ...] = ()
+        self.subsets: tuple[str, ...] = ()
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be 1 or more.")
         if isinstance(folder, InPlace):
@@ -434,11 +435,54 @@ class ChipData(L.LightningDataModule):
                 f"choose n from 1 to {len(rows)}."
             )
         order = nested_order(self.index.iloc[rows], seed)
+        kept = np.array(rows)[order[:n]]
+        return self._keep({split: kept}, f'.subset({n}, {seed}, "{split}")')
+
+    def n_shot(self, n: int, seed: int = 0, by: str = "region") -> ChipData:
+        """The same data with `n` training chips of each bucket: few labels.
+
+        So 50-shot data with six regions has 300 training chips, as PhilEO Bench counts.
+        Nested: with one seed the chips of `n_shot(5)` are among those of `n_shot(10)`.
+        Of the validation chips a fifth of `n`, rounded up, stays in each bucket, or
+        what there is. The test split stays whole.
+
+        Args:
+            n: Training chips of each bucket.
+            seed: Of the choice.
+            by: What the buckets are: "region", "label" (classification), or another
+                column of `index`.
+
+        Returns:
+            A new `ChipData` that shares what was already read.
+
+        Raises:
+            ValueError: A bucket has fewer than `n` training chips, or `by` is no
+                bucket of every chip.
+        """
+        train = np.array(self.dataset("train").rows)
+        kept = {"train": train[n_shot(self.index.iloc[train], max(n, 0), seed, by)]}
+        sizes = self.index.iloc[train][by].value_counts()
+        if not 1 <= n <= sizes.min():
+            raise ValueError(
+                f"{n} chips of each {by} asked for, but {by} {sizes.idxmin()!r} has "
+                f"{sizes.min()} for training; choose n from 1 to {sizes.min()}."
+            )
+        if "val" in self.splits:
+            val = np.array(self.dataset("val").rows)
+            few = math.ceil(0.2 * n)
+            kept["val"] = val[n_shot(self.index.iloc[val], few, seed, by)]
+        return self._keep(kept, f'.n_shot({n}, {seed}, "{by}")')
+
+    def _keep(self, kept: Mapping[str, np.ndarray], call: str) -> ChipData:
+        """A copy in which only some rows of some splits are left."""
         smaller = copy.copy(self)
         smaller.index = self.index.copy()
-        column = smaller.index.columns.get_loc("split")
-        smaller.index.iloc[np.array(rows)[order[n:]], column] = "unused"
-        smaller.subsets = (*self.subsets, (n, seed, split))
+        split = smaller.index["split"].to_numpy(dtype=object, copy=True)
+        rows = np.arange(len(split))
+        for name, chosen in kept.items():
+            split[(split == name) & ~np.isin(rows, chosen)] = "unused"
+        smaller.index["split"] = split
+        smaller.subsets = (*self.subsets, call)
         return smaller
 
     def __repr__(self) -> str:

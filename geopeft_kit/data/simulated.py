@@ -94,6 +94,14 @@ _LESSONS: Mapping[str, _Lesson] = {
         {},
         "Share of the pixel covered by roofs, 0-1; skies are clear.",
     ),
+    "road_density": _Lesson(
+        "Simulated road density",
+        "regression",
+        "road_density",
+        "none",
+        {},
+        "Share of the pixel covered by paved roads and streets, 0-1; skies are clear.",
+    ),
     "change": _Lesson(
         "Simulated construction",
         "change",
@@ -152,7 +160,8 @@ def simulated_data(
     """Make a simulated data set, or take it from the cache.
 
     Args:
-        task: "flood", "burn", "land_cover", "building_density" or "change".
+        task: "flood", "burn", "land_cover", "building_density", "road_density" or
+            "change".
         bands: Sensor or band names, out of Sentinel-2's twelve.
         chips_per_region: Chips of each region.
         size: Side of a chip in pixels of 10 m; may equal `scene_size`.

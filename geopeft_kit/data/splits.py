@@ -447,6 +447,40 @@ def nested_order(index: gpd.GeoDataFrame, seed: int) -> np.ndarray:
     return shuffled[np.argsort(rank, kind="stable")]
 
 
+def n_shot(
+    index: gpd.GeoDataFrame, n: int, seed: int, by: str = "region"
+) -> np.ndarray:
+    """The first `n` chips of each bucket, nested: 5 a bucket lie in 10 a bucket.
+
+    Args:
+        index: Rows of a chip folder.
+        n: Chips of each bucket; a bucket with fewer gives all it has.
+        seed: Of the order inside a bucket, see `nested_order`.
+        by: Column whose values are the buckets.
+
+    Returns:
+        Positions, sorted.
+
+    Raises:
+        ValueError: Rows without a bucket, as masks have no "label".
+
+    Source: PhilEO Bench counts its shots per region (Fibaek et al. 2024, arXiv
+    2401.04464); nesting is ours, the bench draws each size anew.
+    """
+    if by not in index or not _is_scalar(index[by]):
+        choices = [name for name in ("region", "label") if name in index]
+        raise ValueError(
+            f"by is {by!r}, which does not put every chip into one bucket. Use a "
+            f"column that does; the data has {', '.join(choices)}."
+        )
+    buckets = index[by].astype(str).to_numpy()
+    chosen: list[np.ndarray] = []
+    for bucket in np.unique(buckets):
+        rows = np.flatnonzero(buckets == bucket)
+        chosen.append(rows[nested_order(index.iloc[rows], seed)[:n]])
+    return np.sort(np.concatenate(chosen))
+
+
 def _is_scalar(labels: pd.Series) -> bool:
     return bool(labels.notna().all()) and not any(
         isinstance(label, list | np.ndarray) for label in labels

@@ -71,8 +71,8 @@ class Scene:
         labels: (H, W) maps of the date of `image`: "land_cover" uint8 counting into
             `LAND_COVER_CLASSES`; "flood" uint8, 1 for all water, permanent or not;
             "permanent_water" uint8; "burn" uint8, 1 for fresh scars only;
-            "building_density" float32, covered share 0-1; "change" uint8, 1 where the
-            event changed the ground between `before` and `image`.
+            "building_density" and "road_density" float32, covered share 0-1; "change"
+            uint8, 1 where the event changed the ground between `before` and `image`.
         physical: (H, W) float32 maps of the date of `image`: shares "green", "dry",
             "canopy", "soil" (bare ground, charred or not), "impervious", "water", which
             add up to one; "shade" (missing direct light, 0-1); "cloud" and, with
@@ -265,16 +265,23 @@ def _happen(
         change, new = construction(cover, land, rng)
         classes[change] = landscape.BUILT_UP
         roofs = np.where(change, new, roofs)
-    density = np.clip(ndimage.gaussian_filter(roofs, 1.0, truncate=2.5), 0, 1)
+    paved = np.maximum(land.roads, land.streets)
     labels = {
         "land_cover": classes,
         "flood": water.astype(np.uint8),
         "permanent_water": permanent.astype(np.uint8),
         "burn": burnt.astype(np.uint8),
-        "building_density": density.astype(np.float32),
+        "building_density": _density(roofs),
+        "road_density": _density(paved),
         "change": change.astype(np.uint8),
     }
     return labels, {"depth": depth, "severity": severity}
+
+
+def _density(cover: np.ndarray) -> np.ndarray:
+    """Covered share around each pixel, 0-1."""
+    blurred = ndimage.gaussian_filter(cover, 1.0, truncate=2.5)
+    return np.clip(blurred, 0, 1).astype(np.float32)
 
 
 def _before(

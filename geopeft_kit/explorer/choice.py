@@ -162,9 +162,7 @@ def data_code(data: ChipData) -> str:
     """
     given = dict(data.hparams)
     recipe = data.info.extra.get("recipe", {}) if data.simulated else {}
-    subsets = "".join(
-        f".subset({n}, {s}, {_text(split)})" for n, s, split in data.subsets
-    )
+    subsets = "".join(data.subsets)
     from_recipe = (
         bool(recipe)
         and given["split"] == "region"
