@@ -22,8 +22,8 @@ from rasterio.transform import from_origin
 from geopeft_kit.data import Chip, ChipData, read_chip_folder, write_chip_folder
 from geopeft_kit.data.folder import FACTS
 from geopeft_kit.data.index_checks import INDEX
+from geopeft_kit.data.leakage import check_leakage, touching_chips
 from geopeft_kit.data.loading import AugmentedKey, EpochSampler, flip_and_turn
-from geopeft_kit.data.splits import check_leakage, touching_chips
 
 HLS = ("BLUE", "GREEN", "RED", "NIR_NARROW", "SWIR_1", "SWIR_2")
 CRS = "EPSG:32633"

@@ -334,7 +334,7 @@ def test_real_terramesh(real_data: Path, tmp_path: Path) -> None:
     cut = ChipData(terramesh.convert(source, tmp_path / "cut", chip=32), split="index")
     counts = cut.index["split"].value_counts().to_dict()
     assert counts == {"train": 105, "val": 35, "test": 35}
-    from geopeft_kit.data.splits import touching_chips
+    from geopeft_kit.data.leakage import touching_chips
 
     assert touching_chips(cut.index, cut.index["split"], buffer_m=250).empty
     assert len(touching_chips(cut.index, cut.index["split"], buffer_m=400))

@@ -14,7 +14,8 @@ from pyproj import Geod
 
 import geopeft_kit as gk
 from geopeft_kit.data.groups import group_chips
-from geopeft_kit.data.splits import resolve_split, touching_chips
+from geopeft_kit.data.leakage import touching_chips
+from geopeft_kit.data.splits import resolve_split
 
 SIDE = 640  # metres of a chip
 EARTH = Geod(ellps="WGS84")

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from geopeft_kit.data.chip import Chip
     from geopeft_kit.data.chips import ChipData
     from geopeft_kit.data.folder import read_chip_folder, write_chip_folder
+    from geopeft_kit.data.leakage import touching_chips
     from geopeft_kit.data.simulated import simulated_data
-    from geopeft_kit.data.splits import touching_chips
     from geopeft_kit.data.torchgeo_data import TorchgeoData
 
 __all__ = [
@@ -36,7 +36,7 @@ _ROOMS = {
     "check_data": "check",
     "read_chip_folder": "folder",
     "simulated_data": "simulated",
-    "touching_chips": "splits",
+    "touching_chips": "leakage",
     "write_chip_folder": "folder",
 }
 

@@ -24,9 +24,9 @@ from geopeft_kit.data.asking import BRIGHT, Looks, propose_scale
 from geopeft_kit.data.chips import ChipData
 from geopeft_kit.data.folder import FACTS, read_chip_folder
 from geopeft_kit.data.info import CLASS_TASKS, DatasetInfo
+from geopeft_kit.data.leakage import touching_chips
 from geopeft_kit.data.reading import ChipReader, StoredChip
 from geopeft_kit.data.report import DataReport, Finding, sorted_splits
-from geopeft_kit.data.splits import touching_chips
 
 PIXELS = 500  # of each chip that take part in the statistics of bands
 RARE, MOST = 0.01, 0.95  # a class below, and above, is worth a word

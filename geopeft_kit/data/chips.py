@@ -29,7 +29,8 @@ from geopeft_kit.data.info import DatasetInfo
 from geopeft_kit.data.loading import ChipDataset, ChipTable, EpochSampler
 from geopeft_kit.data.packing import pack, pack_key
 from geopeft_kit.data.reading import ChipReader
-from geopeft_kit.data.splits import n_shot, nested_order, resolve_split
+from geopeft_kit.data.splits import resolve_split
+from geopeft_kit.data.subsets import n_shot, nested_order
 from geopeft_kit.download import cache_folder
 
 if TYPE_CHECKING:

@@ -11,21 +11,20 @@ blocks, Roberts et al. 2017 (doi 10.1111/ecog.02881). Taught in
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from geopeft_kit.data.groups import GROUPS, group_chips
+from geopeft_kit.data.leakage import check_leakage, touching_chips
+from geopeft_kit.data.subsets import is_scalar, nested_order
 
 if TYPE_CHECKING:
     import geopandas as gpd
 
 SPLITS = (*GROUPS, "index", "random")
-# Of latitude at the equator (WGS84), where it is shortest: a buffer in degrees comes
-# out a little wide, never narrow.
-METRES_PER_DEGREE = 110_574.0
 
 
 def resolve_split(
@@ -253,7 +252,7 @@ def draw_validation(
     blocks = spatial_blocks(train)
     strata = train["region"].astype(str).to_numpy()
     single = len(np.unique(blocks)) == len(blocks)
-    if single and "label" in train and _is_scalar(train["label"]):
+    if single and "label" in train and is_scalar(train["label"]):
         strata = np.char.add(strata.astype(str), "/" + train["label"].astype(str))
     rng = np.random.default_rng([seed, 1])
     chosen = [
@@ -315,173 +314,3 @@ def spatial_blocks(index: gpd.GeoDataFrame) -> np.ndarray:
         graph = coo_matrix((np.ones(len(a)), (a, b)), (len(placed),) * 2)
         blocks[placed] = placed[connected_components(graph)[1]]
     return blocks
-
-
-def touching_chips(
-    index: gpd.GeoDataFrame, split: pd.Series, buffer_m: float = 0.0
-) -> pd.DataFrame:
-    """Pairs of a test chip and a training or validation chip that touch.
-
-    Args:
-        index: Rows of a chip folder; rows without a place are passed over.
-        split: Split of every row.
-        buffer_m: Distance in metres that counts as touching, measured between
-            bounding boxes, a little on the safe side.
-
-    Returns:
-        Columns `test`, `train` (chip names) and `overlap`, the shared part of the
-        smaller footprint, 0-1.
-    """
-    import shapely
-
-    placed = index.geometry.notna()
-    test = index[placed & (split == "test")]
-    rest = index[placed & split.isin(["train", "val"])]
-    if test.empty or rest.empty:
-        return pd.DataFrame({"test": [], "train": [], "overlap": []})
-    a, b = _near_pairs(test, rest, buffer_m)
-    first, second = test.geometry.to_numpy()[a], rest.geometry.to_numpy()[b]
-    smaller = np.minimum(shapely.area(first), shapely.area(second))
-    shared = shapely.area(shapely.intersection(first, second))
-    return pd.DataFrame(
-        {
-            "test": test["chip"].to_numpy()[a],
-            "train": rest["chip"].to_numpy()[b],
-            "overlap": shared / np.where(smaller > 0, smaller, 1),
-        }
-    )
-
-
-def _near_pairs(
-    test: gpd.GeoDataFrame, rest: gpd.GeoDataFrame, buffer_m: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of pairs that touch or lie within the buffer, also across 180°."""
-    import shapely
-
-    shapes = test.geometry.to_numpy()
-    left, low, right, high = test.bounds.to_numpy().T
-    if buffer_m:
-        dy = buffer_m / METRES_PER_DEGREE
-        polewards = np.minimum(np.maximum(np.abs(low), np.abs(high)) + dy, 89.9)
-        dx = dy / np.cos(np.radians(polewards))
-        left, low, right, high = left - dx, low - dy, right + dx, high + dy
-        shapes = shapely.box(left, low, right, high)
-    pairs = [rest.sindex.query(shapes, predicate="intersects")]
-    for turn, beyond in ((-360, right >= 180), (360, left <= -180)):
-        rows = np.flatnonzero(beyond)
-        if len(rows):
-            turned = shapely.box(left + turn, low, right + turn, high)[rows]
-            a, b = rest.sindex.query(turned, predicate="intersects")
-            pairs.append(np.stack([rows[a], b]))
-    found = np.unique(np.concatenate(pairs, axis=1), axis=1)
-    return found[0], found[1]
-
-
-def check_leakage(
-    index: gpd.GeoDataFrame,
-    split: pd.Series,
-    buffer_m: float = 0.0,
-    strict: bool = True,
-    warn: bool = True,
-) -> int:
-    """Look for test chips that touch, or show the same ground as, training chips.
-
-    Args:
-        index: Rows of a chip folder.
-        split: Split of every row.
-        buffer_m: Distance in metres that counts as touching.
-        strict: Raise where more than 1 % of a footprint is shared; else warn.
-        warn: Say it where chips touch without an error.
-
-    Returns:
-        The number of touching pairs.
-
-    Raises:
-        ValueError: `strict`, and test chips overlap training chips.
-    """
-    pairs = touching_chips(index, split, buffer_m)
-    if pairs.empty:
-        return 0
-    same = pairs[pairs["overlap"] > 0.01]
-    example = (same if len(same) else pairs).iloc[0]
-    where = f"the first pair is {example['test']!r} and {example['train']!r}"
-    if len(same) and strict:
-        raise ValueError(
-            f"{same['test'].nunique()} test chips show the same ground as training or "
-            f"validation chips ({len(same)} pairs; {where}). Hold other regions out, "
-            "or drop the chips that overlap."
-        )
-    if not warn:
-        return len(pairs)
-    what = "overlap" if len(same) else "touch"
-    warnings.warn(
-        f"{pairs['test'].nunique()} test chips {what} training or validation chips, "
-        f"or lie within {buffer_m:g} m of them ({len(pairs)} pairs; {where}). Scores "
-        "there may be a little too good.",
-        stacklevel=2,
-    )
-    return len(pairs)
-
-
-def nested_order(index: gpd.GeoDataFrame, seed: int) -> np.ndarray:
-    """An order of chips of which every beginning is a stratified subset.
-
-    Args:
-        index: Rows of a chip folder.
-        seed: Of the order inside a stratum.
-
-    Returns:
-        (N,) positions. Strata are the labels where each chip has one, else the
-        regions; each takes part in proportion to its size.
-    """
-    labelled = "label" in index and _is_scalar(index["label"])
-    strata: Sequence[Hashable] = index["label" if labelled else "region"].astype(str)
-    rng = np.random.default_rng([seed, 2])
-    by_name = np.argsort(index["chip"].to_numpy(dtype=str), kind="stable")
-    shuffled = rng.permutation(by_name)
-    codes = pd.factorize(strata, sort=True)[0][shuffled]
-    rank = np.empty(len(codes))
-    for code in np.unique(codes):
-        members = np.flatnonzero(codes == code)
-        rank[members] = (np.arange(len(members)) + 0.5) / len(members)
-    return shuffled[np.argsort(rank, kind="stable")]
-
-
-def n_shot(
-    index: gpd.GeoDataFrame, n: int, seed: int, by: str = "region"
-) -> np.ndarray:
-    """The first `n` chips of each bucket, nested: 5 a bucket lie in 10 a bucket.
-
-    Args:
-        index: Rows of a chip folder.
-        n: Chips of each bucket; a bucket with fewer gives all it has.
-        seed: Of the order inside a bucket, see `nested_order`.
-        by: Column whose values are the buckets.
-
-    Returns:
-        Positions, sorted.
-
-    Raises:
-        ValueError: Rows without a bucket, as masks have no "label".
-
-    Source: PhilEO Bench counts its shots per region (Fibaek et al. 2024, arXiv
-    2401.04464); nesting is ours, the bench draws each size anew.
-    """
-    if by not in index or not _is_scalar(index[by]):
-        choices = [name for name in ("region", "label") if name in index]
-        raise ValueError(
-            f"by is {by!r}, which does not put every chip into one bucket. Use a "
-            f"column that does; the data has {', '.join(choices)}."
-        )
-    buckets = index[by].astype(str).to_numpy()
-    chosen: list[np.ndarray] = []
-    for bucket in np.unique(buckets):
-        rows = np.flatnonzero(buckets == bucket)
-        chosen.append(rows[nested_order(index.iloc[rows], seed)[:n]])
-    return np.sort(np.concatenate(chosen))
-
-
-def _is_scalar(labels: pd.Series) -> bool:
-    return bool(labels.notna().all()) and not any(
-        isinstance(label, list | np.ndarray) for label in labels
-    )
