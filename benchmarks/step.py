@@ -1,0 +1,184 @@
+"""A training step of the kit against TerraTorch's, on the same model and weights.
+
+    python benchmarks/step.py --out build/step
+
+Both run in long-lived processes with one thread and take turns, step by step. A step
+is forward pass, loss, backward pass and AdamW; its time is the CPU time of the process.
+Saved bytes are what autograd keeps between the two passes: unique storages, parameters
+left out. Before anything is timed, both systems' outputs and gradients are compared on
+the same weights, and each of the kit's settings with the kit's own plain path.
+
+TerraTorch is installed by `terratorch_environment.py` where it is not there yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from shared import setting, table
+from terratorch_environment import make_environment
+from workers import Worker, ratios
+
+MIB = 2**20
+# mode -> setting -> arguments of fit. Every mode begins with the plain path.
+SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
+    "full": {
+        "plain": {},
+        "memory": {
+            "checkpointing": "blocks",
+            "precision": "bf16-mixed",
+            "optimiser": "fused",
+        },
+    },
+    "frozen": {
+        "plain": {},
+        "cached": {"cache_features": True},
+        "cached, bf16": {"cache_features": True, "precision": "bf16-mixed"},
+    },
+    "lora": {
+        "plain": {},
+        "memory": {
+            "checkpointing": "blocks",
+            "precision": "bf16-mixed",
+            "frozen_precision": "bf16",
+        },
+        "speed": {"precision": "bf16-mixed", "frozen_precision": "bf16"},
+    },
+    "vpt": {
+        "plain": {},
+        "speed": {"precision": "bf16-mixed", "frozen_precision": "bf16"},
+    },
+}
+# (mode, setting) -> highest time and highest saved bytes, kit / TerraTorch.
+GOALS: dict[tuple[str, str], tuple[float, float | None]] = {
+    ("frozen", "cached, bf16"): (0.25, None),
+    ("lora", "memory"): (0.65, 0.30),
+    ("lora", "speed"): (0.50, 0.75),
+    ("vpt", "speed"): (0.50, 0.60),
+    ("full", "memory"): (0.80, 0.25),
+}
+
+
+def main() -> None:
+    """Measure mode by mode, and write the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("build/step"))
+    parser.add_argument("--modes", nargs="+", default=list(SETTINGS), choices=SETTINGS)
+    parser.add_argument("--backbone", default="prithvi_eo_v2_100_tl")
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--turns", type=int, default=7)
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    began, python = time.monotonic(), make_environment()
+    kit = Worker("step_kit.py", sys.executable, given.out / "kit.log")
+    peer = Worker("step_terratorch.py", python, given.out / "terratorch.log")
+    model = {
+        "backbone": given.backbone,
+        "size": given.size,
+        "batch": given.batch,
+        "folder": str(given.out),
+    }
+    journal = given.out / "step.csv"
+    rows = pd.read_csv(journal).to_dict("records") if journal.exists() else []
+    for mode in given.modes:
+        found = measure(mode, model, kit, peer, given.turns)
+        rows = [row for row in rows if row["mode"] != mode] + found
+        pd.DataFrame(rows).to_csv(journal, index=False)
+    kit.stop()
+    peer.stop()
+    page = report(pd.DataFrame(rows)) + "\n\n" + setting((time.monotonic() - began) / 60)
+    (given.out / "step.md").write_text(page + "\n", encoding="utf-8")
+    print(page)
+
+
+def measure(
+    mode: str, model: dict[str, Any], kit: Worker, peer: Worker, turns: int
+) -> list[dict[str, Any]]:
+    """One row for each setting of a mode."""
+    folder, settings = Path(model["folder"]), SETTINGS[mode]
+    trained = peer.ask("build", mode=mode, **model)["trained"]
+    for name, levers in settings.items():
+        kit.ask("build", setting=name, mode=mode, levers=levers, **model)
+    differences = compare(list(settings), folder, kit, peer)
+    theirs = peer.ask("saved")["bytes"]
+    ours = {name: kit.ask("saved", setting=name)["bytes"] for name in settings}
+    times: dict[str, list[float]] = {name: [] for name in ["peer", *settings]}
+    for turn in range(turns + 1):  # the first one warms up
+        taken = {"peer": peer.ask("step")["seconds"]}
+        taken |= {n: kit.ask("step", setting=n)["seconds"] for n in settings}
+        for name, seconds in taken.items():
+            times[name] += [seconds] if turn else []
+    kit.ask("clear")
+    return [
+        {
+            "mode": mode,
+            "setting": name,
+            "trained": trained,
+            **{f"time_{k}": v for k, v in ratios(times[name], times["peer"]).items()},
+            "saved_ours": ours[name] / MIB,
+            "saved_theirs": theirs / MIB,
+            "saved_ratio": ours[name] / theirs,
+            **differences[name],
+        }
+        for name in settings
+    ]
+
+
+def compare(
+    settings: list[str], folder: Path, kit: Worker, peer: Worker
+) -> dict[str, dict[str, float]]:
+    """Relative differences: the plain path to TerraTorch, the others to the plain."""
+    reference = folder / "terratorch.st"
+    peer.ask("gradients", path=str(reference))
+    found = {}
+    for name in settings:
+        path = folder / f"{name}.st"
+        kit.ask("gradients", setting=name, path=str(path))
+        found[name] = kit.ask("compare", one=str(reference), two=str(path))
+        if name == settings[0]:
+            reference = path
+    return {
+        name: {f"{what}_difference": value for what, value in row.items()}
+        for name, row in found.items()
+    }
+
+
+def report(rows: pd.DataFrame) -> str:
+    """The rows as a table, goals beside them."""
+    lines = []
+    for row in rows.itertuples():
+        time_goal, saved_goal = GOALS.get((row.mode, row.setting), (None, None))
+        lines.append(
+            {
+                "mode": row.mode,
+                "setting of the kit": row.setting,
+                "CPU s a step, kit / TerraTorch": f"{row.time_ours:.2f} / "
+                f"{row.time_theirs:.2f}",
+                "time, ratio (lowest, highest turn)": f"{row.time_ratio:.2f} "
+                f"({row.time_low:.2f}, {row.time_high:.2f})",
+                "goal": _goal(row.time_ratio, time_goal),
+                "saved MiB, kit / TerraTorch": f"{row.saved_ours:.1f} / "
+                f"{row.saved_theirs:.1f}",
+                "saved, ratio": f"{row.saved_ratio:.2f}",
+                "goal ": _goal(row.saved_ratio, saved_goal),
+                "output differs by": f"{row.output_difference:.0e}",
+                "gradients by": f"{row.gradients_difference:.0e}",
+            }
+        )
+    return table(pd.DataFrame(lines).set_index("mode"))
+
+
+def _goal(value: float, goal: float | None) -> str:
+    if goal is None:
+        return "-"
+    return f"<= {goal:.2f}, {'met' if value <= goal else 'missed'}"
+
+
+if __name__ == "__main__":
+    main()
