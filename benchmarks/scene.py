@@ -54,13 +54,20 @@ def main() -> None:
         pd.DataFrame(rows).to_csv(journal, index=False)
     kit.stop()
     peer.stop()
-    page = report(pd.DataFrame(rows)) + "\n\n" + setting((time.monotonic() - began) / 60)
+    page = (
+        report(pd.DataFrame(rows)) + "\n\n" + setting((time.monotonic() - began) / 60)
+    )
     (given.out / "scene.md").write_text(page + "\n", encoding="utf-8")
     print(page)
 
 
 def measure(
-    cell: dict[str, Any], folder: Path, kit: Worker, peer: Worker, batch: int, turns: int
+    cell: dict[str, Any],
+    folder: Path,
+    kit: Worker,
+    peer: Worker,
+    batch: int,
+    turns: int,
 ) -> list[dict[str, Any]]:
     """One row for each precision of the kit, on a scene of one size."""
     source, size = write_scene(folder, cell["size"]), cell["size"]
@@ -80,8 +87,13 @@ def measure(
         | {
             "precision": name,
             # pixels a second: the peer's seconds over the kit's
-            **{f"speed_{k}": v for k, v in ratios(seconds["peer"], seconds[name]).items()},
-            "pixels_per_s_kit": size * size / ratios(seconds[name], seconds[name])["ours"],
+            **{
+                f"speed_{k}": v
+                for k, v in ratios(seconds["peer"], seconds[name]).items()
+            },
+            "pixels_per_s_kit": size
+            * size
+            / ratios(seconds[name], seconds[name])["ours"],
             "mib_kit": mib[name],
             "mib_terratorch": mib["peer"],
             "same_class": float((classes[name] == classes["peer"]).mean()),

@@ -30,7 +30,9 @@ PROMPTS = 10
 class Peer:
     """One model of TerraTorch's and its optimiser."""
 
-    def build(self, mode: str, backbone: str, size: int, batch: int, folder: str) -> Any:
+    def build(
+        self, mode: str, backbone: str, size: int, batch: int, folder: str
+    ) -> Any:
         """Build a mode, and write the weights that it starts from."""
         torch.manual_seed(0)
         prompts = {"vpt": True, "vpt_n_tokens": PROMPTS} if mode == "vpt" else {}
@@ -56,7 +58,9 @@ class Peer:
         for name, parameter in self.model.named_parameters():
             if "lora_B" in name:  # zero at the start, which would hide differences
                 nn.init.normal_(parameter, std=0.02)
-        self.trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.trained = {
+            n: p for n, p in self.model.named_parameters() if p.requires_grad
+        }
         state = self.model.state_dict()
         beside = {n: t for n, t in state.items() if not n.startswith("encoder.")}
         start |= beside | {n: state[n] for n in self.trained if n in state}
@@ -93,6 +97,29 @@ class Peer:
         save_file({n: t.contiguous() for n, t in tensors.items()}, path)
         return {}
 
+    def checkpoints(self, folder: str) -> dict[str, float]:
+        """MiB of the files that TerraTorch's task leaves after a step."""
+        import lightning
+        from terratorch.tasks import SemanticSegmentationTask
+
+        task = SemanticSegmentationTask(
+            model=self.model, model_args={"num_classes": 3}, optimizer="AdamW"
+        )
+        pairs = [
+            {"image": i, "mask": m} for i, m in zip(self.image, self.mask, strict=True)
+        ]
+        trainer = lightning.Trainer(
+            max_steps=1, logger=False, enable_progress_bar=False, accelerator="cpu",
+            enable_checkpointing=False, enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(task, torch.utils.data.DataLoader(pairs, len(pairs)))
+        found = {}
+        for what, weights_only in (("to resume from", False), ("to hand on", True)):
+            path = Path(folder) / "terratorch.ckpt"
+            trainer.save_checkpoint(path, weights_only)
+            found[what] = path.stat().st_size / 2**20
+        return found
+
 
 def batch_of(size: int, batch: int) -> tuple[Tensor, Tensor]:
     """Random pixels and classes, the same in both systems."""
@@ -105,4 +132,6 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     peer = Peer()
-    serve({name: getattr(peer, name) for name in ("build", "step", "saved", "gradients")})
+    serve(
+        {name: getattr(peer, name) for name in ("build", "step", "saved", "gradients")}
+    )
