@@ -57,7 +57,7 @@ def main() -> None:
         seen.add(tuple(cell.values()))
         model = {**cell, "folder": str(given.out)}
         found = measure("lora", model, kit, peer, given.turns, settings)
-        rows += [{**cell, **row} for row in found]
+        rows += found
         pd.DataFrame(rows).to_csv(journal, index=False)
         print(rows[-1], flush=True)
     kit.stop()

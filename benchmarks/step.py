@@ -121,6 +121,7 @@ def measure(
     kit.ask("clear")
     return [
         {
+            **{key: model[key] for key in ("backbone", "size", "batch")},
             "mode": mode,
             "setting": name,
             "trained": trained,
