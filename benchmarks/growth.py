@@ -56,7 +56,8 @@ def main() -> None:
             continue
         seen.add(tuple(cell.values()))
         model = {**cell, "folder": str(given.out)}
-        found = measure("lora", model, kit, peer, given.turns, settings)
+        turns = given.turns, began + 60 * given.minutes
+        found = measure("lora", model, kit, peer, turns, settings)
         rows += found
         pd.DataFrame(rows).to_csv(journal, index=False)
         print(rows[-1], flush=True)

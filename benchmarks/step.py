@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--minutes", type=float, default=60.0, help="then fewer turns")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     began, python = time.monotonic(), make_environment()
@@ -84,7 +85,8 @@ def main() -> None:
     journal = given.out / "step.csv"
     rows = pd.read_csv(journal).to_dict("records") if journal.exists() else []
     for mode in given.modes:
-        found = measure(mode, model, kit, peer, given.turns, SETTINGS[mode])
+        turns = given.turns, began + 60 * given.minutes
+        found = measure(mode, model, kit, peer, turns, SETTINGS[mode])
         rows = [row for row in rows if row["mode"] != mode] + found
         pd.DataFrame(rows).to_csv(journal, index=False)
     kit.stop()
@@ -101,10 +103,19 @@ def measure(
     model: dict[str, Any],
     kit: Worker,
     peer: Worker,
-    turns: int,
+    turns: tuple[int, float],
     settings: dict[str, dict[str, Any]],
 ) -> list[dict[str, Any]]:
-    """One row for each setting of a mode."""
+    """One row for each setting of a mode.
+
+    Args:
+        mode: Key of `SETTINGS`.
+        model: Backbone, size, batch, and the folder for files.
+        kit: Runs `step_kit.py`.
+        peer: Runs `step_terratorch.py`.
+        turns: How many, and the second on the clock after which it may be fewer.
+        settings: Setting -> arguments of `fit`; the plain path first.
+    """
     folder = Path(model["folder"])
     trained = peer.ask("build", mode=mode, **model)["trained"]
     for name, levers in settings.items():
@@ -113,7 +124,9 @@ def measure(
     theirs = peer.ask("saved")["bytes"]
     ours = {name: kit.ask("saved", setting=name)["bytes"] for name in settings}
     times: dict[str, list[float]] = {name: [] for name in ["peer", *settings]}
-    for turn in range(turns + 1):  # the first one warms up
+    for turn in range(turns[0] + 1):  # the first one warms up
+        if turn > 1 and time.monotonic() > turns[1]:
+            break
         taken = {"peer": peer.ask("step")["seconds"]}
         taken |= {n: kit.ask("step", setting=n)["seconds"] for n in settings}
         for name, seconds in taken.items():
