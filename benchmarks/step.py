@@ -40,15 +40,9 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "plain": {},
         "memory": BLOCKS,
         "memory, bf16": {**BLOCKS, **HELD},
-        "speed": {"optimiser": "fused"},
         "speed, bf16": HELD,
     },
-    "vpt": {
-        "plain": {},
-        "memory": BLOCKS,
-        "speed": {"optimiser": "fused"},
-        "speed, bf16": HELD,
-    },
+    "vpt": {"plain": {}, "memory": BLOCKS, "speed, bf16": HELD},
 }
 # Mode and first word of the setting -> highest time and saved bytes, kit / TerraTorch.
 GOALS: dict[tuple[str, str], tuple[float, float | None]] = {
