@@ -20,7 +20,7 @@ from step import SETTINGS, measure
 from terratorch_environment import make_environment
 from workers import Worker
 
-START = {"backbone": "prithvi_eo_v2_100_tl", "size": 224, "batch": 1}
+START = {"backbone": "prithvi_eo_v2_tiny_tl", "size": 224, "batch": 1}
 AXES: dict[str, tuple[str, list[Any]]] = {
     "batch": ("batch", [1, 2, 4, 8]),
     "image": ("size", [64, 128, 224, 448]),

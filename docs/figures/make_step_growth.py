@@ -48,7 +48,7 @@ def main() -> None:
 
 def along(rows: pd.DataFrame, key: str) -> pd.DataFrame:
     """The rows in which only one number differs from the start, batch 1 at 224 px."""
-    start = {"batch": 1, "size": 224, "millions": MILLIONS["100"]}
+    start = {"batch": 1, "size": 224, "millions": MILLIONS["tiny"]}
     others = [(rows[name] == value) for name, value in start.items() if name != key]
     return rows[others[0] & others[1]].sort_values(key)
 
