@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from shared import setting, table
 from terratorch_environment import make_environment
 from workers import Worker, ratios
@@ -67,6 +68,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60.0, help="then fewer turns")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
     began, python = time.monotonic(), make_environment()
     kit = Worker("step_kit.py", sys.executable, given.out / "kit.log")
     peer = Worker("step_terratorch.py", python, given.out / "terratorch.log")
@@ -185,6 +187,23 @@ def report(rows: pd.DataFrame) -> str:
             }
         )
     return table(pd.DataFrame(lines).set_index("mode"))
+
+
+def rates() -> str:
+    """How fast this machine multiplies matrices: what bf16 can bring at most."""
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        one, two = torch.ones(394, 768, dtype=dtype), torch.ones(768, 3072, dtype=dtype)
+        seconds = []
+        for _ in range(20):
+            began = time.process_time()
+            torch.mm(one, two)
+            seconds.append(time.process_time() - began)
+        found[dtype] = 2 * 394 * 768 * 3072 / min(seconds) / 1e9
+    return (
+        f"One thread multiplies matrices at {found[torch.float32]:.0f} GFLOP/s in 32 "
+        f"bits and {found[torch.bfloat16]:.0f} in bf16 (best of 20)."
+    )
 
 
 def _goal(value: float, goal: float | None) -> str:
