@@ -12,6 +12,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
 
 FIGURES = Path(__file__).resolve().parent
 MILLIONS = {"tiny": 5.4, "100": 86.2, "300": 304.0}  # parameters of the backbones
@@ -42,7 +43,8 @@ def main() -> None:
         draw(axes[0, column], chosen, key, "time", "CPU time of a step (s)")
         draw(axes[1, column], chosen, key, "saved", "kept for the backward pass (MiB)")
         axes[1, column].set_xlabel(label)
-    axes[0, 0].legend()
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=len(names))
     figure.savefig(FIGURES / "step_growth.png", dpi=110)
 
 
@@ -63,6 +65,8 @@ def draw(axis: Axes, rows: pd.DataFrame, key: str, what: str, label: str) -> Non
         axis.plot(part[key], part[column], color=colour, marker=marker, label=name)
     axis.set(xscale="log", yscale="log", ylabel=label)
     axis.set_xticks(sorted(set(rows[key])), [f"{n:g}" for n in sorted(set(rows[key]))])
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
     axis.minorticks_off()
     axis.grid(alpha=0.3)
 
