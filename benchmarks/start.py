@@ -4,7 +4,8 @@
 
 Imports are timed in fresh processes, in turns: the bare import, and the import of all
 that a first training run needs. Files are written by the two systems' own classes after
-one step of LoRA: what training resumes from, and what is handed on afterwards.
+one step of LoRA: what training resumes from, and what is handed on afterwards. Rows
+are written as they come and a rerun goes on.
 """
 
 from __future__ import annotations
@@ -48,14 +49,20 @@ def main() -> None:
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     began, python = time.monotonic(), str(make_environment())
-    rows = [
-        {"what": f"{what}, CPU s", **import_seconds(*code, python, given.turns)}
-        for what, code in IMPORTS.items()
-    ]
-    for what, sizes in file_sizes(given.backbone, given.out, python).items():
-        rows.append({"what": f"{what}, MiB", **ratios(*([size] for size in sizes))})
+    journal = given.out / "start.csv"
+    rows = pd.read_csv(journal).to_dict("records") if journal.exists() else []
+    seen = {row["what"] for row in rows}
+    for what, code in IMPORTS.items():
+        if f"{what}, CPU s" not in seen:
+            found = import_seconds(*code, python, given.turns)
+            rows.append({"what": f"{what}, CPU s", **found})
+            pd.DataFrame(rows).to_csv(journal, index=False)
+    if not any(what.endswith("MiB") for what in seen):
+        for what, sizes in file_sizes(given.backbone, given.out, python).items():
+            found = ratios(*([size] for size in sizes))
+            rows.append({"what": f"{what}, MiB", **found})
+        pd.DataFrame(rows).to_csv(journal, index=False)
     frame = pd.DataFrame(rows).set_index("what")
-    frame.to_csv(given.out / "start.csv")
     shown = frame[["ours", "theirs", "ratio", "low", "high"]]
     shown.columns = ["kit", "TerraTorch", "ratio", "lowest", "highest"]
     page = table(shown) + "\n\n" + setting((time.monotonic() - began) / 60)
