@@ -52,16 +52,16 @@ def main() -> None:
     journal = given.out / "start.csv"
     rows = pd.read_csv(journal).to_dict("records") if journal.exists() else []
     seen = {row["what"] for row in rows}
-    for what, code in IMPORTS.items():
-        if f"{what}, CPU s" not in seen:
-            found = import_seconds(*code, python, given.turns)
-            rows.append({"what": f"{what}, CPU s", **found})
-            pd.DataFrame(rows).to_csv(journal, index=False)
     if not any(what.endswith("MiB") for what in seen):
         for what, sizes in file_sizes(given.backbone, given.out, python).items():
             found = ratios(*([size] for size in sizes))
             rows.append({"what": f"{what}, MiB", **found})
         pd.DataFrame(rows).to_csv(journal, index=False)
+    for what, code in IMPORTS.items():
+        if f"{what}, CPU s" not in seen:
+            found = import_seconds(*code, python, given.turns)
+            rows.append({"what": f"{what}, CPU s", **found})
+            pd.DataFrame(rows).to_csv(journal, index=False)
     frame = pd.DataFrame(rows).set_index("what")
     shown = frame[["ours", "theirs", "ratio", "low", "high"]]
     shown.columns = ["kit", "TerraTorch", "ratio", "lowest", "highest"]

@@ -22,7 +22,8 @@ def _path() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
         yield
-    for name in ("paired", "shared", "methods", "step", "step_kit", "workers"):
+    ours = ("scene", "step", "step_kit", "workers")
+    for name in ("paired", "shared", "methods", *ours):
         sys.modules.pop(name, None)
 
 
@@ -168,3 +169,11 @@ def test_goals_are_said_to_be_met_or_missed() -> None:
     page = report(pd.DataFrame([row, row | {"setting": "plain"}]))
     assert "<= 0.65, missed" in page and "<= 0.30, met" in page
     assert page.splitlines()[-1].count(" - ") == 2
+
+
+def test_a_faster_scene_is_a_speed_above_one() -> None:
+    from scene import speed
+
+    found = speed(ours=[1.0, 2.0, 4.0], theirs=[2.0, 8.0, 4.0])
+    assert (found["speed_ratio"], found["speed_low"], found["speed_high"]) == (2, 1, 4)
+    assert (found["seconds_kit"], found["seconds_terratorch"]) == (2, 4)
