@@ -70,7 +70,7 @@ def measure(
     turns: int,
 ) -> list[dict[str, Any]]:
     """One row for each precision of the kit, on a scene of one size."""
-    source, size = write_scene(folder, cell["size"]), cell["size"]
+    source = write_scene(folder, cell["size"])
     job = {"source": str(source), "window": WINDOW, "step": STEP, "batch": batch}
     workers = {"peer": peer, **dict.fromkeys(PRECISIONS, kit)}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
