@@ -21,12 +21,14 @@ from terratorch_environment import make_environment
 from workers import Worker
 
 START = {"backbone": "prithvi_eo_v2_tiny_tl", "size": 224, "batch": 1}
-AXES: dict[str, tuple[str, list[Any]]] = {
-    "batch": ("batch", [1, 2, 4, 8]),
-    "image": ("size", [64, 128, 224, 448]),
+# Axis -> what changes, its values, and what else differs from the start.
+AXES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
+    "batch": ("batch", [1, 2, 4, 8], {}),
+    "image": ("size", [64, 128, 224, 448], {}),
     "model": (
         "backbone",
         ["prithvi_eo_v2_tiny_tl", "prithvi_eo_v2_100_tl", "prithvi_eo_v2_300_tl"],
+        {"batch": 2},
     ),
 }
 SHOWN = ("plain", "memory")
@@ -67,7 +69,11 @@ def main() -> None:
 
 def cells(axes: list[str]) -> list[dict[str, Any]]:
     """The start with one number changed, axis by axis, smallest first."""
-    return [{**START, AXES[axis][0]: value} for axis in axes for value in AXES[axis][1]]
+    return [
+        {**START, **others, key: value}
+        for key, values, others in (AXES[axis] for axis in axes)
+        for value in values
+    ]
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Draw how a training step grows, from `docs/results/step_growth.csv`.
+"""Draw how a training step grows, from rows in `docs/results/`.
 
     python docs/figures/make_step_growth.py
 
-The rows are those of `benchmarks/growth.py`.
+LoRA, in rows of `benchmarks/growth.py` and of `benchmarks/step.py`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,18 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
 
 FIGURES = Path(__file__).resolve().parent
+RESULTS = FIGURES.parent / "results"
 MILLIONS = {"tiny": 5.4, "100": 86.2, "300": 304.0}  # parameters of the backbones
-AXES = {
-    "batch": ("batch", "images in a batch"),
-    "image": ("size", "side of an image (px)"),
-    "model": ("millions", "parameters of the backbone (millions)"),
-}
+# What changes, its label, and what stays.
+AXES = [
+    ("batch", "images in a batch", {"size": 224, "millions": MILLIONS["tiny"]}),
+    ("size", "side of an image (px)", {"batch": 1, "millions": MILLIONS["tiny"]}),
+    (
+        "millions",
+        "parameters of the backbone (millions)",
+        {"batch": 2, "size": 224},
+    ),
+]
 # Label -> colour, marker; of the Okabe-Ito palette, as in the kit's own plots.
 LINES = {
     "TerraTorch": ("#d55e00", "s"),
@@ -32,27 +38,22 @@ SETTINGS = {"plain": "kit, plain", "memory": "kit, checkpointing='blocks'"}
 
 def main() -> None:
     """Read the rows, write the picture."""
-    rows = pd.read_csv(FIGURES.parent / "results" / "step_growth.csv")
+    tables = [pd.read_csv(RESULTS / f"{name}.csv") for name in ("step_growth", "step")]
+    rows = pd.concat(tables).query("mode == 'lora'")
     rows["millions"] = [
         next(n for key, n in MILLIONS.items() if f"_{key}_" in name)
         for name in rows["backbone"]
     ]
     figure, axes = plt.subplots(2, 3, figsize=(11, 6), layout="constrained")
-    for column, (key, label) in enumerate(AXES.values()):
-        chosen = along(rows, key)
+    for column, (key, label, fixed) in enumerate(AXES):
+        chosen = rows[(rows[list(fixed)] == pd.Series(fixed)).all(axis=1)]
+        chosen = chosen.sort_values(key)
         draw(axes[0, column], chosen, key, "time", "CPU time of a step (s)")
         draw(axes[1, column], chosen, key, "saved", "kept for the backward pass (MiB)")
         axes[1, column].set_xlabel(label)
     handles, names = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=len(names))
     figure.savefig(FIGURES / "step_growth.png", dpi=110)
-
-
-def along(rows: pd.DataFrame, key: str) -> pd.DataFrame:
-    """The rows in which only one number differs from the start, batch 1 at 224 px."""
-    start = {"batch": 1, "size": 224, "millions": MILLIONS["tiny"]}
-    others = [(rows[name] == value) for name, value in start.items() if name != key]
-    return rows[others[0] & others[1]].sort_values(key)
 
 
 def draw(axis: Axes, rows: pd.DataFrame, key: str, what: str, label: str) -> None:
