@@ -132,6 +132,5 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     peer = Peer()
-    serve(
-        {name: getattr(peer, name) for name in ("build", "step", "saved", "gradients")}
-    )
+    names = ("build", "step", "saved", "gradients", "checkpoints")
+    serve({name: getattr(peer, name) for name in names})
