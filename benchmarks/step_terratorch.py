@@ -103,8 +103,9 @@ class Peer:
         from terratorch.tasks import SemanticSegmentationTask
 
         task = SemanticSegmentationTask(
-            model=self.model, model_args={"num_classes": 3}, optimizer="AdamW"
-        )
+            model=self.model, model_args={"num_classes": 3}, optimizer="AdamW",
+            ignore_index=-1,
+        )  # fmt: skip
         pairs = [
             {"image": i, "mask": m} for i, m in zip(self.image, self.mask, strict=True)
         ]
