@@ -14,11 +14,14 @@ from __future__ import annotations
 
 import subprocess
 import venv
+from importlib.metadata import version
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parents[1] / "build" / "terratorch"
-# torchgeo 0.10 renamed what TerraTorch imports (torchgeo/terratorch issue 1221).
-PACKAGES = ("terratorch[peft]==1.2.11", "torchgeo<0.9")
+# torchgeo 0.10 renamed what TerraTorch imports (torchgeo/terratorch issue 1221). torch
+# is the release of the kit: a comparison of systems is not to be one of kernels.
+TORCH = f"torch=={version('torch').split('+')[0]}"
+PACKAGES = ("terratorch[peft]==1.2.11", "torchgeo<0.9", TORCH)
 
 
 def make_environment(folder: Path = FOLDER) -> Path:

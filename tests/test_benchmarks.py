@@ -22,7 +22,8 @@ def _path() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
         yield
-    for name in ("paired", "shared", "methods"):
+    ours = ("scene", "step", "step_kit", "workers")
+    for name in ("paired", "shared", "methods", *ours):
         sys.modules.pop(name, None)
 
 
@@ -104,3 +105,75 @@ def test_a_cut_study_goes_on_and_a_failure_is_a_row(
     study(1).run([lora, wrong], seeds=[0, 1])  # another process, one more seed
     assert began == [("lora", 1)]
     assert sorted(final_rows(study(0).journal.rows())["seed"]) == [0, 1]
+
+
+def test_ratios_are_taken_turn_by_turn() -> None:
+    from workers import ratios
+
+    found = ratios([1.0, 4.0, 3.0], [2.0, 4.0, 12.0])  # a machine that slows down
+    assert found["ratio"] == 0.5 and (found["low"], found["high"]) == (0.25, 1.0)
+    assert (found["ours"], found["theirs"], found["turns"]) == (3.0, 4.0, 3)
+
+
+WORKER = f"""
+import sys
+sys.path.insert(0, {str(FOLDER)!r})
+from workers import serve
+
+def double(number):
+    print("a library's own chatter")
+    return {{"number": 2 * number}}
+
+serve({{"double": double}})
+"""
+
+
+def test_a_worker_answers_whatever_else_it_prints(tmp_path: Path) -> None:
+    from workers import Worker
+
+    script, log = tmp_path / "worker.py", tmp_path / "log"
+    script.write_text(WORKER)
+    worker = Worker(str(script), sys.executable, log)
+    assert [worker.ask("double", number=n)["number"] for n in (1, 4)] == [2, 8]
+    with pytest.raises(RuntimeError, match="number"):
+        worker.ask("double")
+    assert "chatter" in log.read_text()
+    worker.stop()
+
+
+def test_names_of_the_peer_are_found_in_the_kit() -> None:
+    from step_kit import kit_name
+
+    theirs = "encoder.base_model.model.blocks.3.attn.qkv.v_linear.lora_A.default.weight"
+    network = gk.load_backbone("geopeft_tiny", weights=None)
+    gk.attach(network, "lora", targets=("q", "v"))
+    names = dict(gk.build_model(network, "unet").named_parameters())
+    assert kit_name(theirs) in names
+    assert kit_name("neck.2.fpn1.3.weight") in names
+    assert kit_name("decoder.decoder.blocks.0.conv1.0.weight") in names
+    assert kit_name("head.head.2.bias") in names
+    assert kit_name("encoder.norm.weight") in names
+    gk.attach(network, "vpt", tokens=2)
+    names = dict(gk.build_model(network, "unet").named_parameters())
+    assert kit_name("encoder.vpt_prompt_embeddings.5") in names
+
+
+def test_goals_are_said_to_be_met_or_missed() -> None:
+    from step import GOALS, SETTINGS, report
+
+    assert {mode for mode, _ in GOALS} == set(SETTINGS)
+    row = {"mode": "lora", "setting": "memory, bf16", "time_ours": 1.0}
+    row |= {"time_theirs": 2.0, "time_ratio": 0.66, "time_low": 0.4, "time_high": 0.7}
+    row |= {"saved_ours": 3.0, "saved_theirs": 10.0, "saved_ratio": 0.3}
+    row |= {"output_difference": 0.0, "gradients_difference": 1e-6}
+    page = report(pd.DataFrame([row, row | {"setting": "plain"}]))
+    assert "<= 0.65, missed" in page and "<= 0.30, met" in page
+    assert page.splitlines()[-1].count(" - ") == 2
+
+
+def test_a_faster_scene_is_a_speed_above_one() -> None:
+    from scene import speed
+
+    found = speed(ours=[1.0, 2.0, 4.0], theirs=[2.0, 8.0, 4.0])
+    assert (found["speed_ratio"], found["speed_low"], found["speed_high"]) == (2, 1, 4)
+    assert (found["seconds_kit"], found["seconds_terratorch"]) == (2, 4)

@@ -141,6 +141,19 @@ def test_convolution_stitched_equals_whole_where_windows_see_enough(tmp_path):
     assert np.abs(read(naive)[0] - whole(model, image)[0]).max() > 0.05
 
 
+def test_sixteen_bits_give_nearly_the_same(tmp_path):
+    image = reflectance(40, 52)
+    source = write_scene(tmp_path / "scene.tif", image)
+    model = pixelwise("regression", channels=1)
+    options = {"window": 16, "progress": False, "resume": True}
+    plain = read(predict_scene(model, source, tmp_path / "a.tif", **options))
+    low = {"precision": "bf16-mixed", **options}
+    rough = read(predict_scene(model, source, tmp_path / "b.tif", **low))
+    assert 0 < np.abs(plain - rough).max() < 0.02
+    with pytest.raises(ValueError, match="allowed are auto, 32-true"):
+        predict_scene(model, source, tmp_path / "c.tif", precision="bf16")
+
+
 def test_more_rows_than_one_block(tmp_path):
     image = reflectance(600, 40)
     source = write_scene(tmp_path / "scene.tif", image)

@@ -131,7 +131,8 @@ def fit(
             the MLP of each block, "blocks" in whole blocks. The same numbers, more
             time.
         precision: "auto" or a name Lightning knows. "auto" is bf16 where the GPU has it
-            in hardware, 16-bit with loss scaling on older GPUs, 32-bit on a CPU.
+            in hardware, 16-bit with loss scaling on older GPUs, 32-bit on a CPU: one
+            without matrix units for bf16 (AMX) multiplies slower in it than in 32 bits.
         frozen_precision: "bf16" holds frozen matrices in bf16 while training, "nf4"
             (QLoRA; a GPU with bitsandbytes, 'lora' alone) in 4 bits; both need (with
             "auto": take) precision="bf16-mixed".
