@@ -33,7 +33,7 @@ import geopeft_kit as gk
 from geopeft_kit.data.regions import REGIONS
 from geopeft_kit.data.simulated import LESSON_PLACES
 from geopeft_kit.data.world import Scene, simulate_scene
-from geopeft_kit.pretraining import Objective, pretrain, save_weights
+from geopeft_kit.pretraining import save_weights
 
 HELD_OUT = "savanna"
 CROP = 64
@@ -181,14 +181,14 @@ def main() -> None:
         f"{time.perf_counter() - began:.0f} s",
         flush=True,
     )
-    log = pretrain(
+    run = gk.pretrain(
         backbone,
         corpus,
+        mask_ratio=arguments.mask,
         steps_per_epoch=arguments.steps,
         epochs=arguments.epochs,
         batch_size=arguments.batch,
         learning_rate=arguments.rate,
-        objective=Objective(mask_ratio=arguments.mask),
         precision=arguments.precision,
         seed=arguments.seed,
         folder=arguments.folder / arguments.backbone,
@@ -197,7 +197,7 @@ def main() -> None:
     out = arguments.out or WEIGHTS / f"{arguments.backbone}.safetensors"
     out.parent.mkdir(parents=True, exist_ok=True)
     save_weights(backbone, out)
-    log.to_csv(out.with_suffix(".log.csv"), index=False, float_format="%.6g")
+    run.history.to_csv(out.with_suffix(".log.csv"), index=False, float_format="%.6g")
     print(f"wrote {out} after {time.perf_counter() - began:.0f} s")
 
 

@@ -1,0 +1,214 @@
+"""Does the embedded model earn its place? The gates that its weights have to pass.
+
+    python benchmarks/gates.py --data DIR --out build/gates
+
+Two tasks that are not the pretext: simulated burn scars (three regions for training,
+two unseen) and EuroSAT's longitude split, real pixels, from DIR/eurosat_rgb. Five
+seeds, two learning rates for each candidate, differences paired by seed with Student's
+95 % interval. A gate is "met" where the whole interval is on the right side of its
+limit, "mean only" where the mean alone is, else "not met".
+
+A part that is there already is not run again; `--report` only writes the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from scipy import stats
+from shared import convert, pixel_rows, setting, table
+
+import geopeft_kit as gk
+
+RANDOM = {"weights": None}
+RATES = {"frozen": (1e-3, 5e-3), "lora": (1e-3, 4e-3), "full": (2e-4, 8e-4)}
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A limit on a score, or on a paired difference of scores.
+
+    Attributes:
+        what: In words.
+        part: Which rows: "burn", "burn rgb" or "eurosat".
+        label: The candidate.
+        reference: The candidate it is compared with; None for a score alone.
+        split: Column of the score; "val" is in-region, "test" unseen.
+        low: Least value.
+        high: Largest value.
+    """
+
+    what: str
+    part: str
+    label: str
+    reference: str | None
+    split: str
+    low: float
+    high: float = float("inf")
+
+
+def _burn_gates(part: str) -> list[Gate]:
+    return [
+        Gate("probe above random probe", part, "probe", "random probe", "test", 0.05),
+        Gate("the same, in-region", part, "probe", "random probe", "val", 0.05),
+        Gate("LoRA above probe, unseen", part, "LoRA", "probe", "test", 0.03),
+        Gate("LoRA within 0.02 of full, unseen", part, "LoRA", "full", "test", -0.02),
+        Gate("LoRA above random full, unseen", part, "LoRA", "random full", "test", 0),
+        Gate("full, in-region, 0.55 to 0.92", part, "full", None, "val", 0.55, 0.92),
+    ]
+
+
+GATES = [
+    *_burn_gates("burn"),
+    *_burn_gates("burn rgb"),
+    Gate(
+        "probe above pixel statistics, unseen block, real pixels",
+        "eurosat",
+        "probe",
+        "pixel statistics",
+        "test",
+        0.0,
+    ),
+    Gate(
+        "probe above random probe, unseen block, real pixels",
+        "eurosat",
+        "probe",
+        "random probe",
+        "test",
+        0.0,
+    ),
+]
+
+
+def main() -> None:
+    """Run the parts that are missing and write the table of gates."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("build/gates"))
+    parser.add_argument("--table", type=Path, default=Path("docs/results/gates.csv"))
+    parser.add_argument("--weights", default="default", help="of geopeft_tiny")
+    parser.add_argument("--rgb-weights", default="default", help="of geopeft_tiny_rgb")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--report", action="store_true", help="train nothing")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    for name in arguments.parts:
+        path = _file(arguments, name)
+        if not path.exists() and not arguments.report:
+            PARTS[name](arguments).to_csv(path, index=False)
+    files = {name: _file(arguments, name) for name in PARTS}
+    rows = {name: pd.read_csv(path) for name, path in files.items() if path.exists()}
+    checked = pd.DataFrame([check(g, rows[g.part]) for g in GATES if g.part in rows])
+    checked.to_csv(arguments.table, index=False, float_format="%.4f")
+    print(table(checked.set_index("gate")))
+    print(setting((time.perf_counter() - began) / 60))
+
+
+def burn(
+    arguments: argparse.Namespace, bands: Sequence[str] | str = "hls"
+) -> pd.DataFrame:
+    """Simulated burn scars, the data of the quickstart."""
+    data = gk.simulated_data(
+        "burn",
+        bands,
+        chips_per_region=24,
+        train_regions=["temperate", "mediterranean", "boreal"],
+        test_regions=["arid", "savanna"],
+        val_fraction=0.3,
+    )
+    rgb = bands != "hls"
+    candidates = [
+        gk.Candidate("probe", "frozen", learning_rates=RATES["frozen"]),
+        gk.Candidate("LoRA", "lora", {"rank": 8}, learning_rates=RATES["lora"]),
+        gk.Candidate("full", "full", learning_rates=RATES["full"]),
+        *_random_candidates(),
+    ]
+    return gk.compare(
+        candidates,
+        data,
+        "geopeft_tiny_rgb" if rgb else "geopeft_tiny",
+        {"weights": arguments.rgb_weights if rgb else arguments.weights},
+        epochs=12,
+        seeds=range(arguments.seeds),
+    ).rows
+
+
+def burn_rgb(arguments: argparse.Namespace) -> pd.DataFrame:
+    """The same scenes for the twin that sees blue, green and red alone."""
+    return burn(arguments, ("BLUE", "GREEN", "RED"))
+
+
+def eurosat(arguments: argparse.Namespace) -> pd.DataFrame:
+    """Probes on real pixels, and the rival without a network."""
+    folder = convert("eurosat_rgb", arguments, "--in-region", "0.2")
+    data = gk.ChipData(folder, ("BLUE", "GREEN", "RED"), split="index", batch_size=32)
+    rates = RATES["frozen"]
+    candidates = [
+        gk.Candidate("probe", "frozen", learning_rates=rates),
+        gk.Candidate("random probe", "frozen", {}, RANDOM, learning_rates=rates),
+    ]
+    seeds = range(arguments.seeds)
+    found = gk.compare(
+        candidates,
+        data,
+        "geopeft_tiny_rgb",
+        {"weights": arguments.rgb_weights},
+        epochs=4,
+        seeds=seeds,
+        train_chips=1000,
+    )
+    return pd.concat([found.rows, pixel_rows(data, seeds, 1000)], ignore_index=True)
+
+
+PARTS = {"burn": burn, "burn rgb": burn_rgb, "eurosat": eurosat}
+
+
+def _random_candidates() -> list[gk.Candidate]:
+    """The same architecture with random weights, drawn anew for each seed."""
+    probe, full = RATES["frozen"], RATES["full"]
+    return [
+        gk.Candidate("random probe", "frozen", {}, RANDOM, learning_rates=probe),
+        gk.Candidate(
+            "random full", "full", {}, RANDOM, fresh_decoder=True, learning_rates=full
+        ),
+    ]
+
+
+def _file(arguments: argparse.Namespace, part: str) -> Path:
+    return arguments.out / f"{part.replace(' ', '_')}.csv"
+
+
+def check(gate: Gate, rows: pd.DataFrame) -> dict[str, object]:
+    """One row of the table: value, its 95 % interval over seeds, limit, verdict."""
+    scores = rows.pivot(index="seed", columns="label", values=gate.split)
+    values = scores[gate.label]
+    if gate.reference is not None:
+        values = values - scores[gate.reference]
+    values = values.dropna()
+    mean = values.mean()
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std() / len(values) ** 0.5
+    inside = gate.low <= mean - half and mean + half <= gate.high
+    mean_inside = gate.low <= mean <= gate.high
+    return {
+        "gate": gate.what,
+        "part": gate.part,
+        "score": round(scores[gate.label].mean(), 4),
+        "value": round(mean, 4),
+        "low": round(mean - half, 4),
+        "high": round(mean + half, 4),
+        "at least": gate.low,
+        "at most": gate.high,
+        "seeds": len(values),
+        "verdict": "met" if inside else "mean only" if mean_inside else "not met",
+    }
+
+
+if __name__ == "__main__":
+    main()
