@@ -61,9 +61,7 @@ def test_masked_patches_are_hidden_from_the_backbone() -> None:
     other[:, :, :16, :16] = 0.9  # the four patches in the hidden cell
     with torch.no_grad():
         assert torch.equal(task.encode(image, cells)[0], task.encode(other, cells)[0])
-        assert not torch.equal(
-            task.encode(image, None)[0], task.encode(other, None)[0]
-        )
+        assert not torch.equal(task.encode(image, None)[0], task.encode(other, None)[0])
 
 
 def test_unknown_targets_do_not_count() -> None:
