@@ -161,11 +161,11 @@ def eurosat(arguments: argparse.Namespace) -> Runs:
     def random_probe(seed: int) -> dict[str, Any]:
         torch.manual_seed(seed)
         backbone = gk.load_backbone("geopeft_tiny_rgb", weights=None)
-        return probe(backbone, data, [seed], IMAGES)[0]
+        return probe(backbone, data, seed, IMAGES)
 
     def pretrained_probe(seed: int) -> dict[str, Any]:
         backbone = gk.load_backbone("geopeft_tiny_rgb", weights=arguments.rgb_weights)
-        return probe(backbone, data, [seed], IMAGES)[0]
+        return probe(backbone, data, seed, IMAGES)
 
     def pixels(seed: int) -> dict[str, Any]:
         return dict(pixel_rows(data, [seed], IMAGES).iloc[0])
