@@ -29,7 +29,8 @@ def probe(
         seed: Of the draw of training images.
         chips: Training images.
     """
-    drawn = data.subset(chips, seed).subset(VAL, split="val")
+    few = min(VAL, len(data.dataset("val")))
+    drawn = data.subset(chips, seed).subset(few, split="val")
     features = {
         split: pooled(backbone, drawn, split) for split in ("train", "val", "test")
     }
@@ -46,7 +47,7 @@ def probe(
     return best
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def pooled(backbone: Backbone, data: gk.ChipData, split: str) -> tuple[Tensor, Tensor]:
     """Mean of the last map of every image, (N, D), and its label, (N,)."""
     model = gk.build_model(backbone, task=data.task, num_classes=data.num_classes)
@@ -55,4 +56,4 @@ def pooled(backbone: Backbone, data: gk.ChipData, split: str) -> tuple[Tensor, T
         for batch in data.dataloader(split)
     ]
     features, labels = map(torch.cat, zip(*found, strict=True))
-    return features.clone(), labels.clone()
+    return features, labels
