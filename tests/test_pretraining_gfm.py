@@ -114,6 +114,20 @@ def test_losses_of_a_swin_are_those_of_the_formulas() -> None:
     assert not losses["teacher"].isnan() and losses["teacher"].requires_grad
 
 
+def test_sizes_are_those_of_the_authors_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoder 3.149 M and projector 1.050 M beside an encoder of 86.725 M."""
+    monkeypatch.undo()  # the card as it is
+    with torch.device("meta"):
+        student, teacher = (
+            gk.load_backbone(GFM, weights=None, image_size=size) for size in (192, 224)
+        )
+        task = PretextTask(student, Objective(), Teacher(teacher, student.bands, 3))
+    assert sum(p.numel() for p in student.parameters()) == 86_725_176
+    assert sum(p.numel() for p in task.pixels.parameters()) == 3_148_800
+    assert sum(p.numel() for p in task.projector.parameters()) == 1_049_600
+    assert task.mask_token.shape == (128,) and task.unit == 32
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3, 4])
 def test_stages_of_a_vit_are_quarters_of_its_depth(stage: int) -> None:
     backbone = vit()

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pandas as pd
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -19,74 +17,15 @@ from geopeft_kit.backbones.base import Backbone
 from geopeft_kit.data.chips import ChipData
 from geopeft_kit.pretraining.distillation import Teacher
 from geopeft_kit.pretraining.energy import EnergyMeter
-from geopeft_kit.pretraining.masking import draw_cells, enlarged
+from geopeft_kit.pretraining.result import Pretraining, save_weights
 from geopeft_kit.pretraining.samples import Draws, Samples, SizedSamples
 from geopeft_kit.pretraining.task import Objective, PretextTask
 from geopeft_kit.training.callbacks import Checkpoint
 from geopeft_kit.training.fit import quiet_lightning
 from geopeft_kit.training.hardware import choose_device, choose_precision
-from geopeft_kit.training.tracker import Resources, Tracker
+from geopeft_kit.training.tracker import Tracker
 
 WEIGHTS = "weights.safetensors"
-
-
-@dataclass
-class Pretraining:
-    """What a pretraining run leaves behind.
-
-    Attributes:
-        task: Backbone and heads as they ended.
-        history: One row an epoch: samples seen, and the mean of each loss.
-        resources: Time and memory, see `Resources`.
-        seconds: Of this call; a resumed run counts from its resume.
-        watt_hours: Of the GPUs in this call; None is "not measured".
-        weights: The file that `load_backbone` reads; None without a folder, or where an
-            adapter trained: that is saved by `adapter.save`.
-    """
-
-    task: PretextTask
-    history: pd.DataFrame
-    resources: Resources
-    seconds: float
-    watt_hours: float | None
-    weights: Path | None = None
-
-    def cost(self) -> dict[str, Any]:
-        """Minutes, memory and energy, as one row of a table."""
-        energy = self.watt_hours
-        return {
-            "minutes": self.seconds / 60,
-            "ms a step": self.resources.step_ms,
-            "peak MiB": self.resources.peak_mib,
-            "activations MiB": self.resources.activations_mib,
-            "energy Wh": "not measured" if energy is None else energy,
-        }
-
-    @torch.no_grad()
-    def reconstruct(
-        self, image: Tensor, mask_ratio: float | None = None, seed: int = 0
-    ) -> tuple[Tensor, Tensor]:
-        """Hide a part of images and let the network paint it.
-
-        Args:
-            image: (B, C, H, W) reflectance.
-            mask_ratio: Share to hide; None is that of training.
-            seed: Of the cells that are hidden.
-
-        Returns:
-            What is hidden, (B, H, W) bool, and the painted images, (B, C, H, W)
-            reflectance: all of them painted, the visible cells too.
-        """
-        task, backbone = self.task, self.task.backbone
-        ratio = task.objective.mask_ratio if mask_ratio is None else mask_ratio
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            cells = draw_cells(image, task.unit, ratio)
-        painted = task.paint(task.encode(image, cells)[0])
-        if backbone.normalise:
-            painted = painted * backbone.std + backbone.mean
-            painted = painted / backbone.card.normalisation.scale
-        return enlarged(cells, task.unit), painted
 
 
 def pretrain(
@@ -182,23 +121,9 @@ def pretrain(
     callbacks: list[L.Callback] = [log, tracker]
     if checkpoint is not None:
         callbacks.append(Checkpoint(checkpoint))
-    if devices > 1 and strategy == "auto":
-        strategy = "ddp_find_unused_parameters_true"
     with quiet_lightning():
-        trainer = L.Trainer(
-            accelerator="gpu" if place.type == "cuda" else "cpu",
-            devices=devices,
-            strategy=strategy,
-            precision=choose_precision(precision, place),
-            max_epochs=epochs,
-            gradient_clip_val=5.0,
-            use_distributed_sampler=False,  # ours knows its rank
-            callbacks=callbacks,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+        precision = choose_precision(precision, place)
+        trainer = _trainer(place, devices, strategy, precision, epochs, callbacks)
         # A generator of its own: making an iterator would draw from the masks' state.
         own = torch.Generator().manual_seed(seed)
         loader: DataLoader = DataLoader(
@@ -211,7 +136,7 @@ def pretrain(
         resume_from = str(checkpoint) if resume else None
         trainer.fit(task, loader, ckpt_path=resume_from, weights_only=True)
         seconds = time.perf_counter() - began
-    task.to("cpu" if place.type == "cpu" else place).eval()
+    task.to(place).eval()
     run = Pretraining(
         task,
         pd.DataFrame(log.rows),
@@ -225,36 +150,31 @@ def pretrain(
     return run
 
 
-def save_weights(backbone: Backbone, path: str | Path, half: bool = True) -> Path:
-    """Write the backbone's plain weights as safetensors that `load_backbone` reads.
-
-    Args:
-        backbone: Any backbone; no adapter may be active.
-        path: The file; written whole or not at all.
-        half: Store as float16, half the size.
-
-    Returns:
-        The path written.
-
-    Raises:
-        ValueError: An adapter is active.
-    """
-    if getattr(backbone, "adapter", None) is not None:
-        raise ValueError(
-            f"the adapter {backbone.adapter.name!r} is active, so these are not plain "
-            "weights. Save it with adapter.save(folder), or fold it in with "
-            "adapter.merge() first."
-        )
-    path = Path(path)
-    dtype = torch.float16 if half else torch.float32
-    state = backbone.model.state_dict()
-    unfinished = path.with_suffix(".part")
-    try:
-        save_file({k: v.to(dtype).contiguous() for k, v in state.items()}, unfinished)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return path
+def _trainer(
+    place: torch.device,
+    devices: int,
+    strategy: str,
+    precision: Any,
+    epochs: int,
+    callbacks: list[L.Callback],
+) -> L.Trainer:
+    if devices > 1 and strategy == "auto":
+        # with the teacher alone, what lies behind its stage gets no gradient
+        strategy = "ddp_find_unused_parameters_true"
+    return L.Trainer(
+        accelerator="gpu" if place.type == "cuda" else "cpu",
+        devices=devices,
+        strategy=strategy,
+        precision=precision,
+        max_epochs=epochs,
+        gradient_clip_val=5.0,
+        use_distributed_sampler=False,  # ours knows its rank
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
 
 
 def _checkpoint(folder: str | Path | None, resume: bool) -> Path | None:
