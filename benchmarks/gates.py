@@ -30,7 +30,7 @@ from shared import convert, keep, pixel_rows, setting, table
 import geopeft_kit as gk
 
 RGB = ("BLUE", "GREEN", "RED")
-IMAGES = 1000  # labelled training images of EuroSAT
+IMAGES = 500  # labelled training images of EuroSAT
 RANDOM = {"weights": None}  # the same architecture, drawn anew for each seed
 CANDIDATES = (
     gk.Candidate("probe", "frozen"),
