@@ -5,9 +5,10 @@
 Two studies, five seeds each, same number of crops for every row:
 
 - objectives: `geopeft_tiny_rgb` is adapted to crops of 32 x 32 pixels out of unlabelled
-  EuroSAT training images and 23 Sentinel-2 chips from all continents (never EuroSAT's val or test block),
-  with its own packaged weights as the teacher; then probed and fine-tuned on EuroSAT,
-  scored on the unseen block. The packaged weights have seen the 23 chips before.
+  EuroSAT training images and of 23 Sentinel-2 chips from all continents (never
+  EuroSAT's val or test block), with its own packaged weights as the teacher; then
+  probed and fine-tuned on EuroSAT, scored on the unseen block. The packaged weights
+  have seen the 23 chips before.
 - corpora: `geopeft_tiny` from random weights by masked modelling alone, on as many
   simulated scenes of five regions (varied) as of one (narrow); then probed on simulated
   land cover of regions that only the varied corpus holds, and of one that neither does.
