@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pixel_shuffle
+from torch.nn.functional import interpolate, pixel_shuffle
 
 from geopeft_kit.decoders import (
     DECODERS,
@@ -39,6 +39,7 @@ TASKS = (
 )
 WHOLE_IMAGE_TASKS = ("classification", "multilabel")
 FUSIONS = ("difference", "concatenate")
+_DETAIL = 0.02  # reflectance that one unit of a decoder's output adds to an image
 
 _Batches = Iterable[Sequence[Tensor]]
 
@@ -63,7 +64,8 @@ def build_model(
             "linear" for whole images, which have no other.
         task: "segmentation", "regression" (a number per pixel), "classification",
             "multilabel", "change" (two dates through one backbone) or
-            "super_resolution" (values on a finer grid).
+            "super_resolution" (values on a finer grid; where as many bands go out as
+            come in, they are added to the image, enlarged by cubic interpolation).
         num_classes: classes K, the background included (2 for a yes / no map);
             without effect for regression; bands of the finer image for
             super-resolution.
@@ -179,6 +181,8 @@ class Model(nn.Module):
         self.num_classes: int = config["num_classes"]
         self.fusion: str | None = config.get("fusion")
         self.factor: int = config.get("factor", 1)
+        own = self.num_classes == len(backbone.bands)
+        self.adds_detail = self.task == "super_resolution" and own
         self._built_for = backbone.channels, backbone.strides
 
     @property
@@ -221,7 +225,7 @@ class Model(nn.Module):
             Maps (B, C_i, h_i, w_i) of the padded image, before standardisation: four
             for UNet, UPerNet and `all_scales`, else the last one; their means
             (B, C_i, 1, 1) for whole-image tasks. For change the two dates are fused
-            already.
+            already. Super-resolution that adds to the image hands it on as the last.
 
         Raises:
             ValueError: an image of another shape, or a backbone whose maps are no
@@ -235,7 +239,8 @@ class Model(nn.Module):
         dates = getattr(self.backbone, "dates", 1)
         if dates > 1:
             image = dates_after_bands(image, len(self.backbone.bands), dates)
-        return self._maps(image, meta)
+        maps = self._maps(image, meta)
+        return [*maps, image] if self.adds_detail else maps
 
     def from_features(
         self, maps: Sequence[Tensor], size: tuple[int, int] | None = None
@@ -256,6 +261,11 @@ class Model(nn.Module):
             raise ValueError(
                 f"task {self.task!r} needs size=(H, W), the image size in pixels."
             )
+        if self.adds_detail:
+            *maps, image = maps
+            enlarged = interpolate(image, scale_factor=self.factor, mode="bicubic")
+            detail = pixel_shuffle(self.decoder(maps, size), self.factor)
+            return enlarged + _DETAIL * detail
         output = self.decoder(maps, size)
         # r * r values of every coarse pixel become r x r fine pixels
         return pixel_shuffle(output, self.factor) if self.factor > 1 else output
@@ -318,6 +328,8 @@ class Model(nn.Module):
                 statistics = channel_statistics(cast("_Batches", batches))
         finally:
             self.train(was_training)
+        if self.adds_detail:
+            statistics = statistics[:-1]  # the last is the image
         given = [len(mean) for mean, _ in statistics]
         if given != self.decoder.channels:
             raise ValueError(
