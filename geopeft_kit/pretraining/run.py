@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,6 +53,7 @@ def pretrain(
     seed: int = 0,
     folder: str | Path | None = None,
     resume: bool = False,
+    minutes: float | None = None,
     progress: bool = True,
 ) -> Pretraining:
     """Pretrain a backbone in place, from random weights or from those it has.
@@ -93,6 +95,8 @@ def pretrain(
         folder: Where a checkpoint is written after each epoch, and weights at the end.
         resume: Go on from it, with the same schedule. On a CPU, at an equal number of
             threads, the weights are those of a run never interrupted.
+        minutes: Stop after the epoch in which they are over, for a long run in
+            stretches; None goes on to the end.
         progress: Print a line an epoch.
 
     Returns:
@@ -117,7 +121,7 @@ def pretrain(
         learning_rate=learning_rate,
         total_steps=draws.steps * epochs,
     )
-    log, tracker = _Log(seed, progress), Tracker()
+    log, tracker = _Log(seed, progress, minutes), Tracker()
     callbacks: list[L.Callback] = [log, tracker]
     if checkpoint is not None:
         callbacks.append(Checkpoint(checkpoint))
@@ -207,10 +211,12 @@ def _check_adapter(backbone: Backbone, teacher: Backbone | None) -> None:
 
 
 class _Log(L.Callback):
-    """One row an epoch; seeds each epoch so that a resumed run draws the same masks."""
+    """One row an epoch; seeds each, so that a resumed run draws alike."""
 
-    def __init__(self, seed: int, progress: bool) -> None:
+    def __init__(self, seed: int, progress: bool, minutes: float | None) -> None:
         self.seed, self.progress = seed, progress
+        seconds = math.inf if minutes is None else 60 * minutes
+        self.until = time.monotonic() + seconds
         self.rows: list[dict[str, float]] = []
 
     def state_dict(self) -> dict[str, Any]:
@@ -242,5 +248,6 @@ class _Log(L.Callback):
         for name in self.losses[0]:
             row[name] = float(torch.stack([step[name] for step in self.losses]).mean())
         self.rows.append(row)
+        trainer.should_stop = trainer.should_stop or time.monotonic() > self.until
         if self.progress and trainer.is_global_zero:
             print("  ".join(f"{k} {v:.4g}" for k, v in row.items()), flush=True)
