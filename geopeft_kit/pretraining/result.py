@@ -90,9 +90,10 @@ def save_weights(backbone: Backbone, path: str | Path, half: bool = True) -> Pat
     Raises:
         ValueError: An adapter is active.
     """
-    if getattr(backbone, "adapter", None) is not None:
+    adapter: Any = getattr(backbone, "adapter", None)
+    if adapter is not None:
         raise ValueError(
-            f"the adapter {backbone.adapter.name!r} is active, so these are not plain "
+            f"the adapter {adapter.name!r} is active, so these are not plain "
             "weights. Save it with adapter.save(folder), or fold it in with "
             "adapter.merge() first."
         )

@@ -64,7 +64,7 @@ class Objective:
 
     def weight(self, part: str) -> float:
         """What the loss "masked", "teacher", "physical" or "scene" is multiplied by."""
-        return self.alpha if part == "teacher" else getattr(self, part)
+        return float(self.alpha if part == "teacher" else getattr(self, part))
 
 
 class PretextTask(L.LightningModule):
@@ -110,7 +110,9 @@ class PretextTask(L.LightningModule):
         self.unit = _unit(backbone, objective)
         known = getattr(backbone, "mask_token", None)
         start = nn.init.trunc_normal_(torch.empty(width), std=0.02)
-        self.mask_token = nn.Parameter(start if known is None else known.flatten())
+        self.mask_token = nn.Parameter(
+            start if known is None else known.flatten().clone()
+        )
         self.pixels = nn.Linear(coarse, len(backbone.bands) * self.stride**2)
         # in a tuple, so that it is no part of this module
         self.teachers = () if teacher is None else (teacher,)
@@ -129,7 +131,8 @@ class PretextTask(L.LightningModule):
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         losses = self.compute_losses(batch)
         self.losses = {name: loss.detach() for name, loss in losses.items()}
-        return sum(self.objective.weight(name) * loss for name, loss in losses.items())
+        weigh = self.objective.weight
+        return torch.stack([weigh(part) * loss for part, loss in losses.items()]).sum()
 
     def compute_losses(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The part losses of a batch, not yet weighted.
@@ -141,8 +144,8 @@ class PretextTask(L.LightningModule):
         Returns:
             Those of masked, teacher, physical, scene that take part.
         """
-        image, losses = batch["image"], {}
-        cells = None
+        image, cells = batch["image"], None
+        losses: dict[str, Tensor] = {}
         if self.objective.masked:
             cells = draw_cells(image, self.unit, self.objective.mask_ratio)
         tokens, student = self.encode(image, cells)
@@ -152,7 +155,8 @@ class PretextTask(L.LightningModule):
                 self.backbone.normalised(image),
                 enlarged(cells, self.unit),
             )
-        for teacher in self.teachers:
+        if self.projector is not None:
+            (teacher,) = self.teachers
             losses["teacher"] = feature_loss(self.projector(student), teacher(image))
         if self.physical is not None:
             losses["physical"] = _physical_loss(self.physical, tokens, batch)
