@@ -13,7 +13,8 @@ Two studies, five seeds each, same number of crops for every row:
   simulated scenes of five regions (varied) as of one (narrow); then probed on simulated
   land cover of regions that only the varied corpus holds, and of one that neither does.
 
-A run that is there is not made again, so a study may be cut at any time.
+A run that is there is not made again, so a study may be cut at any time; `--report`
+trains nothing, prints the tables and writes all runs to docs/results.
 """
 
 from __future__ import annotations
@@ -25,10 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import rasterio
 import torch
+from methods import spread
+from paired import difference
 from probing import probe
-from shared import convert, keep, pixel_rows, setting
+from shared import convert, keep, pixel_rows, setting, table
 from torch import Tensor
 
 import geopeft_kit as gk
@@ -54,6 +58,12 @@ CORPORA = {
         "temperate", "mediterranean", "arid", "boreal", "delta",
     ),
 }  # fmt: skip
+REFERENCES = {
+    "objectives": "teacher as it is",
+    "fine_tuning": "teacher as it is",
+    "corpora": "narrow: temperate",
+}
+RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 TRAINED_ON, UNSEEN = ("temperate", "boreal"), ("arid", "delta", "savanna")
 
 
@@ -89,16 +99,42 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, default=64, help="of a pretraining")
     parser.add_argument("--limit", type=float, default=9, help="minutes; then stop")
+    parser.add_argument("--report", action="store_true", help="train nothing")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     for name in arguments.studies:
         path = arguments.out / f"{name}.csv"
+        if arguments.report:
+            report(name, pd.read_csv(path))
+            continue
         for label, seed, run in STUDIES[name](arguments):
             if time.perf_counter() - began > 60 * arguments.limit:
                 raise SystemExit("time is up; call again to go on")
             keep(path, label, seed, run)
     print(setting((time.perf_counter() - began) / 60))
+
+
+def report(name: str, rows: pd.DataFrame) -> None:
+    """Print means, spreads and paired differences, and write the runs."""
+    path = RESULTS / f"continual_{name}.csv"
+    rows.to_csv(path, index=False, float_format="%.6g")
+    reference = REFERENCES[name]
+    lines = {}
+    for label, own in rows.groupby("label", sort=False):
+        lines[label] = {
+            "seeds": len(own),
+            "val": spread(own["val"]),
+            "unseen": spread(own["test"]),
+            f"unseen, to '{reference}'": difference(rows, label, reference, "test"),
+        }
+        if "minutes" in own and own["minutes"].notna().any():
+            lines[label] |= {
+                "minutes": own["minutes"].mean(),
+                "activations MiB": own["activations MiB"].mean(),
+                "energy Wh": own["energy Wh"].iloc[0],
+            }
+    print(f"### {name}\n\n{table(pd.DataFrame(lines).T.rename_axis('label'))}\n")
 
 
 Rows = list[tuple[str, int, Callable[[], dict[str, Any]]]]
