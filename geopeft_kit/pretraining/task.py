@@ -115,7 +115,7 @@ class PretextTask(L.LightningModule):
         )
         self.pixels = nn.Linear(coarse, len(backbone.bands) * self.stride**2)
         # in a tuple, so that it is no part of this module
-        self.teachers = () if teacher is None else (teacher,)
+        self.teachers: tuple[Teacher, ...] = () if teacher is None else (teacher,)
         self.projector: nn.Linear | None = None
         if teacher is not None:
             own = stage_width(backbone, objective.stage)
@@ -156,8 +156,8 @@ class PretextTask(L.LightningModule):
                 enlarged(cells, self.unit),
             )
         if self.projector is not None:
-            (teacher,) = self.teachers
-            losses["teacher"] = feature_loss(self.projector(student), teacher(image))
+            wanted = self.teachers[0](image)
+            losses["teacher"] = feature_loss(self.projector(student), wanted)
         if self.physical is not None:
             losses["physical"] = _physical_loss(self.physical, tokens, batch)
         if self.scene is not None:

@@ -174,7 +174,7 @@ def _count(output: Tensor, truth: Tensor, model: Model, ignored: Any) -> np.ndar
         return np.array([error.numel(), error.abs().sum(), error.square().sum()], float)
     if model.task == "super_resolution":
         error = (output - truth).double().square()
-        alike = structural_similarity_index_measure(
+        alike: Any = structural_similarity_index_measure(
             output[None], truth[None], data_range=1.0
         )
         return np.array([error.numel(), error.sum(), float(alike), 1], float)
