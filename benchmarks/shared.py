@@ -7,8 +7,9 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -45,6 +46,19 @@ def pixel_rows(
                 row[split] = gk.evaluate(model, data, split)["overall"][score]
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def keep(path: Path, label: str, seed: int, run: Callable[[], dict[str, Any]]) -> None:
+    """Make one row of a study, unless it is there."""
+    rows = pd.read_csv(path) if path.exists() else pd.DataFrame()
+    if len(rows) and ((rows["label"] == label) & (rows["seed"] == seed)).any():
+        return
+    row = {"label": label, "seed": seed, **run()}
+    unfinished = path.with_suffix(".part")
+    pd.concat([rows, pd.DataFrame([row])]).to_csv(unfinished, index=False)
+    unfinished.replace(path)
+    scores = [f"{k} {row[k]:.3f}" for k in ("val", "test") if k in row]
+    print(path.stem, label, seed, *scores, flush=True)
 
 
 def search_table(searches: pd.DataFrame) -> pd.DataFrame:

@@ -10,9 +10,9 @@ the lessons'.
 
 Writes geopeft_kit/weights/geopeft_tiny.safetensors and its log beside it;
 `--backbone geopeft_tiny_rgb` makes the twin that sees blue, green and red alone, of the
-same crops with the same targets. A run that was cut goes on with --resume. The corpus
-takes about 1 GiB of memory and is made anew from its seeds each time. Lessons draw
-other places, so no scene is in both.
+same crops with the same targets. A run that was cut, or that --minutes ended, goes on
+with --resume. The corpus takes about 1 GiB of memory and is made anew from its seeds
+each time. Lessons draw other places, so no scene is in both.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import geopeft_kit as gk
 from geopeft_kit.data.regions import REGIONS
 from geopeft_kit.data.simulated import LESSON_PLACES
 from geopeft_kit.data.world import Scene, simulate_scene
-from geopeft_kit.pretraining import Objective, pretrain, save_weights
+from geopeft_kit.pretraining import save_weights
 
 HELD_OUT = "savanna"
 CROP = 64
@@ -169,6 +169,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help="a .safetensors file")
     parser.add_argument("--folder", type=Path, default=Path("build/pretrain"))
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--minutes", type=float, default=None, help="of a stretch")
     arguments = parser.parse_args()
 
     began = time.perf_counter()
@@ -181,23 +182,26 @@ def main() -> None:
         f"{time.perf_counter() - began:.0f} s",
         flush=True,
     )
-    log = pretrain(
+    run = gk.pretrain(
         backbone,
         corpus,
+        mask_ratio=arguments.mask,
         steps_per_epoch=arguments.steps,
         epochs=arguments.epochs,
         batch_size=arguments.batch,
         learning_rate=arguments.rate,
-        objective=Objective(mask_ratio=arguments.mask),
         precision=arguments.precision,
         seed=arguments.seed,
         folder=arguments.folder / arguments.backbone,
         resume=arguments.resume,
+        minutes=arguments.minutes,
     )
+    if len(run.history) < arguments.epochs:
+        raise SystemExit("the stretch is over; go on with --resume")
     out = arguments.out or WEIGHTS / f"{arguments.backbone}.safetensors"
     out.parent.mkdir(parents=True, exist_ok=True)
     save_weights(backbone, out)
-    log.to_csv(out.with_suffix(".log.csv"), index=False, float_format="%.6g")
+    run.history.to_csv(out.with_suffix(".log.csv"), index=False, float_format="%.6g")
     print(f"wrote {out} after {time.perf_counter() - began:.0f} s")
 
 

@@ -1,7 +1,8 @@
-"""Rivals without a network: a constant, an index with a threshold, pixel statistics.
+"""Rivals without a network: constant, index threshold, pixel statistics, bicubic.
 
 A foundation model has to beat these before it is worth its memory. Both are models like
-any other, so `evaluate`, `predict_scene` and the map take them. Taught in notebook 00.
+any other, so `evaluate`, `predict_scene` and the map take them. Taught in notebook 00,
+the last in notebook 10.
 """
 
 from __future__ import annotations
@@ -191,6 +192,31 @@ class PixelStatistics(nn.Module):
             features.append(table.flatten(0, 2)[rows])
             labels.append(batch["mask"].flatten()[rows])
         return torch.cat(features), torch.cat(labels).long()
+
+
+class Bicubic(nn.Module):
+    """Cubic interpolation: what super-resolution has to beat.
+
+    Args:
+        data: Of task "super_resolution", see `ChipData.for_super_resolution`.
+
+    Raises:
+        ValueError: The task is another.
+    """
+
+    def __init__(self, data: ChipData) -> None:
+        super().__init__()
+        if data.task != "super_resolution":
+            raise ValueError(
+                f"bicubic enlarging serves super-resolution; the data's task is "
+                f"{data.task!r}. Use data.for_super_resolution(factor=2)."
+            )
+        self.task, self.num_classes = data.task, data.num_classes
+        self.bands, self.factor = tuple(data.bands), data.factor
+
+    def forward(self, image: Tensor, meta: object = None) -> Tensor:
+        """(B,C,H,W) -> (B,C,r*H,r*W)."""
+        return F.interpolate(image, scale_factor=self.factor, mode="bicubic")
 
 
 def fit_logistic(

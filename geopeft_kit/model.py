@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate, pixel_shuffle
 
 from geopeft_kit.decoders import (
     DECODERS,
@@ -28,9 +29,17 @@ from geopeft_kit.decoders.neck import Standardise, channel_statistics, pad_to_mu
 if TYPE_CHECKING:
     from geopeft_kit.backbones.base import Backbone, Meta
 
-TASKS = ("segmentation", "regression", "classification", "multilabel", "change")
+TASKS = (
+    "segmentation",
+    "regression",
+    "classification",
+    "multilabel",
+    "change",
+    "super_resolution",
+)
 WHOLE_IMAGE_TASKS = ("classification", "multilabel")
 FUSIONS = ("difference", "concatenate")
+_DETAIL = 0.02  # reflectance that one unit of a decoder's output adds to an image
 
 _Batches = Iterable[Sequence[Tensor]]
 
@@ -41,6 +50,7 @@ def build_model(
     task: str = "segmentation",
     num_classes: int = 2,
     fusion: str | None = None,
+    factor: int | None = None,
     **options: float,
 ) -> Model:
     """Put a decoder on a backbone.
@@ -53,11 +63,15 @@ def build_model(
         decoder: "linear", "fcn", "unet" or "upernet"; None means "unet" for maps and
             "linear" for whole images, which have no other.
         task: "segmentation", "regression" (a number per pixel), "classification",
-            "multilabel" or "change" (two dates through one backbone).
+            "multilabel", "change" (two dates through one backbone) or
+            "super_resolution" (values on a finer grid; where as many bands go out as
+            come in, they are added to the image, enlarged by cubic interpolation).
         num_classes: classes K, the background included (2 for a yes / no map);
-            without effect for regression.
+            without effect for regression; bands of the finer image for
+            super-resolution.
         fusion: only for change: "difference" (default; the absolute difference of the
             two dates' maps, blind to their order) or "concatenate".
+        factor: only for super-resolution: fine pixels along one coarse one (default 2).
         **options: of the decoder: `dropout`; `width` (all but linear); `steps` (fcn);
             `all_scales` (linear and fcn: read all four maps, not the last one only;
             True by itself where an active adapter makes the four maps).
@@ -74,7 +88,7 @@ def build_model(
         >>> backbone = gk.load_backbone("geopeft_tiny")
         >>> model = gk.build_model(backbone, decoder="unet", num_classes=2)
     """
-    _check_choices(task, decoder, num_classes, fusion)
+    _check_choices(task, decoder, num_classes, fusion, factor)
     if task == "change":
         fusion = fusion or "difference"
     dates = 2 if fusion == "concatenate" else 1
@@ -88,11 +102,14 @@ def build_model(
             ClassificationDecoder, "linear", channels, strides, num_classes, **options
         )
     else:
-        outputs = 1 if task == "regression" else num_classes
+        finer = (factor or 2) if task == "super_resolution" else 1
+        outputs = 1 if task == "regression" else num_classes * finer**2
         part = build_decoder(decoder, channels, strides, outputs, **options)
     config = {"decoder": decoder, "task": task, "num_classes": part.outputs, **options}
     if fusion:
         config["fusion"] = fusion
+    if task == "super_resolution":
+        config |= {"num_classes": num_classes, "factor": finer}
     return Model(backbone, part, config)
 
 
@@ -102,7 +119,11 @@ def _adapter_makes_maps(backbone: Backbone) -> bool:
 
 
 def _check_choices(
-    task: str, decoder: str | None, num_classes: int, fusion: str | None
+    task: str,
+    decoder: str | None,
+    num_classes: int,
+    fusion: str | None,
+    factor: int | None,
 ) -> None:
     """Errors for what `build_model` cannot build."""
     if task not in TASKS:
@@ -116,7 +137,7 @@ def _check_choices(
         raise ValueError(
             f"unknown decoder {decoder!r}. Choose one of: {', '.join(DECODERS)}."
         )
-    fewest = {"regression": None, "multilabel": 1}.get(task, 2)
+    fewest = {"regression": None, "multilabel": 1, "super_resolution": 1}.get(task, 2)
     if fewest is not None and num_classes < fewest:
         raise ValueError(
             f"num_classes={num_classes} is too few for task {task!r}: at least "
@@ -126,6 +147,11 @@ def _check_choices(
         raise ValueError(
             f"fusion={fusion!r} does not fit task {task!r}. Only task='change' takes "
             f"it, with one of: {', '.join(FUSIONS)}."
+        )
+    if factor is not None and (task != "super_resolution" or factor < 2):
+        raise ValueError(
+            f"factor={factor!r} does not fit task {task!r}. Only "
+            "task='super_resolution' takes it, a whole number from 2 on."
         )
 
 
@@ -137,6 +163,7 @@ class Model(nn.Module):
         decoder: maps -> answer; holds the standardisation, the neck and the head.
         task: what it answers.
         num_classes: output channels (1 for regression).
+        factor: fine pixels along one of the image; 1 but for super-resolution.
         config: what `build_model` was called with, ready for JSON.
     """
 
@@ -153,6 +180,9 @@ class Model(nn.Module):
         self.task: str = config["task"]
         self.num_classes: int = config["num_classes"]
         self.fusion: str | None = config.get("fusion")
+        self.factor: int = config.get("factor", 1)
+        own = self.num_classes == len(backbone.bands)
+        self.adds_detail = self.task == "super_resolution" and own
         self._built_for = backbone.channels, backbone.strides
 
     @property
@@ -175,8 +205,8 @@ class Model(nn.Module):
             meta: optional "date" (B, T, 2) and "lonlat" (B, 2).
 
         Returns:
-            Logits (B, K, H, W); values (B, 1, H, W) for regression; logits (B, K) for
-            classification and multilabel.
+            Logits (B, K, H, W); values (B, 1, H, W) for regression and (B, K, r*H, r*W)
+            for super-resolution by r; logits (B, K) for classification and multilabel.
 
         Raises:
             ValueError: an image of another shape.
@@ -195,7 +225,7 @@ class Model(nn.Module):
             Maps (B, C_i, h_i, w_i) of the padded image, before standardisation: four
             for UNet, UPerNet and `all_scales`, else the last one; their means
             (B, C_i, 1, 1) for whole-image tasks. For change the two dates are fused
-            already.
+            already. Super-resolution that adds to the image hands it on as the last.
 
         Raises:
             ValueError: an image of another shape, or a backbone whose maps are no
@@ -209,7 +239,8 @@ class Model(nn.Module):
         dates = getattr(self.backbone, "dates", 1)
         if dates > 1:
             image = dates_after_bands(image, len(self.backbone.bands), dates)
-        return self._maps(image, meta)
+        maps = self._maps(image, meta)
+        return [*maps, image] if self.adds_detail else maps
 
     def from_features(
         self, maps: Sequence[Tensor], size: tuple[int, int] | None = None
@@ -230,7 +261,14 @@ class Model(nn.Module):
             raise ValueError(
                 f"task {self.task!r} needs size=(H, W), the image size in pixels."
             )
-        return self.decoder(maps, size)
+        if self.adds_detail:
+            *maps, image = maps
+            enlarged = interpolate(image, scale_factor=self.factor, mode="bicubic")
+            detail = pixel_shuffle(self.decoder(maps, size), self.factor)
+            return enlarged + _DETAIL * detail
+        output = self.decoder(maps, size)
+        # r * r values of every coarse pixel become r x r fine pixels
+        return pixel_shuffle(output, self.factor) if self.factor > 1 else output
 
     def _maps(self, image: Tensor, meta: Meta | None) -> list[Tensor]:
         self._check_maps()
@@ -290,6 +328,8 @@ class Model(nn.Module):
                 statistics = channel_statistics(cast("_Batches", batches))
         finally:
             self.train(was_training)
+        if self.adds_detail:
+            statistics = statistics[:-1]  # the last is the image
         given = [len(mean) for mean, _ in statistics]
         if given != self.decoder.channels:
             raise ValueError(

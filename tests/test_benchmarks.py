@@ -22,7 +22,7 @@ def _path() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
         yield
-    ours = ("scene", "step", "step_kit", "workers")
+    ours = ("gates", "probing", "continual", "scene", "step", "step_kit", "workers")
     for name in ("paired", "shared", "methods", *ours):
         sys.modules.pop(name, None)
 
@@ -177,3 +177,75 @@ def test_a_faster_scene_is_a_speed_above_one() -> None:
     found = speed(ours=[1.0, 2.0, 4.0], theirs=[2.0, 8.0, 4.0])
     assert (found["speed_ratio"], found["speed_low"], found["speed_high"]) == (2, 1, 4)
     assert (found["seconds_kit"], found["seconds_terratorch"]) == (2, 4)
+
+
+def test_a_gate_is_met_by_its_whole_interval() -> None:
+    from gates import Gate, check
+
+    seeds = range(5)
+    gains = [0.04, 0.05, 0.06, 0.05, 0.05]  # paired: the common part cancels
+    common = [0.5, 0.7, 0.6, 0.4, 0.8]
+    rows = [
+        {"label": "a", "seed": s, "test": c + g}
+        for s, c, g in zip(seeds, common, gains, strict=True)
+    ]
+    rows += [
+        {"label": "b", "seed": s, "test": c} for s, c in zip(seeds, common, strict=True)
+    ]
+    table = pd.DataFrame(rows)
+
+    def found(low: float, high: float = float("inf")) -> dict:
+        return check(Gate("", "burn", "a", "b", "test", low, high), table)
+
+    half = stats.t.ppf(0.975, 4) * np.std(gains, ddof=1) / 5**0.5
+    assert found(0.03)["value"] == pytest.approx(0.05)
+    assert found(0.03)["low"] == pytest.approx(0.05 - half, abs=1e-4)
+    assert found(0.03)["verdict"] == "met"
+    assert found(0.049)["verdict"] == "mean only"
+    assert found(0.051)["verdict"] == "not met"
+    assert found(0.0, 0.04)["verdict"] == "not met"
+    alone = check(Gate("", "burn", "b", None, "test", 0.2, 0.92), table)
+    assert alone["value"] == alone["score"] == pytest.approx(0.6)
+
+
+def test_a_row_that_is_there_is_not_made_again(tmp_path: Path) -> None:
+    from shared import keep
+
+    made = []
+
+    def run() -> dict:
+        made.append(1)
+        return {"test": 0.5}
+
+    for label, seed in [("a", 0), ("a", 1), ("a", 0)]:
+        keep(tmp_path / "study.csv", label, seed, run)
+    rows = pd.read_csv(tmp_path / "study.csv")
+    assert rows.to_dict("list") == {
+        "label": ["a"] * 2,
+        "seed": [0, 1],
+        "test": [0.5] * 2,
+    }
+    assert len(made) == 2
+
+
+def test_crops_are_pieces_of_their_image() -> None:
+    import torch
+    from continual import SIDE, Crops
+
+    image = torch.arange(3 * 80 * 70).reshape(3, 80, 70).float()
+    torch.manual_seed(0)
+    crop = Crops([image])[0]["image"]
+    assert crop.shape == (3, SIDE, SIDE)
+    assert set(crop.flatten().tolist()) <= set(image.flatten().tolist())
+    assert len(crop.unique()) == 3 * SIDE**2  # no pixel twice
+
+
+@pytest.mark.slow
+def test_a_probe_reads_the_drawn_images_only(tmp_path: Path) -> None:
+    """A label that the image shows plainly is found, in the region never seen too."""
+    from probing import probe
+
+    data = toy_data(tmp_path / "toy", "classification", chips=60)
+    found = probe(gk.load_backbone("geopeft_tiny"), data, seed=0, chips=20)
+    assert found["test"] > 0.8
+    assert found == probe(gk.load_backbone("geopeft_tiny"), data, seed=0, chips=20)

@@ -1,4 +1,4 @@
-"""The sliders and toggles of notebooks 03 to 06 and 11, moved in a real JupyterLab."""
+"""The sliders and toggles of notebooks 03 to 06, 10 and 11, in a real JupyterLab."""
 
 from __future__ import annotations
 
@@ -30,6 +30,10 @@ LESSONS = {
     ),
     "05_deflect_style": ("form = widgets.ToggleButtons", ("show_chip", "BrBG")),
     "06_upetu_style": ("slider = widgets.SelectionSlider", ()),
+    "10_continual_pretraining": (
+        "ratio = widgets.IntSlider",
+        ("assert", "history[part]"),
+    ),
     "11_phileo": (
         "slider = widgets.SelectionSlider",
         (
@@ -77,6 +81,7 @@ ACTIONS: list[tuple[str, list[Callable[[Any], None]]]] = [
     ("04_adapters_and_prompts", [click("convpass"), slide]),
     ("05_deflect_style", [click("polar"), slide]),
     ("06_upetu_style", [slide, slide]),
+    ("10_continual_pretraining", [slide]),
     ("11_phileo", [slide]),
 ]
 

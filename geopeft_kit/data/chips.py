@@ -86,6 +86,7 @@ class ChipData(L.LightningDataModule):
         index: GeoDataFrame; its column `split` says what was resolved.
         hparams: The arguments above, by name.
         subsets: The calls of `subset` and `n_shot` that led here, as code.
+        factor: Of `for_super_resolution`; else 1.
 
     Raises:
         FileNotFoundError: No chip folder, or files of it are missing.
@@ -111,6 +112,7 @@ class ChipData(L.LightningDataModule):
         super().__init__()
         self.save_hyperparameters(logger=False)  # the arguments, as `hparams`
         self.subsets: tuple[str, ...] = ()
+        self.factor = 1
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be 1 or more.")
         if isinstance(folder, InPlace):
@@ -278,7 +280,8 @@ class ChipData(L.LightningDataModule):
     def image_size(self) -> tuple[int, int]:
         """Height and width in pixels of the first chip, training chips first."""
         rows = self.index[self.index["split"] == self.splits[0]]
-        return int(rows["height"].iloc[0]), int(rows["width"].iloc[0])
+        height, width = int(rows["height"].iloc[0]), int(rows["width"].iloc[0])
+        return height // self.factor, width // self.factor
 
     def dataset(self, split: str) -> ChipDataset:
         """The samples of one split.
@@ -300,7 +303,7 @@ class ChipData(L.LightningDataModule):
                 f"split {split!r} of {self.name} has no chips; it has {there}. Choose "
                 "one of these, or other test_regions or val_fraction."
             )
-        return ChipDataset(self._table, rows, self.transforms)
+        return ChipDataset(self._table, rows, self.transforms, self.factor)
 
     def dataloader(
         self,
@@ -485,6 +488,37 @@ class ChipData(L.LightningDataModule):
         smaller.index["split"] = split
         smaller.subsets = (*self.subsets, call)
         return smaller
+
+    def for_super_resolution(self, factor: int = 2) -> ChipData:
+        """The same chips as coarse images whose finer selves are to be found.
+
+        An image is the mean over factor x factor pixels of a chip, the chip itself the
+        target; its labels play no part. A sensor with larger pixels blurs more than
+        that mean does, so this is easier than pairs of two sensors.
+
+        Args:
+            factor: Fine pixels along one coarse one, 2 or more.
+
+        Returns:
+            A new `ChipData` of task "super_resolution".
+
+        Raises:
+            ValueError: A factor that does not divide the chips, or chips of two dates.
+        """
+        sides = set(self.index["height"]) | set(self.index["width"])
+        if factor < 2 or any(side % factor for side in sides):
+            raise ValueError(
+                f"factor is {factor}; it must be 2 or more and divide the sides of all "
+                f"chips: {', '.join(map(str, sorted(sides)[:5]))} px."
+            )
+        if self.task == "change":
+            raise ValueError(
+                "chips of two dates cannot be made coarser; take one date."
+            )
+        finer = copy.copy(self)
+        finer.task, finer.factor = "super_resolution", factor
+        finer.num_classes, finer.classes, finer.colours = len(self.bands), None, None
+        return finer
 
     def __repr__(self) -> str:
         counts = self.index["split"].value_counts()

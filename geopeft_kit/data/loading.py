@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from rasterio.errors import NotGeoreferencedWarning
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 from torch.utils.data import Dataset, Sampler
 
 from geopeft_kit.data.augmentation import Augmentation
@@ -172,6 +173,8 @@ class ChipDataset(Dataset):
         table: The index and its reader.
         rows: Rows of the table that belong to the split.
         augmentation: What an `AugmentedKey` asks for; None flips and turns.
+        factor: Above 1 the chip is the target and its means over factor x factor
+            pixels are the image, for super-resolution.
     """
 
     def __init__(
@@ -179,8 +182,9 @@ class ChipDataset(Dataset):
         table: ChipTable,
         rows: np.ndarray,
         augmentation: Augmentation | None = None,
+        factor: int = 1,
     ) -> None:
-        self.table, self.augmentation = table, augmentation
+        self.table, self.augmentation, self.factor = table, augmentation, factor
         self.rows = rows.tolist()
         # A key is in every sample or in none, so that batches can be stacked.
         self.has_date = not np.isnan(table.date[rows]).any()
@@ -226,10 +230,12 @@ class ChipDataset(Dataset):
             both = [image] if mask is None else [image, mask]
             image, *rest = flip_and_turn(both, key)
             mask = rest[0] if rest else None
+        if self.factor > 1:
+            mask, image = image, avg_pool2d(image, self.factor)
         sample: dict[str, Any] = {"image": image}
         if mask is not None:
             sample["mask"] = mask
-        if self.has_label:
+        if self.has_label and self.factor == 1:
             sample["label"] = table.labels[row]
         sample |= {
             "chip": table.chips[row],

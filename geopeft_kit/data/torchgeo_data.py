@@ -40,8 +40,9 @@ class TorchgeoData:
     Args:
         source: A data set (it trains), a mapping from split to data set, or a data
             module, which is prepared here.
-        task: "segmentation", "regression", "classification", "multilabel", "change".
-        num_classes: K; not needed for regression.
+        task: "segmentation", "regression", "classification", "multilabel", "change",
+            "super_resolution" (the mask is the finer image).
+        num_classes: K; not needed for regression; bands for super-resolution.
         scale: Factor from stored values to reflectance.
         ignore_index: Mask value without a label.
         batch_size: Samples in a batch.
@@ -67,9 +68,10 @@ class TorchgeoData:
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        if task not in TASKS:
-            raise ValueError(f"task is {task!r}; allowed are {', '.join(TASKS)}.")
-        if num_classes is None and task in CLASS_TASKS:
+        allowed = (*TASKS, "super_resolution")
+        if task not in allowed:
+            raise ValueError(f"task is {task!r}; allowed are {', '.join(allowed)}.")
+        if num_classes is None and task in (*CLASS_TASKS, "super_resolution"):
             raise ValueError(f"task {task!r} needs num_classes, how many there are.")
         self.task, self.scale, self.ignore_index = task, scale, ignore_index
         self.num_classes = num_classes or 1
@@ -181,6 +183,8 @@ class TorchgeoData:
             return target.reshape(-1).long()
         if self.task == "multilabel":
             return target.float()
+        if self.task == "super_resolution":
+            return target.float() * self.scale  # (B,K,rH,rW)
         if target.ndim == 4:  # (B,1,H,W); for change the mask of the second date
             target = target[:, -1]
         return target.float() if self.task == "regression" else target.long()

@@ -137,8 +137,9 @@ class Checkpoint(L.Callback):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self.path.with_suffix(".part")
         try:
-            trainer.save_checkpoint(unfinished)
-            os.replace(unfinished, self.path)
+            trainer.save_checkpoint(unfinished)  # every process takes part in it
+            if trainer.is_global_zero:
+                os.replace(unfinished, self.path)
         except (OSError, RuntimeError) as error:
             unfinished.unlink(missing_ok=True)
             raise OSError(

@@ -16,7 +16,7 @@ from geopeft_kit.data.chips import ChipData
 from geopeft_kit.data.torchgeo_data import AnyData, as_data
 from geopeft_kit.model import Model
 from geopeft_kit.training.hardware import choose_device
-from geopeft_kit.training.metrics import RegionalMetrics
+from geopeft_kit.training.metrics import VALUE_TASKS, RegionalMetrics
 from geopeft_kit.training.task import batch_meta, batch_target
 
 # The score that model selection looks at, and whether more of it is better.
@@ -26,6 +26,7 @@ HEADLINE = {
     "classification": ("accuracy", True),
     "multilabel": ("f1", True),
     "regression": ("rmse", False),
+    "super_resolution": ("psnr", True),
 }
 
 
@@ -45,14 +46,15 @@ def evaluate(
 
     Returns:
         `{"overall": {metric: value}, "regions": {name: {metric: value}}}`, with
-        `miou`, `f1` and `accuracy` for classes, `rmse` and `mae` for regression.
+        `miou`, `f1` and `accuracy` for classes, `rmse` and `mae` for regression,
+        `psnr` (dB) and `ssim` for super-resolution.
 
     Raises:
         ValueError: The split has no chips.
     """
     chips: ChipData = as_data(data, model.task, model.num_classes)
     # a value that a class map may set apart is an ordinary number in a regression
-    ignored = None if model.task == "regression" else chips.ignore_index
+    ignored = None if model.task in VALUE_TASKS else chips.ignore_index
     metrics = RegionalMetrics(model.task, model.num_classes, ignored)
     for output, batch in outputs_of(model, chips, split, device):
         metrics.update(output, batch_target(batch), batch["region"])

@@ -27,6 +27,7 @@ from torchmetrics.functional.classification import (
     multiclass_confusion_matrix,
     multilabel_confusion_matrix,
 )
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 from geopeft_kit.data.chips import ChipData
 from geopeft_kit.model import Model
@@ -152,7 +153,8 @@ def count_chips(
 
     Returns:
         (N, K, K) confusion matrices, truth by prediction; (N, K, 2, 2) for multilabel;
-        (N, 3) pixels, absolute and squared errors for regression. And N region names.
+        (N, 3) pixels, absolute and squared errors for regression; (N, 4) values,
+        squared errors, SSIM and 1 for super-resolution. And N region names.
     """
     counts: list[np.ndarray] = []
     regions: list[str] = []
@@ -170,6 +172,12 @@ def _count(output: Tensor, truth: Tensor, model: Model, ignored: Any) -> np.ndar
         error = (output[0] - truth).double()
         error = error[torch.isfinite(truth)]
         return np.array([error.numel(), error.abs().sum(), error.square().sum()], float)
+    if model.task == "super_resolution":
+        error = (output - truth).double().square()
+        alike: Any = structural_similarity_index_measure(
+            output[None], truth[None], data_range=1.0
+        )
+        return np.array([error.numel(), error.sum(), float(alike), 1], float)
     if model.task == "multilabel":
         matrix = multilabel_confusion_matrix(
             (output > 0).long()[None], truth.long()[None], model.num_classes,
@@ -214,7 +222,7 @@ def scores_of(sums: np.ndarray, task: str) -> dict[str, np.ndarray]:
     """Scores from summed counts, as `metrics` defines them.
 
     Args:
-        sums: (..., K, K), (..., K, 2, 2) or (..., 3), see `count_chips`.
+        sums: (..., K, K), (..., K, 2, 2), (..., 3) or (..., 4), see `count_chips`.
         task: The model's task.
 
     Returns:
@@ -225,6 +233,9 @@ def scores_of(sums: np.ndarray, task: str) -> dict[str, np.ndarray]:
         if task == "regression":
             pixels, absolute, squared = np.moveaxis(sums, -1, 0)
             return {"rmse": np.sqrt(squared / pixels), "mae": absolute / pixels}
+        if task == "super_resolution":
+            values, squared, alike, chips = np.moveaxis(sums, -1, 0)
+            return {"psnr": 10 * np.log10(values / squared), "ssim": alike / chips}
         if task == "multilabel":
             hits = sums[..., 1, 1]
             false = sums[..., 0, 1] + sums[..., 1, 0]

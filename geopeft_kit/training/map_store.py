@@ -133,7 +133,7 @@ def store_key(model: Model, dataset: ChipDataset, **more: Any) -> str:
         "normalisation": _hash([backbone.mean, backbone.std]),
         "scale": [backbone.normalise, backbone.card.normalisation.scale],
         "bands": backbone.bands,
-        "reads": [model.task, model.fusion, model.decoder.reads],
+        "reads": [model.task, model.fusion, model.factor, model.decoder.reads],
         "pixels": [
             (str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files
         ],

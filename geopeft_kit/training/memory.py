@@ -255,4 +255,7 @@ def _batch(model: Model, batch_size: int, height: int, width: int) -> Shapes:
     else:
         kind = torch.float32 if model.task == "regression" else torch.int64
         shapes["mask"] = ((batch_size, *pixels), kind)
+    if model.task == "super_resolution":
+        finer = (height * model.factor, width * model.factor)
+        shapes["mask"] = ((batch_size, model.num_classes, *finer), torch.float32)
     return shapes

@@ -30,9 +30,11 @@ from torchmetrics.classification import (
     MultilabelAccuracy,
     MultilabelConfusionMatrix,
 )
+from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 CLASS_TASKS = ("segmentation", "classification", "change")
-TASKS = (*CLASS_TASKS, "multilabel", "regression")
+VALUE_TASKS = ("regression", "super_resolution")
+TASKS = (*CLASS_TASKS, "multilabel", *VALUE_TASKS)
 
 
 def make_metrics(
@@ -42,16 +44,19 @@ def make_metrics(
 
     `miou` and `f1` are macro means over classes (see the head of this file), `accuracy`
     is the share of all pixels, images or label decisions that are right, `rmse` and
-    `mae` are over all pixels.
+    `mae` are over all pixels. `psnr` (dB, over all pixels) and `ssim` (mean of images)
+    of super-resolution take a reflectance of 1 as the range of values.
 
     Args:
-        task: "segmentation", "change", "classification", "multilabel" or "regression".
+        task: "segmentation", "change", "classification", "multilabel", "regression" or
+            "super_resolution".
         num_classes: classes (or labels) K; without effect for regression.
         ignore_index: target value that carries no label; regression takes care of it
             in `RegionalMetrics`.
 
     Returns:
-        A collection with the keys `miou`, `f1`, `accuracy`, or `rmse`, `mae`. Classes
+        A collection with the keys `miou`, `f1`, `accuracy`, or `rmse`, `mae`, or
+        `psnr`, `ssim`. Classes
         take class numbers, multilabel takes zeros and ones: never logits, because
         torchmetrics reads logits that happen to lie in 0-1 as probabilities.
 
@@ -75,6 +80,11 @@ def make_metrics(
         }
     elif task == "regression":
         metrics = {"rmse": MeanSquaredError(squared=False), "mae": MeanAbsoluteError()}
+    elif task == "super_resolution":
+        metrics = {
+            "psnr": PeakSignalNoiseRatio(data_range=1.0),
+            "ssim": StructuralSimilarityIndexMeasure(data_range=1.0),
+        }
     else:
         raise ValueError(f"unknown task {task!r}. Choose one of: {', '.join(TASKS)}.")
     return MetricCollection(metrics)
@@ -132,9 +142,11 @@ class RegionalMetrics:
         """Take in a batch.
 
         Args:
-            output: (B, K, H, W) or (B, K) logits, or (B, 1, H, W) values.
+            output: (B, K, H, W) or (B, K) logits, or (B, 1, H, W) values; (B, K, H, W)
+                values for super-resolution.
             target: (B, H, W) or (B,) class numbers, (B, K) zeros and ones, or
-                (B, H, W) values with NaN where unknown.
+                (B, H, W) values with NaN where unknown; (B, K, H, W) for
+                super-resolution.
             regions: B names.
 
         Raises:
@@ -142,7 +154,7 @@ class RegionalMetrics:
         """
         prediction = self._predict(output)
         self._check(prediction, target, regions)
-        if self.task != "regression":
+        if self.task not in VALUE_TASKS:
             target = target.long()
         valid = self._valid(target)
         for name in dict.fromkeys(regions):
@@ -184,6 +196,8 @@ class RegionalMetrics:
         """Logits -> class numbers or zeros and ones; values stay values."""
         if self.task == "regression":
             return output.squeeze(1)  # (B, H, W)
+        if self.task == "super_resolution":
+            return output
         if self.task == "multilabel":
             return (output > 0).long()  # a chance above one half
         return output.argmax(dim=1)
@@ -205,7 +219,7 @@ class RegionalMetrics:
                 f"{tuple(target.shape)} and {len(regions)} region names do not belong "
                 "together: all have to be of one batch and one image size."
             )
-        if self.task == "regression":
+        if self.task in VALUE_TASKS:
             return
         labels = target[self._valid(target)]
         classes = 2 if self.task == "multilabel" else self.num_classes

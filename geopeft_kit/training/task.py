@@ -31,23 +31,28 @@ def compute_loss(
     """The loss of a task, averaged over the labelled samples or pixels.
 
     Args:
-        output: (B,K,H,W) or (B,K) logits, or (B,1,H,W) values for regression.
+        output: (B,K,H,W) or (B,K) logits, (B,1,H,W) values for regression, (B,K,H,W)
+            values for super-resolution.
         target: (B,H,W) or (B,) class numbers, (B,K) zeros and ones for multilabel,
-            (B,H,W) values for regression (NaN where unknown).
-        task: "segmentation", "change", "classification", "multilabel" or "regression".
+            (B,H,W) values for regression (NaN where unknown), (B,K,H,W) for
+            super-resolution.
+        task: "segmentation", "change", "classification", "multilabel", "regression" or
+            "super_resolution".
         ignore_index: Class number that carries no label.
 
     Returns:
         A scalar; 0 (with a gradient of 0) for a batch without a single label.
 
     Raises:
-        ValueError: `task` is none of the five.
+        ValueError: `task` is none of the six.
     """
     if task == "regression":
         output = output.squeeze(1)  # (B,H,W)
         valid = torch.isfinite(target)
         error = torch.where(valid, output - target, 0.0)
         return error.square().sum() / valid.sum().clamp(min=1)
+    if task == "super_resolution":
+        return F.mse_loss(output, target)
     if task == "multilabel":
         return F.binary_cross_entropy_with_logits(output, target.to(output.dtype))
     if task in ("segmentation", "change", "classification"):
@@ -57,7 +62,7 @@ def compute_loss(
         return total / (target != ignore_index).sum().clamp(min=1)
     raise ValueError(
         f"no loss for task {task!r}; the tasks are segmentation, change, "
-        "classification, multilabel and regression."
+        "classification, multilabel, regression and super_resolution."
     )
 
 

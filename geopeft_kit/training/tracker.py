@@ -268,7 +268,8 @@ class Tracker(L.Callback):
     ) -> None:
         self._synchronise(pl_module.device)
         self.times.append(time.perf_counter() - self._began)
-        self.samples = max(self.samples, len(batch["region"]))
+        count = len(batch["region"] if "region" in batch else batch["image"])
+        self.samples = max(self.samples, count)
         if not self.optimiser:
             self.optimiser = optimiser_bytes(trainer.optimizers[0])
         self.memory.sample()

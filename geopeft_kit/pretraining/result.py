@@ -1,0 +1,109 @@
+"""What a pretraining run leaves: history, cost, a look at paintings, and weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from geopeft_kit.backbones.base import Backbone
+from geopeft_kit.pretraining.masking import draw_cells, enlarged
+from geopeft_kit.pretraining.task import PretextTask
+from geopeft_kit.training.tracker import Resources
+
+
+@dataclass
+class Pretraining:
+    """What a pretraining run leaves behind.
+
+    Attributes:
+        task: Backbone and heads as they ended.
+        history: One row an epoch: samples seen, and the mean of each loss.
+        resources: Time and memory, see `Resources`.
+        seconds: Of this call; a resumed run counts from its resume.
+        watt_hours: Of the GPUs in this call; None is "not measured".
+        weights: The file that `load_backbone` reads; None without a folder, or where an
+            adapter trained: that is saved by `adapter.save`.
+    """
+
+    task: PretextTask
+    history: pd.DataFrame
+    resources: Resources
+    seconds: float
+    watt_hours: float | None
+    weights: Path | None = None
+
+    def cost(self) -> dict[str, Any]:
+        """Minutes, memory and energy, as one row of a table."""
+        energy = self.watt_hours
+        return {
+            "minutes": self.seconds / 60,
+            "ms a step": self.resources.step_ms,
+            "peak MiB": self.resources.peak_mib,
+            "activations MiB": self.resources.activations_mib,
+            "energy Wh": "not measured" if energy is None else energy,
+        }
+
+    @torch.no_grad()
+    def reconstruct(
+        self, image: Tensor, mask_ratio: float | None = None, seed: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Hide a part of images and let the network paint it.
+
+        Args:
+            image: (B, C, H, W) reflectance.
+            mask_ratio: Share to hide; None is that of training.
+            seed: Of the cells that are hidden.
+
+        Returns:
+            What is hidden, (B, H, W) bool, and the painted images, (B, C, H, W)
+            reflectance: all of them painted, the visible cells too.
+        """
+        task, backbone = self.task, self.task.backbone
+        ratio = task.objective.mask_ratio if mask_ratio is None else mask_ratio
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            cells = draw_cells(image, task.unit, ratio)
+        painted = task.paint(task.encode(image, cells)[0])
+        if backbone.normalise:
+            painted = painted * backbone.std + backbone.mean
+            painted = painted / backbone.card.normalisation.scale
+        return enlarged(cells, task.unit), painted
+
+
+def save_weights(backbone: Backbone, path: str | Path, half: bool = True) -> Path:
+    """Write the backbone's plain weights as safetensors that `load_backbone` reads.
+
+    Args:
+        backbone: Any backbone; no adapter may be active.
+        path: The file; written whole or not at all.
+        half: Store as float16, half the size.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ValueError: An adapter is active.
+    """
+    adapter: Any = getattr(backbone, "adapter", None)
+    if adapter is not None:
+        raise ValueError(
+            f"the adapter {adapter.name!r} is active, so these are not plain "
+            "weights. Save it with adapter.save(folder), or fold it in with "
+            "adapter.merge() first."
+        )
+    path = Path(path)
+    dtype = torch.float16 if half else torch.float32
+    state = backbone.model.state_dict()
+    unfinished = path.with_suffix(".part")
+    try:
+        save_file({k: v.to(dtype).contiguous() for k, v in state.items()}, unfinished)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,114 @@
+"""What pretraining reads: images without labels, in an order that can be resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from geopeft_kit.data.chips import ChipData
+
+KEYS = ("image", "physical", "scene")
+
+
+class SizedSamples(Protocol):
+    """A data set that knows its length."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Mapping[str, Tensor]: ...
+
+
+class Samples(Dataset):
+    """The images of a data set, and dense maps and scene facts where it has them.
+
+    Args:
+        data: A `ChipData`, or samples as `pretrain` takes them.
+        crop: Side of random crops in pixels, as in GFM: 67 to 100 % of the area, sides
+            3:4 to 4:3, flipped half of the time; None leaves images as they are.
+
+    Raises:
+        ValueError: Images of several dates, or crops of samples with dense maps.
+    """
+
+    def __init__(self, data: ChipData | SizedSamples, crop: int | None = None) -> None:
+        if isinstance(data, ChipData):
+            data = data.dataset("train" if "train" in data.splits else data.splits[0])
+        self.data: Any = data
+        self.first = self.data[0]
+        if self.first["image"].ndim != 3:
+            raise ValueError(
+                f"images have shape {tuple(self.first['image'].shape)}; pretraining "
+                "takes one date, (C, H, W)."
+            )
+        if crop and "physical" in self.first:
+            raise ValueError(
+                "crop cuts images alone, and these samples have dense maps beside "
+                "them. Cut both in the data set, and leave crop out."
+            )
+        self.view = None if crop is None else _random_view(crop)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        sample = self.data[index]
+        kept = {key: sample[key] for key in KEYS if key in sample}
+        if self.view is not None:
+            kept["image"] = self.view(kept["image"])
+        return kept
+
+    def length(self, key: str) -> int:
+        """Number of dense maps or scene facts in a sample; 0 where there are none."""
+        return len(self.first[key]) if key in self.first else 0
+
+
+def _random_view(side: int) -> Any:
+    """GFM's augmentation; it draws from PyTorch's own random state."""
+    from torchvision.transforms import v2
+
+    crop = v2.RandomResizedCrop((side, side), scale=(0.67, 1.0), antialias=True)
+    return v2.Compose([crop, v2.RandomHorizontalFlip()])
+
+
+class Draws(Sampler):
+    """The samples of an epoch, drawn from (seed, epoch) alone; each rank has its own.
+
+    Args:
+        size: Samples of the data set.
+        batch: Samples a step on each device.
+        ranks: Number of devices.
+        steps: Steps an epoch, drawn with replacement; None is one pass in a new order,
+            without the last samples that fill no step.
+        seed: Of the draw.
+    """
+
+    def __init__(
+        self, size: int, batch: int, ranks: int, steps: int | None, seed: int
+    ) -> None:
+        self.size, self.seed, self.ranks, self.epoch = size, seed, ranks, 0
+        self.again = steps is not None
+        whole = max(1, size // (batch * ranks))
+        self.steps = whole if steps is None else steps
+        self.count = self.steps * batch if size >= batch * ranks or self.again else size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning calls this before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        random = np.random.default_rng([self.seed, self.epoch])
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        total = self.count * self.ranks
+        if self.again:
+            drawn = random.integers(self.size, size=total)
+        else:
+            drawn = np.resize(random.permutation(self.size), total)
+        return iter(drawn[rank :: self.ranks].tolist())
