@@ -103,7 +103,9 @@ GEOPEFT_TINY = BackboneCard(
     "five regions (savanna is in none of them) and of 23 unlabelled real Sentinel-2 "
     "chips: masked patches, cover fractions, height above the river, slope, facts "
     "about the scene. Cover fractions come close to land cover and building density; "
-    "flood, burn and change were in no target.",
+    "flood, burn and change were in no target. On simulated burn scars in unseen "
+    "regions (five seeds) a probe is 5.9 points above random weights, interval 2.8 to "
+    "8.9 where 5 were asked for, and LoRA 2.7 above the probe where 3 were.",
     cannot="Simulated scenes; not a real geospatial foundation model: draw no "
     "conclusions about Earth from it.",
 )
@@ -117,7 +119,8 @@ GEOPEFT_TINY_RGB = replace(
     weights={"default": WeightFile("geopeft_tiny_rgb.safetensors")},
     notes="geopeft_tiny's twin for the visible bands: same network, same scenes, same "
     "targets, and it has seen red, green and blue alone. What methods that add "
-    "spectral bands (DEFLECT-style, SLR) start from in the lessons.",
+    "spectral bands (DEFLECT-style, SLR) start from in the lessons. On simulated burn "
+    "scars in unseen regions LoRA is 1.2 points below the probe (five seeds).",
 )
 
 CARDS = (GEOPEFT_TINY, GEOPEFT_TINY_RGB, *(_prithvi_card(*row) for row in _PUBLISHED))
