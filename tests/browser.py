@@ -58,9 +58,13 @@ class Visit:
         assert self.errors == []
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    """One Chromium for all tests of the session."""
+    """One Chromium for the tests of a file.
+
+    While it lives, playwright runs an event loop in this thread, and tests that run one
+    themselves fail.
+    """
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:

@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
-from browser import chromium, visit  # noqa: F401  (fixtures: one browser for all)
+from browser import chromium, visit  # noqa: F401  (fixtures: a browser)
 
 if TYPE_CHECKING:
     import torch
@@ -22,14 +22,17 @@ if TYPE_CHECKING:
 REPO = Path(__file__).resolve().parent.parent
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Group a test for pytest-xdist, which reads the groups before the hook below."""
+    if item.get_closest_marker("xdist_group") is None:
+        item.add_marker(pytest.mark.xdist_group(_group(item)))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group the tests for pytest-xdist, and skip `gpu` tests without a CUDA device."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(_group(item)))
-    # Notebooks and browsers first: minutes each, so one that starts last, alone on its
-    # core, would keep the others waiting.
+    """Put what takes minutes first, and skip `gpu` tests without a CUDA device.
+
+    A notebook or a browser that starts last, alone on its core, keeps the others waiting.
+    """
     items.sort(key=lambda item: not _takes_minutes(item))
     _skip_gpu(items)
 
