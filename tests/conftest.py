@@ -31,7 +31,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put what takes minutes first, and skip `gpu` tests without a CUDA device.
 
-    A notebook or a browser that starts last, alone on its core, keeps the others waiting.
+    A notebook that starts last, alone on its core, would keep the others waiting.
     """
     items.sort(key=lambda item: not _takes_minutes(item))
     _skip_gpu(items)
