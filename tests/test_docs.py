@@ -127,10 +127,14 @@ def test_environment_file_is_in_step_with_pyproject():
 
 
 def test_versions_are_lower_bounds_only():
-    lists = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+    extras = PROJECT["optional-dependencies"]
+    lists = [PROJECT["dependencies"], *extras.values()]
     for requirement in [entry for entries in lists for entry in entries]:
         if not requirement.startswith("geopeft-kit["):
-            assert re.fullmatch(r"[a-z0-9-]+(\[[a-z]+\])?>=[0-9.]+", requirement)
+            # a tool of the developers may have an upper bound, what users get may not
+            above = r"(,<[0-9.]+)?" if requirement in extras["dev"] else ""
+            pattern = r"[a-z0-9-]+(\[[a-z]+\])?>=[0-9.]+" + above
+            assert re.fullmatch(pattern, requirement)
     names = [re.split(r"[\[>]", entry)[0] for entry in PROJECT["dependencies"]]
     assert names.index("torchvision") == names.index("torch") + 1
 
