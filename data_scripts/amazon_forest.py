@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from command import main
 from common import Source, make
-from pixels import cut, first_of_each, read_raster
+from pixels import cut_some, read_raster
 from rasterio.transform import array_bounds
 
 from geopeft_kit.data import Chip
@@ -111,8 +111,7 @@ def chips_of(
         **place,
     )
     # the same order whatever the subset, so that small lies in full
-    found = list(cut(whole, size))
-    yield from first_of_each(found, None, SMALL_WINDOWS) if small else found
+    yield from cut_some(whole, size, SMALL_WINDOWS if small else None)
 
 
 def read_chips(

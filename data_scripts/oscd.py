@@ -15,7 +15,7 @@ import numpy as np
 from archives import File
 from command import chip_option, main
 from common import Source, make
-from pixels import cut, first_of_each, read_mask, read_raster
+from pixels import cut_some, read_mask, read_raster
 
 from geopeft_kit.data import Chip
 
@@ -76,12 +76,7 @@ def read_chips(folder: Path, subset: str, chip: int | None) -> Iterator[Chip]:
                 image_after=stack(row["images2"]),
                 date_after=after,
             )
-            cuts = list(cut(whole, chip))
-            yield from (
-                first_of_each(cuts, lambda c: c.region, 2)
-                if subset == "small"
-                else cuts
-            )
+            yield from cut_some(whole, chip, 2 if subset == "small" else None)
 
 
 def convert(

@@ -214,3 +214,18 @@ def first_of_each(
 def chip_name(text: str) -> str:
     """A text as the name of a chip: other signs become "_"."""
     return re.sub(r"[^A-Za-z0-9_.-]", "_", text).lstrip(".-") or "_"
+
+
+def cut_some(chip: Chip, size: int | None, count: int | None) -> list[Chip]:
+    """All windows of one chip, see `cut`, or some of them in a seeded order.
+
+    Args:
+        chip: With arrays, not paths.
+        size: Side of a window in pixels; None keeps the chip whole.
+        count: How many windows at most; None keeps all.
+
+    Returns:
+        The windows, in the order of `cut`; the fewer lie in the more.
+    """
+    found = list(cut(chip, size))
+    return found if count is None else first_of_each(found, None, count)

@@ -15,7 +15,7 @@ from pathlib import Path
 from archives import File
 from command import chip_option, main
 from common import Source, make
-from pixels import cut, first_of_each, read_colours, read_raster
+from pixels import cut_some, read_colours, read_raster
 
 from geopeft_kit.data import Chip
 
@@ -56,12 +56,7 @@ def read_chips(folder: Path, subset: str, chip: int | None) -> Iterator[Chip]:
                 split=split,
                 region=Path(name).stem.rpartition("_")[2],
             )
-            cuts = list(cut(whole, chip))
-            yield from (
-                first_of_each(cuts, lambda c: c.region, 5)
-                if subset == "small"
-                else cuts
-            )
+            yield from cut_some(whole, chip, 5 if subset == "small" else None)
 
 
 def convert(
