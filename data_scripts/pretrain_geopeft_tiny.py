@@ -11,8 +11,9 @@ the lessons'.
 Writes geopeft_kit/weights/geopeft_tiny.safetensors and its log beside it;
 `--backbone geopeft_tiny_rgb` makes the twin that sees blue, green and red alone, of the
 same crops with the same targets. A run that was cut, or that --minutes ended, goes on
-with --resume. The corpus takes about 1 GiB of memory and is made anew from its seeds
-each time. Lessons draw other places, so no scene is in both.
+with --resume; a new run from weights that are there already begins with --start FILE.
+The corpus takes about 1 GiB of memory and is made anew from its seeds each time.
+Lessons draw other places, so no scene is in both.
 """
 
 from __future__ import annotations
@@ -166,6 +167,7 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16-mixed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--real-chips", type=Path, default=None)
+    parser.add_argument("--start", default=None, help="weights to begin with, a file")
     parser.add_argument("--out", type=Path, default=None, help="a .safetensors file")
     parser.add_argument("--folder", type=Path, default=Path("build/pretrain"))
     parser.add_argument("--resume", action="store_true")
@@ -175,7 +177,7 @@ def main() -> None:
     began = time.perf_counter()
     real = sorted(arguments.real_chips.glob("*.tif")) if arguments.real_chips else []
     torch.manual_seed(arguments.seed)
-    backbone = gk.load_backbone(arguments.backbone, weights=None)
+    backbone = gk.load_backbone(arguments.backbone, weights=arguments.start)
     corpus = Corpus(arguments.scenes, real, channels=len(backbone.bands))
     print(
         f"{len(corpus)} scenes, {len(real)} real chips, "
