@@ -31,7 +31,7 @@ from paired import (
     mark_searches,
 )
 from scipy import stats
-from shared import convert, pixel_rows, search_table, setting, table
+from shared import convert, pixel_rows, search_table, table, write_page
 
 import geopeft_kit as gk
 from geopeft_kit.training.fit import DECODER_LEARNING_RATE
@@ -60,7 +60,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name in arguments.studies:
-        began = time.perf_counter()
+        began = time.monotonic()
         study, candidates, rivals, notes = STUDIES[name](arguments)
         number, count = map(int, arguments.share.split("/"))
         if not arguments.report:
@@ -68,10 +68,8 @@ def main() -> None:
             study.run(mine[number::count], arguments.seeds)
             continue
         rows = report(study, candidates, rivals(arguments.seeds))
-        minutes = (time.perf_counter() - began) / 60
-        page = "\n\n".join([f"### {name}", *notes, *rows, setting(minutes)])
-        (arguments.out / f"{name}.md").write_text(page + "\n", encoding="utf-8")
-        print(page, flush=True)
+        page = arguments.out / f"{name}.md"
+        write_page(page, began, f"### {name}", *notes, *rows)
 
 
 Parts = tuple[Study, list[gk.Candidate], Callable[[Sequence[int]], pd.DataFrame], list]
