@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,9 +24,10 @@ from geopeft_kit.data.asking import ask, check_scale, look_at
 from geopeft_kit.data.chip import Chip
 from geopeft_kit.data.chipping import Cutting
 from geopeft_kit.data.info import CLASS_TASKS, MASK_TASKS, DatasetInfo
+from geopeft_kit.data.pair_regions import place_pairs
 from geopeft_kit.data.pairing import RASTERS, Pair, pair_files, pair_table
-from geopeft_kit.data.places import place_pairs, read_vector
 from geopeft_kit.data.reading import ChipReader, Grid
+from geopeft_kit.data.vectors import read_vector
 
 VECTORS = (".gpkg", ".shp", ".geojson", ".json", ".parquet", ".csv", ".fgb")
 
@@ -135,7 +136,7 @@ def collect(request: Request) -> Collected:
             "columns image and mask, or task='classification'."
         )
     info = _facts(request, task, [p.image for p in pairs], lambda: _found(pairs))
-    spaced = _place(pairs, request)
+    spaced = place_pairs(pairs, request.regions, request.cutting)
     files = [path for pair in pairs for path in (pair.image, pair.mask) if path]
     chips = _pair_chips(pairs, info, _numbers(request.classes))
     return Collected(info, chips, files, spaced)
@@ -269,29 +270,6 @@ def _renumbered(
     return result
 
 
-def _place(pairs: list[Pair], request: Request) -> bool:
-    """Give each pair its region; True where they were found on the ground."""
-    wanted = request.regions
-    if wanted is None:
-        named = any(pair.region for pair in pairs)
-        wanted = "given" if named else "blocks"
-    if isinstance(wanted, str) and wanted in ("given", "folder", "region"):
-        for pair in pairs:
-            if wanted == "folder":
-                pair.region = pair.image.parent.name
-        lacking = [pair.name for pair in pairs if not pair.region]
-        if lacking:
-            raise ValueError(
-                f"{len(lacking)} images have no region, the first is {lacking[0]!r}. "
-                "Sort images into a sub-folder for each region, give the table a "
-                "column region, or pass regions='blocks'."
-            )
-        return False
-    cutting = Cutting(**{**vars(request.cutting), "regions": wanted})
-    place_pairs(pairs, cutting, asked=request.regions is not None)
-    return True
-
-
 def _from_scenes(request: Request) -> Collected:
     """Chips of one or several rasters, with polygons or points."""
     single = isinstance(request.images, str | os.PathLike)
@@ -329,7 +307,7 @@ def _from_scenes(request: Request) -> Collected:
     regions = request.regions
     if regions is None:
         regions = "scene" if len(scenes) > 1 else "blocks"
-    cutting = Cutting(**{**vars(request.cutting), "regions": regions})
+    cutting = replace(request.cutting, regions=regions)
     burnt = shapes.make_shapes(table, info, request.column, request.background)
     shapes.check_places(scenes, table, info)
     spaced = regions not in ("scene", "region") if isinstance(regions, str) else True
