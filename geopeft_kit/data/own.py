@@ -25,9 +25,7 @@ from geopeft_kit.data.info import CLASS_TASKS, MASK_TASKS, DatasetInfo
 from geopeft_kit.data.pair_chips import pair_chips, read_mask
 from geopeft_kit.data.pair_regions import place_pairs
 from geopeft_kit.data.pairing import RASTERS, Pair, pair_files, pair_table
-from geopeft_kit.data.vectors import read_vector
-
-VECTORS = (".gpkg", ".shp", ".geojson", ".json", ".parquet", ".csv", ".fgb")
+from geopeft_kit.data.vectors import is_vector, read_vector
 
 
 @dataclass
@@ -54,21 +52,6 @@ class Request:
     def cuts(self) -> bool:
         """Whether chips have to be cut out of a scene."""
         return self.masks is not None and is_vector(self.masks)
-
-
-def is_vector(source: Any) -> bool:
-    """Whether an argument stands for polygons or points.
-
-    Args:
-        source: Whatever was handed in as masks.
-
-    Returns:
-        True for a GeoDataFrame and for files with a vector format's ending.
-    """
-    if hasattr(source, "geometry") and hasattr(source, "crs"):
-        return True
-    single = isinstance(source, str | os.PathLike)
-    return single and Path(source).suffix.lower() in VECTORS
 
 
 class Collected(NamedTuple):

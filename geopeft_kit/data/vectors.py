@@ -4,12 +4,29 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
     import geopandas as gpd
+
+VECTORS = (".gpkg", ".shp", ".geojson", ".json", ".parquet", ".csv", ".fgb")
+
+
+def is_vector(source: Any) -> bool:
+    """Whether an argument stands for polygons or points.
+
+    Args:
+        source: Whatever was handed in as masks.
+
+    Returns:
+        True for a GeoDataFrame and for files with a vector format's ending.
+    """
+    if hasattr(source, "geometry") and hasattr(source, "crs"):
+        return True
+    single = isinstance(source, str | os.PathLike)
+    return single and Path(source).suffix.lower() in VECTORS
 
 
 def read_vector(
