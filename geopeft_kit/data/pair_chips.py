@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rasterio
-from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.errors import NotGeoreferencedWarning
 
 from geopeft_kit.data.chip import Chip
 from geopeft_kit.data.info import DatasetInfo
+from geopeft_kit.data.opening import opened
 from geopeft_kit.data.pairing import Pair
 from geopeft_kit.data.reading import ChipReader, Grid
 
@@ -98,12 +98,5 @@ def read_mask(path: Path) -> np.ndarray:
     Raises:
         ValueError: It cannot be read as a raster.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            with rasterio.open(path) as raster:
-                return raster.read(1)
-    except RasterioError as error:
-        raise ValueError(
-            f"{path} cannot be read as a raster: {error}. Copy or download it again."
-        ) from error
+    with opened(path) as raster:
+        return raster.read(1)

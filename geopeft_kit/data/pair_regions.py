@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import rasterio
 from affine import Affine
 from rasterio.crs import CRS
-from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
 from geopeft_kit.data.ground import footprint_of, metres_per_unit
+from geopeft_kit.data.opening import opened
 from geopeft_kit.data.places import BLOCKS, region_polygons
 
 if TYPE_CHECKING:
@@ -166,21 +165,11 @@ def _footprints(paths: Sequence[Path]) -> gpd.GeoDataFrame | None:
 
     shapes, systems = [], []
     for path in paths:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", NotGeoreferencedWarning)
-                with rasterio.open(path) as raster:
-                    if raster.crs is None:
-                        return None
-                    transform = raster.transform
-                    height, width = raster.height, raster.width
-                    systems.append(raster.crs.to_wkt())
-        except RasterioError as error:
-            raise ValueError(
-                f"{path} cannot be read as a raster: {error}. Copy or download it "
-                "again."
-            ) from error
-        shapes.append(footprint_of(transform, height, width))
+        with opened(path) as raster:
+            if raster.crs is None:
+                return None
+            systems.append(raster.crs.to_wkt())
+            shapes.append(footprint_of(raster.transform, raster.height, raster.width))
     if len(set(systems)) == 1:
         return gpd.GeoDataFrame(geometry=shapes, crs=systems[0])
     shared = "EPSG:6933"  # metres on an equal-area cylinder, for several UTM zones
