@@ -21,10 +21,10 @@ from typing import Any
 import pandas as pd
 import torch
 from rows import Rows
-from scipy import stats
 from shared import table, write_page
 
 import geopeft_kit as gk
+from geopeft_kit.comparison import half_width
 
 BACKBONE = "geopeft_tiny"  # its architecture, 2.7 million numbers, random weights
 TASKS = {"burn": "miou"}
@@ -129,8 +129,7 @@ def interval(values: pd.Series) -> str:
     values = values.dropna()
     if len(values) < 2:
         return f"{values.mean():.3f}"
-    half = stats.t.ppf(0.975, len(values) - 1) * values.sem()
-    mean = values.mean()
+    mean, half = values.mean(), half_width(values)
     return f"{mean:.3f} [{mean - half:.3f}, {mean + half:.3f}]"
 
 

@@ -26,10 +26,10 @@ import pandas as pd
 import torch
 from probing import probe
 from rows import Rows
-from scipy import stats
 from shared import convert, pixel_rows, setting, table
 
 import geopeft_kit as gk
+from geopeft_kit.comparison import half_width
 
 RGB = ("BLUE", "GREEN", "RED")
 IMAGES = 500  # labelled training images of EuroSAT
@@ -205,7 +205,7 @@ def check(gate: Gate, rows: pd.DataFrame) -> dict[str, object]:
         values = values - scores[gate.reference]
     values = values.dropna()
     mean = values.mean()
-    half = stats.t.ppf(0.975, len(values) - 1) * values.std() / len(values) ** 0.5
+    half = half_width(values)
     inside = gate.low <= mean - half and mean + half <= gate.high
     mean_inside = gate.low <= mean <= gate.high
     return {

@@ -30,10 +30,10 @@ from paired import (
     final_rows,
     mark_searches,
 )
-from scipy import stats
 from shared import convert, pixel_rows, search_table, table, write_page
 
 import geopeft_kit as gk
+from geopeft_kit.comparison import half_width
 from geopeft_kit.training.fit import DECODER_LEARNING_RATE
 
 RGB = ("BLUE", "GREEN", "RED")
@@ -257,9 +257,8 @@ def draw(finals: pd.DataFrame, score: str, path: Path) -> None:
     for name in trained.dropna().sort_values().index:
         method = first.loc[name, "method"]
         gap = 100 * (wide[name] - wide["full"]).dropna()
-        half = stats.t.ppf(0.975, len(gap) - 1) * gap.std(ddof=1) / len(gap) ** 0.5
-        if len(gap) < 3:
-            half = float("nan")  # an interval over two seeds fills the whole picture
+        # an interval over two seeds would fill the whole picture
+        half = half_width(gap) if len(gap) > 2 else float("nan")
         place = first.loc[name, "backbone_trainable"] or least / 3
         axis.errorbar(
             place,

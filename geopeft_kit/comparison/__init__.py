@@ -2,6 +2,6 @@
 
 from geopeft_kit.comparison.candidate import Candidate
 from geopeft_kit.comparison.compare import adapter_kib, compare
-from geopeft_kit.comparison.result import Comparison, Trained
+from geopeft_kit.comparison.result import Comparison, Trained, half_width
 
-__all__ = ["Candidate", "Comparison", "Trained", "adapter_kib", "compare"]
+__all__ = ["Candidate", "Comparison", "Trained", "adapter_kib", "compare", "half_width"]

@@ -107,8 +107,6 @@ COSTS = {
     "activations_mib": "activations MiB",
     "step_ms": "ms a step",
 }
-
-
 HEADLINE_BY_METRIC = dict(HEADLINE.values())
 
 
@@ -118,10 +116,14 @@ def _mean_and_spread(scores: pd.Series) -> str:
     return f"{scores.mean():.3f} ± {scores.std(ddof=1):.3f}"
 
 
+def half_width(values: pd.Series) -> float:
+    """Half of Student's 95 % interval of a mean; two values or more."""
+    return stats.t.ppf(0.975, len(values) - 1) * values.sem()
+
+
 def _interval(differences: pd.Series, larger_is_better: bool) -> dict[str, Any]:
-    """Student's 95 % interval of a mean of paired differences."""
-    mean, count = differences.mean(), len(differences)
-    half = stats.t.ppf(0.975, count - 1) * differences.std(ddof=1) / count**0.5
+    """The mean of paired differences with its interval, and what it says."""
+    mean, half = differences.mean(), half_width(differences)
     low, high = mean - half, mean + half
     if low <= 0 <= high:
         verdict = "not resolved"
