@@ -64,7 +64,7 @@ def check_data(
         *_places(chips),
         *_nodata(chips, info),
         *_range(bands, pixels, info, chips),
-        *_labels(chips, classes, info),
+        *_labels(chips, classes),
         *_duplicates(chips),
         *_splits(chips),
         *_neighbours(index, chips, buffer_m),
@@ -168,9 +168,7 @@ def _range(
             )  # fmt: skip
 
 
-def _labels(
-    chips: pd.DataFrame, classes: pd.DataFrame, info: DatasetInfo
-) -> Iterator[Finding]:
+def _labels(chips: pd.DataFrame, classes: pd.DataFrame) -> Iterator[Finding]:
     if "labelled" in chips:
         empty = chips["chip"][chips["labelled"] == 0]
     else:
