@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ import torch
 from methods import spread
 from paired import difference
 from probing import probe
-from shared import convert, keep, pixel_rows, setting, table
+from rows import Rows
+from shared import convert, pixel_rows, setting, table
 from torch import Tensor
 
 import geopeft_kit as gk
@@ -102,17 +104,18 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="train nothing")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    began = time.perf_counter()
+    began = time.monotonic()
     for name in arguments.studies:
-        path = arguments.out / f"{name}.csv"
+        rows = Rows(arguments.out / f"{name}.csv", ("label", "seed"))
         if arguments.report:
-            report(name, pd.read_csv(path))
+            report(name, rows.read())
             continue
-        for label, seed, run in STUDIES[name](arguments):
-            if time.perf_counter() - began > 60 * arguments.limit:
+        runs = STUDIES[name](arguments)
+        for cell in rows.missing(runs):
+            if time.monotonic() - began > 60 * arguments.limit:
                 raise SystemExit("time is up; call again to go on")
-            keep(path, label, seed, run)
-    print(setting((time.perf_counter() - began) / 60))
+            rows.put(cell, [runs[cell]()])
+    print(setting((time.monotonic() - began) / 60))
 
 
 def report(name: str, rows: pd.DataFrame) -> None:
@@ -137,10 +140,10 @@ def report(name: str, rows: pd.DataFrame) -> None:
     print(f"### {name}\n\n{table(pd.DataFrame(lines).T.rename_axis('label'))}\n")
 
 
-Rows = list[tuple[str, int, Callable[[], dict[str, Any]]]]
+Runs = dict[tuple[str, int], Callable[[], dict[str, Any]]]
 
 
-def objectives(arguments: argparse.Namespace) -> Rows:
+def objectives(arguments: argparse.Namespace) -> Runs:
     """For each objective and seed: pretraining, its cost, and the probe after it."""
     data = _eurosat(arguments)
     corpus = Crops(eurosat_images(data) + global_chips(arguments.data / "s2_global"))
@@ -161,19 +164,14 @@ def objectives(arguments: argparse.Namespace) -> Rows:
             save(backbone, done_path)
         return row | probe(backbone, data, seed, CHIPS)
 
-    rows: Rows = [
-        (label, seed, lambda label=label, seed=seed: run(label, seed))
-        for seed in arguments.seeds
-        for label in OBJECTIVES
-    ]
-    pixels = lambda seed: dict(  # noqa: E731
-        pixel_rows(data, [seed], CHIPS)[["val", "test"]].iloc[0]
-    )
-    rows += [("pixel statistics", s, lambda s=s: pixels(s)) for s in arguments.seeds]
-    return rows
+    def pixels(seed: int) -> dict[str, Any]:
+        return dict(pixel_rows(data, [seed], CHIPS)[["val", "test"]].iloc[0])
+
+    runs = _each(run, OBJECTIVES, arguments.seeds)
+    return runs | {("pixel statistics", s): partial(pixels, s) for s in arguments.seeds}
 
 
-def fine_tuning(arguments: argparse.Namespace) -> Rows:
+def fine_tuning(arguments: argparse.Namespace) -> Runs:
     """Full fine-tuning of what `objectives` has left, on the same images."""
     data = _eurosat(arguments)
 
@@ -193,14 +191,10 @@ def fine_tuning(arguments: argparse.Namespace) -> Rows:
         row = {"val": fitted.metrics["overall"]["accuracy"]}
         return row | {"test": gk.evaluate(model, data, "test")["overall"]["accuracy"]}
 
-    return [
-        (label, seed, lambda label=label, seed=seed: run(label, seed))
-        for seed in arguments.seeds
-        for label in OBJECTIVES
-    ]
+    return _each(run, OBJECTIVES, arguments.seeds)
 
 
-def corpora(arguments: argparse.Namespace) -> Rows:
+def corpora(arguments: argparse.Namespace) -> Runs:
     """One row for each corpus and seed: the probe on seen and unseen regions."""
     images = {label: simulated_images(r) for label, r in CORPORA.items() if r}
     data = gk.simulated_data(
@@ -226,14 +220,17 @@ def corpora(arguments: argparse.Namespace) -> Rows:
         row |= {"test": found["overall"][score]}
         return row | {f"region {k}": v[score] for k, v in found["regions"].items()}
 
-    return [
-        (label, seed, lambda label=label, seed=seed: run(label, seed))
-        for seed in arguments.seeds
-        for label in CORPORA
-    ]
+    return _each(run, CORPORA, arguments.seeds)
 
 
 STUDIES = {"objectives": objectives, "corpora": corpora, "fine_tuning": fine_tuning}
+
+
+def _each(run: Callable, labels: Iterable[str], seeds: Sequence[int]) -> Runs:
+    """A run for each label and seed; a whole seed before the next."""
+    return {
+        (label, seed): partial(run, label, seed) for seed in seeds for label in labels
+    }
 
 
 def _load(name: str, start: str, seed: int) -> Backbone:

@@ -20,10 +20,11 @@ from typing import Any
 
 import pandas as pd
 import torch
-from scipy import stats
-from shared import setting, table
+from rows import Rows
+from shared import table, write_page
 
 import geopeft_kit as gk
+from geopeft_kit.comparison import half_width
 
 BACKBONE = "geopeft_tiny"  # its architecture, 2.7 million numbers, random weights
 TASKS = {"burn": "miou"}
@@ -45,26 +46,18 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    journal, began = arguments.out / "corpus_scale.csv", time.monotonic()
-    rows = pd.read_csv(journal).to_dict("records") if journal.exists() else []
-    seen = {(row["factor"], row["seed"]) for row in rows}
+    began = time.monotonic()
+    rows = Rows(arguments.out / "corpus_scale.csv", ("factor", "seed"))
     corpus = open_corpus(max(arguments.factors) * arguments.unit)
     tasks = {
         name: gk.simulated_data(name, chips_per_region=arguments.chips, **SMALL)
         for name in TASKS
     }
-    for seed in arguments.seeds:
-        for factor in arguments.factors:
-            late = time.monotonic() - began > 60 * arguments.minutes
-            if (factor, seed) in seen or late:
-                continue
-            rows += measure(factor, seed, corpus, tasks, arguments)
-            pd.DataFrame(rows).to_csv(journal, index=False)
-            print(rows[-1], flush=True)
-    minutes = (time.monotonic() - began) / 60
-    page = "\n\n".join([f"{corpus!r}.", report(pd.DataFrame(rows)), setting(minutes)])
-    (arguments.out / "corpus_scale.md").write_text(page + "\n", encoding="utf-8")
-    print(page)
+    due = [(factor, seed) for seed in arguments.seeds for factor in arguments.factors]
+    for cell in rows.missing(due, began + 60 * arguments.minutes):
+        rows.put(cell, measure(*cell, corpus, tasks, arguments))
+    page = arguments.out / "corpus_scale.md"
+    write_page(page, began, f"{corpus!r}.", report(rows.read()))
 
 
 def open_corpus(chips: int) -> gk.ChipData:
@@ -98,8 +91,7 @@ def measure(
             backbone, part, arguments.steps, batch_size=16, seed=seed
         )
         facts = run.history.tail(20).mean().drop("step").add_prefix("train_").to_dict()
-    facts |= {"factor": factor, "chips": chips, "seed": seed}
-    facts["pretraining_cpu_s"] = time.process_time() - began
+    facts |= {"chips": chips, "pretraining_cpu_s": time.process_time() - began}
     gk.attach(backbone, "frozen")
     rows = []
     for task, score in TASKS.items():
@@ -137,8 +129,7 @@ def interval(values: pd.Series) -> str:
     values = values.dropna()
     if len(values) < 2:
         return f"{values.mean():.3f}"
-    half = stats.t.ppf(0.975, len(values) - 1) * values.sem()
-    mean = values.mean()
+    mean, half = values.mean(), half_width(values)
     return f"{mean:.3f} [{mean - half:.3f}, {mean + half:.3f}]"
 
 

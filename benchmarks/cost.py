@@ -20,7 +20,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from shared import setting, table
+from shared import table, write_page
 from torch.utils.flop_counter import FlopCounterMode
 
 import geopeft_kit as gk
@@ -69,10 +69,7 @@ def main() -> None:
             rows.append(row)
             pd.DataFrame(rows).to_csv(arguments.out / "cost.csv", index=False)
             print(row, flush=True)
-    minutes = (time.monotonic() - began) / 60
-    page = "\n\n".join([report(pd.DataFrame(rows)), setting(minutes)])
-    (arguments.out / "cost.md").write_text(page + "\n", encoding="utf-8")
-    print(page)
+    write_page(arguments.out / "cost.md", began, report(pd.DataFrame(rows)))
 
 
 def load(label: str, size: int) -> Backbone | None:

@@ -22,7 +22,8 @@ from typing import Any
 
 import pandas as pd
 import torch
-from shared import convert, setting, table
+from rows import Rows
+from shared import convert, table, write_page
 
 import geopeft_kit as gk
 
@@ -71,22 +72,14 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    journal, began = arguments.out / "few_shot.csv", time.monotonic()
-    rows = pd.read_csv(journal).to_dict("records") if journal.exists() else []
-    seen = {tuple(row[k] for k in ("study", "label", "n", "seed")) for row in rows}
+    began, key = time.monotonic(), ("study", "label", "n", "seed")
+    rows = Rows(arguments.out / "few_shot.csv", key)
     for name in arguments.studies:
         study = open_study(name, arguments)
-        for cell in cells(name, study, arguments):
-            late = time.monotonic() - began > 60 * arguments.minutes
-            if cell in seen or late:
-                continue
-            rows.append(measure(cell, study, arguments.steps))
-            pd.DataFrame(rows).to_csv(journal, index=False)
-            print(rows[-1], flush=True)
-    minutes = (time.monotonic() - began) / 60
-    page = "\n\n".join([report(pd.DataFrame(rows)), setting(minutes)])
-    (arguments.out / "few_shot.md").write_text(page + "\n", encoding="utf-8")
-    print(page)
+        due = cells(name, study, arguments)
+        for cell in rows.missing(due, began + 60 * arguments.minutes):
+            rows.put(cell, [measure(cell, study, arguments.steps)])
+    write_page(arguments.out / "few_shot.md", began, report(rows.read()))
 
 
 def open_study(name: str, arguments: argparse.Namespace) -> Study:
@@ -130,7 +123,7 @@ def measure(
     cell: tuple[str, str, int, int], study: Study, steps: int
 ) -> dict[str, Any]:
     """Train one cell and score it where it was not trained."""
-    name, label, n, seed = cell
+    _, label, n, seed = cell
     data = study.data.n_shot(n, seed, study.by)
     began = time.process_time()
     if label in RIVALS:
@@ -139,10 +132,6 @@ def measure(
         model = train(label, study, data, steps, seed)
     scores = gk.evaluate(model, data, "test")["overall"]
     return {
-        "study": name,
-        "label": label,
-        "n": n,
-        "seed": seed,
         "chips": len(data.dataset("train")),
         **scores,
         "cpu_s": time.process_time() - began,

@@ -25,10 +25,11 @@ from typing import Any
 import pandas as pd
 import torch
 from probing import probe
-from scipy import stats
-from shared import convert, keep, pixel_rows, setting, table
+from rows import Rows
+from shared import convert, pixel_rows, setting, table
 
 import geopeft_kit as gk
+from geopeft_kit.comparison import half_width
 
 RGB = ("BLUE", "GREEN", "RED")
 IMAGES = 500  # labelled training images of EuroSAT
@@ -40,7 +41,7 @@ CANDIDATES = (
     gk.Candidate("random probe", "frozen", {}, RANDOM),
     gk.Candidate("random full", "full", {}, RANDOM, fresh_decoder=True),
 )
-Runs = list[tuple[str, int, Callable[[], dict[str, Any]]]]
+Runs = dict[tuple[str, int], Callable[[], dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -113,22 +114,24 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="train nothing")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    began = time.perf_counter()
+    began = time.monotonic()
     for name in [] if arguments.report else arguments.parts:
-        for label, seed, run in PARTS[name](arguments):
-            if time.perf_counter() - began > 60 * arguments.limit:
+        rows = Rows(_file(arguments, name), ("label", "seed"))
+        runs = PARTS[name](arguments)
+        for cell in rows.missing(runs):
+            if time.monotonic() - began > 60 * arguments.limit:
                 raise SystemExit("time is up; call again to go on")
-            keep(_file(arguments, name), label, seed, run)
+            rows.put(cell, [runs[cell]()])
     files = {name: _file(arguments, name) for name in PARTS}
-    rows = {name: pd.read_csv(path) for name, path in files.items() if path.exists()}
-    checked = pd.DataFrame([check(g, rows[g.part]) for g in GATES if g.part in rows])
+    made = {name: pd.read_csv(path) for name, path in files.items() if path.exists()}
+    checked = pd.DataFrame([check(g, made[g.part]) for g in GATES if g.part in made])
     checked.to_csv(arguments.table, index=False, float_format="%.4f")
-    raw = pd.concat(rows, names=["part"]).reset_index("part")
+    raw = pd.concat(made, names=["part"]).reset_index("part")
     columns = ["part", "label", "seed", "val", "test"]
     runs = arguments.table.with_name("gates_runs.csv")
     raw[columns].to_csv(runs, index=False, float_format="%.6g")
     print(table(checked.set_index("gate")))
-    print(setting((time.perf_counter() - began) / 60))
+    print(setting((time.monotonic() - began) / 60))
 
 
 def burn(arguments: argparse.Namespace, rgb: bool = False) -> Runs:
@@ -149,11 +152,11 @@ def burn(arguments: argparse.Namespace, rgb: bool = False) -> Runs:
         found = gk.compare([candidate], data, name, options, seeds=[seed], **few)
         return dict(found.rows.iloc[0])
 
-    return [
-        (candidate.label, seed, partial(run, candidate, seed))
+    return {
+        (candidate.label, seed): partial(run, candidate, seed)
         for seed in range(arguments.seeds)
         for candidate in CANDIDATES
-    ]
+    }
 
 
 def eurosat(arguments: argparse.Namespace) -> Runs:
@@ -180,11 +183,11 @@ def eurosat(arguments: argparse.Namespace) -> Runs:
         "random probe": random_probe,
         "pixel statistics": pixels,
     }
-    return [
-        (label, seed, partial(run, seed))
+    return {
+        (label, seed): partial(run, seed)
         for seed in range(arguments.seeds)
         for label, run in rivals.items()
-    ]
+    }
 
 
 PARTS = {"burn": burn, "burn rgb": partial(burn, rgb=True), "eurosat": eurosat}
@@ -202,7 +205,7 @@ def check(gate: Gate, rows: pd.DataFrame) -> dict[str, object]:
         values = values - scores[gate.reference]
     values = values.dropna()
     mean = values.mean()
-    half = stats.t.ppf(0.975, len(values) - 1) * values.std() / len(values) ** 0.5
+    half = half_width(values)
     inside = gate.low <= mean - half and mean + half <= gate.high
     mean_inside = gate.low <= mean <= gate.high
     return {

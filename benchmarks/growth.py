@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
+from rows import Rows
 from step import SETTINGS, measure
 from terratorch_environment import make_environment
 from workers import Worker
@@ -46,31 +46,21 @@ def main() -> None:
     began, python = time.monotonic(), make_environment()
     kit = Worker("step_kit.py", sys.executable, given.out / "kit.log")
     peer = Worker("step_terratorch.py", python, given.out / "terratorch.log")
-    journal = given.out / "step_growth.csv"
-    rows = pd.read_csv(journal).to_dict("records") if journal.exists() else []
-    seen = {tuple(row[key] for key in START) for row in rows}
+    rows = Rows(given.out / "step_growth.csv", tuple(START))
     settings = {name: SETTINGS["lora"][name] for name in SHOWN}
-    for cell in cells(given.axes):
-        if (
-            tuple(cell.values()) in seen
-            or time.monotonic() - began > 60 * given.minutes
-        ):
-            continue
-        seen.add(tuple(cell.values()))
-        model = {**cell, "folder": str(given.out)}
-        turns = given.turns, began + 60 * given.minutes
-        found = measure("lora", model, kit, peer, turns, settings)
-        rows += found
-        pd.DataFrame(rows).to_csv(journal, index=False)
-        print(rows[-1], flush=True)
+    until = began + 60 * given.minutes
+    for cell in rows.missing(cells(given.axes), until):
+        model = dict(zip(START, cell, strict=True)) | {"folder": str(given.out)}
+        turns = given.turns, until
+        rows.put(cell, measure("lora", model, kit, peer, turns, settings))
     kit.stop()
     peer.stop()
 
 
-def cells(axes: list[str]) -> list[dict[str, Any]]:
+def cells(axes: list[str]) -> list[tuple[Any, ...]]:
     """The start with one number changed, axis by axis, smallest first."""
     return [
-        {**START, **others, key: value}
+        tuple({**START, **others, key: value}.values())
         for key, values, others in (AXES[axis] for axis in axes)
         for value in values
     ]

@@ -16,7 +16,8 @@ from typing import Any
 
 import pandas as pd
 import torch
-from shared import setting, table
+from rows import Rows
+from shared import table, write_page
 
 import geopeft_kit as gk
 
@@ -60,23 +61,15 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    journal, began = arguments.out / "levers.csv", time.monotonic()
-    rows = pd.read_csv(journal).to_dict("records") if journal.exists() else []
-    seen = {(row["group"], row["lever"], row["seed"]) for row in rows}
+    began = time.monotonic()
+    rows = Rows(arguments.out / "levers.csv", ("group", "lever", "seed"))
     data = gk.simulated_data("flood", "hls", chips_per_region=24)
-    for cell in cells(arguments.seeds):
-        late = time.monotonic() - began > 60 * arguments.minutes
-        if cell in seen or late:
-            continue
+    due = cells(arguments.seeds)
+    for cell in rows.missing(due, began + 60 * arguments.minutes):
         subset = data.subset(min(arguments.chips, len(data.dataset("train"))), cell[2])
-        rows.append(measure(cell, subset, arguments.epochs))
-        pd.DataFrame(rows).to_csv(journal, index=False)
-        print(rows[-1], flush=True)
-    minutes = (time.monotonic() - began) / 60
+        rows.put(cell, [measure(cell, subset, arguments.epochs)])
     notes = f"{data!r}, {arguments.chips} training chips, {arguments.epochs} epochs."
-    page = "\n\n".join([notes, report(pd.DataFrame(rows)), setting(minutes)])
-    (arguments.out / "levers.md").write_text(page + "\n", encoding="utf-8")
-    print(page)
+    write_page(arguments.out / "levers.md", began, notes, report(rows.read()))
 
 
 def cells(seeds: list[int]) -> list[tuple[str, str, int]]:
@@ -107,9 +100,6 @@ def measure(
     )  # fmt: skip
     seconds = time.process_time() - began
     return {
-        "group": group,
-        "lever": lever,
-        "seed": seed,
         "miou": gk.evaluate(model, data, "test")["overall"]["miou"],
         "cpu_s": seconds,
         "step_ms": run.resources.step_ms,

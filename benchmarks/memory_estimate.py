@@ -19,7 +19,8 @@ import numpy as np
 import pandas as pd
 import torch
 from rasterio.transform import from_origin
-from shared import setting, table
+from rows import Rows
+from shared import table, write_page
 
 import geopeft_kit as gk
 from geopeft_kit.data import Chip, write_chip_folder
@@ -34,7 +35,7 @@ METHODS = ("full", "frozen", "lora", "vpt", "bias", "vit_adapter")
 DECODERS = ("unet", "upernet", "linear")
 BATCHES, SIZES = (2, 4), (64, 128)
 CAUSES = ("weights", "gradients", "optimiser", "activations")
-CELL = ["backbone", "method", "decoder", "batch", "size"]
+CELL = ("backbone", "method", "decoder", "batch", "size")
 
 
 def main() -> None:
@@ -46,22 +47,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    journal, began = arguments.out / "memory_estimate.csv", time.monotonic()
-    rows = pd.read_csv(journal).to_dict("records") if journal.exists() else []
-    seen = {tuple(row[name] for name in CELL) for row in rows}
-    for cell in cells():
-        if cell in seen:
-            continue
-        if time.monotonic() - began > 60 * arguments.minutes:
-            break
-        row = measure(cell, arguments.out)
-        rows.append(dict(zip(CELL, cell, strict=True)) | row)
-        pd.DataFrame(rows).to_csv(journal, index=False)
-        print(cell, row, flush=True)
-    minutes = (time.monotonic() - began) / 60
-    page = report(pd.DataFrame(rows)) + "\n\n" + setting(minutes)
-    (arguments.out / "memory_estimate.md").write_text(page + "\n", encoding="utf-8")
-    print(page)
+    began = time.monotonic()
+    rows = Rows(arguments.out / "memory_estimate.csv", CELL)
+    for cell in rows.missing(cells(), began + 60 * arguments.minutes):
+        rows.put(cell, [measure(cell, arguments.out)])
+    write_page(arguments.out / "memory_estimate.md", began, report(rows.read()))
 
 
 def cells() -> list[tuple]:
@@ -128,7 +118,7 @@ def report(rows: pd.DataFrame) -> str:
         cause: (rows[f"{cause}_predicted"] - rows[f"{cause}_measured"]).abs().max()
         for cause in CAUSES
     }
-    shown = rows[CELL].copy()
+    shown = rows[[*CELL]].copy()
     shown["predicted MiB"] = rows["activations_predicted"]
     shown["measured MiB"] = rows["activations_measured"]
     shown["ratio"] = rows["activations_predicted"] / rows["activations_measured"]
@@ -136,7 +126,7 @@ def report(rows: pd.DataFrame) -> str:
         f"{len(rows)} of {len(cells())} cells. Largest difference in MiB: "
         + ", ".join(f"{cause} {value:.3f}" for cause, value in worst.items())
         + ". Activations:",
-        table(shown.set_index(CELL)),
+        table(shown.set_index([*CELL])),
     ]
     return "\n\n".join(lines)
 

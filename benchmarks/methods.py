@@ -30,10 +30,10 @@ from paired import (
     final_rows,
     mark_searches,
 )
-from scipy import stats
-from shared import convert, pixel_rows, search_table, setting, table
+from shared import convert, pixel_rows, search_table, table, write_page
 
 import geopeft_kit as gk
+from geopeft_kit.comparison import half_width
 from geopeft_kit.training.fit import DECODER_LEARNING_RATE
 
 RGB = ("BLUE", "GREEN", "RED")
@@ -60,7 +60,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name in arguments.studies:
-        began = time.perf_counter()
+        began = time.monotonic()
         study, candidates, rivals, notes = STUDIES[name](arguments)
         number, count = map(int, arguments.share.split("/"))
         if not arguments.report:
@@ -68,10 +68,8 @@ def main() -> None:
             study.run(mine[number::count], arguments.seeds)
             continue
         rows = report(study, candidates, rivals(arguments.seeds))
-        minutes = (time.perf_counter() - began) / 60
-        page = "\n\n".join([f"### {name}", *notes, *rows, setting(minutes)])
-        (arguments.out / f"{name}.md").write_text(page + "\n", encoding="utf-8")
-        print(page, flush=True)
+        page = arguments.out / f"{name}.md"
+        write_page(page, began, f"### {name}", *notes, *rows)
 
 
 Parts = tuple[Study, list[gk.Candidate], Callable[[Sequence[int]], pd.DataFrame], list]
@@ -259,9 +257,8 @@ def draw(finals: pd.DataFrame, score: str, path: Path) -> None:
     for name in trained.dropna().sort_values().index:
         method = first.loc[name, "method"]
         gap = 100 * (wide[name] - wide["full"]).dropna()
-        half = stats.t.ppf(0.975, len(gap) - 1) * gap.std(ddof=1) / len(gap) ** 0.5
-        if len(gap) < 3:
-            half = float("nan")  # an interval over two seeds fills the whole picture
+        # an interval over two seeds would fill the whole picture
+        half = half_width(gap) if len(gap) > 2 else float("nan")
         place = first.loc[name, "backbone_trainable"] or least / 3
         axis.errorbar(
             place,

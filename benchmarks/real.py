@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from shared import convert, pixel_rows, search_table, setting, table
+from shared import convert, pixel_rows, search_table, table, write_page
 
 import geopeft_kit as gk
 from geopeft_kit.comparison import Comparison
@@ -54,12 +54,9 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     parts = {"eurosat": eurosat, "amazon": amazon, "terramesh": terramesh}
     for name in arguments.parts:
-        began = time.perf_counter()
+        began = time.monotonic()
         text = parts[name](arguments, range(arguments.seeds))
-        minutes = (time.perf_counter() - began) / 60
-        page = f"{text}\n\n{setting(minutes)}\n"
-        (arguments.out / f"{name}.md").write_text(page, encoding="utf-8")
-        print(page, flush=True)
+        write_page(arguments.out / f"{name}.md", began, text)
     print(f"wrote {', '.join(arguments.parts)} to {arguments.out}")
 
 

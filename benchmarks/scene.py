@@ -19,7 +19,8 @@ import numpy as np
 import pandas as pd
 import rasterio
 from rasterio.transform import from_origin
-from shared import setting, table
+from rows import Rows
+from shared import table, write_page
 from terratorch_environment import make_environment
 from workers import Worker, ratios
 
@@ -45,24 +46,17 @@ def main() -> None:
     model = {"backbone": given.backbone, "size": WINDOW, "folder": str(given.out)}
     peer.ask("build", mode="frozen", batch=1, **model)
     kit.ask("build", **model)
-    journal = given.out / "scene.csv"
-    rows = pd.read_csv(journal).to_dict("records") if journal.exists() else []
+    rows = Rows(given.out / "scene.csv", ("backbone", "size"))
     for size in given.sizes:
-        cell = {"backbone": given.backbone, "size": size}
-        found = measure(cell, given.out, kit, peer, given.batch, given.turns)
-        rows = [row for row in rows if cell.items() - row.items()] + found
-        pd.DataFrame(rows).to_csv(journal, index=False)
+        found = measure(size, given.out, kit, peer, given.batch, given.turns)
+        rows.put((given.backbone, size), found)
     kit.stop()
     peer.stop()
-    page = (
-        report(pd.DataFrame(rows)) + "\n\n" + setting((time.monotonic() - began) / 60)
-    )
-    (given.out / "scene.md").write_text(page + "\n", encoding="utf-8")
-    print(page)
+    write_page(given.out / "scene.md", began, report(rows.read()))
 
 
 def measure(
-    cell: dict[str, Any],
+    size: int,
     folder: Path,
     kit: Worker,
     peer: Worker,
@@ -70,7 +64,7 @@ def measure(
     turns: int,
 ) -> list[dict[str, Any]]:
     """One row for each precision of the kit, on a scene of one size."""
-    source = write_scene(folder, cell["size"])
+    source = write_scene(folder, size)
     job = {"source": str(source), "window": WINDOW, "step": STEP, "batch": batch}
     workers = {"peer": peer, **dict.fromkeys(PRECISIONS, kit)}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
@@ -83,8 +77,7 @@ def measure(
     mib = {n: max(taken["mib"] for taken in turns) for n, turns in found.items()}
     classes = {n: rasterio.open(folder / f"{n}.tif").read(1) for n in workers}
     return [
-        cell
-        | {
+        {
             "precision": name,
             **speed(seconds[name], seconds["peer"]),
             "mib_kit": mib[name],

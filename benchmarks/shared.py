@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: chip folders, a rival without network, tables."""
+"""What the benchmark scripts share: chip folders, a rival without network, pages."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -46,19 +45,6 @@ def pixel_rows(
                 row[split] = gk.evaluate(model, data, split)["overall"][score]
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def keep(path: Path, label: str, seed: int, run: Callable[[], dict[str, Any]]) -> None:
-    """Make one row of a study, unless it is there."""
-    rows = pd.read_csv(path) if path.exists() else pd.DataFrame()
-    if len(rows) and ((rows["label"] == label) & (rows["seed"] == seed)).any():
-        return
-    row = {"label": label, "seed": seed, **run()}
-    unfinished = path.with_suffix(".part")
-    pd.concat([rows, pd.DataFrame([row])]).to_csv(unfinished, index=False)
-    unfinished.replace(path)
-    scores = [f"{k} {row[k]:.3f}" for k in ("val", "test") if k in row]
-    print(path.stem, label, seed, *scores, flush=True)
 
 
 def search_table(searches: pd.DataFrame) -> pd.DataFrame:
@@ -100,3 +86,16 @@ def setting(minutes: float) -> str:
         f"({platform.machine()}), {gpu}, torch {torch.__version__.split('+')[0]}, "
         f"{minutes:.1f} minutes."
     )
+
+
+def write_page(path: Path, began: float, *parts: str) -> None:
+    """Write and print the parts of a report, and what it was measured on.
+
+    Args:
+        path: The Markdown file.
+        began: `time.monotonic()` at the start of the run.
+        parts: Paragraphs and tables.
+    """
+    page = "\n\n".join([*parts, setting((time.monotonic() - began) / 60)])
+    path.write_text(page + "\n", encoding="utf-8")
+    print(page, flush=True)

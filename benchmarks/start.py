@@ -18,11 +18,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from memory_estimate import random_data
+from rows import Rows
 from safetensors.torch import save_file
-from shared import setting, table
+from shared import table, write_page
 from step_kit import same_model
 from terratorch_environment import make_environment
 from workers import ROOT, Worker, ratios
@@ -30,6 +30,7 @@ from workers import ROOT, Worker, ratios
 import geopeft_kit as gk
 
 MIB = 2**20
+FILES = ("to resume from", "to hand on")  # what `file_sizes` weighs
 IMPORTS = {
     "bare import": ("import geopeft_kit", "import terratorch"),
     "all for a first run": (
@@ -49,25 +50,16 @@ def main() -> None:
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     began, python = time.monotonic(), str(make_environment())
-    journal = given.out / "start.csv"
-    rows = pd.read_csv(journal).to_dict("records") if journal.exists() else []
-    seen = {row["what"] for row in rows}
-    if not any(what.endswith("MiB") for what in seen):
+    rows = Rows(given.out / "start.csv", ("what",))
+    if any(rows.missing((f"{what}, MiB",) for what in FILES)):
         for what, sizes in file_sizes(given.backbone, given.out, python).items():
-            found = ratios(*([size] for size in sizes))
-            rows.append({"what": f"{what}, MiB", **found})
-        pd.DataFrame(rows).to_csv(journal, index=False)
-    for what, code in IMPORTS.items():
-        if f"{what}, CPU s" not in seen:
-            found = import_seconds(*code, python, given.turns)
-            rows.append({"what": f"{what}, CPU s", **found})
-            pd.DataFrame(rows).to_csv(journal, index=False)
-    frame = pd.DataFrame(rows).set_index("what")
-    shown = frame[["ours", "theirs", "ratio", "low", "high"]]
+            rows.put((f"{what}, MiB",), [ratios(*([size] for size in sizes))])
+    imports = {(f"{what}, CPU s",): code for what, code in IMPORTS.items()}
+    for cell in rows.missing(imports):
+        rows.put(cell, [import_seconds(*imports[cell], python, given.turns)])
+    shown = rows.read().set_index("what")[["ours", "theirs", "ratio", "low", "high"]]
     shown.columns = ["kit", "TerraTorch", "ratio", "lowest", "highest"]
-    page = table(shown) + "\n\n" + setting((time.monotonic() - began) / 60)
-    (given.out / "start.md").write_text(page + "\n", encoding="utf-8")
-    print(page)
+    write_page(given.out / "start.md", began, table(shown))
 
 
 def import_seconds(ours: str, theirs: str, python: str, turns: int) -> dict[str, float]:

@@ -21,7 +21,8 @@ from typing import Any
 
 import pandas as pd
 import torch
-from shared import setting, table
+from rows import Rows
+from shared import table, write_page
 from terratorch_environment import make_environment
 from workers import Worker, ratios
 
@@ -78,20 +79,13 @@ def main() -> None:
         "batch": given.batch,
         "folder": str(given.out),
     }
-    journal = given.out / "step.csv"
-    rows = pd.read_csv(journal).to_dict("records") if journal.exists() else []
+    rows = Rows(given.out / "step.csv", ("mode",))
     for mode in given.modes:
         turns = given.turns, began + 60 * given.minutes
-        found = measure(mode, model, kit, peer, turns, SETTINGS[mode])
-        rows = [row for row in rows if row["mode"] != mode] + found
-        pd.DataFrame(rows).to_csv(journal, index=False)
+        rows.put((mode,), measure(mode, model, kit, peer, turns, SETTINGS[mode]))
     kit.stop()
     peer.stop()
-    page = (
-        report(pd.DataFrame(rows)) + "\n\n" + setting((time.monotonic() - began) / 60)
-    )
-    (given.out / "step.md").write_text(page + "\n", encoding="utf-8")
-    print(page)
+    write_page(given.out / "step.md", began, report(rows.read()))
 
 
 def measure(

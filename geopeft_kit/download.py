@@ -10,7 +10,6 @@ Taught in notebook 01 (load a geospatial foundation model).
 from __future__ import annotations
 
 import errno
-import hashlib
 import http.client
 import json
 import os
@@ -24,6 +23,8 @@ from pathlib import Path
 
 from filelock import FileLock
 from tqdm.auto import tqdm
+
+from .files import hash_of, whole_file
 
 ATTEMPTS = 5
 TIMEOUT_S = 30.0
@@ -92,22 +93,12 @@ def fetch(
     return _verify(path, sha256, progress, md5)
 
 
-def sha256_of(path: str | Path) -> str:
-    """SHA-256 of a file, 64 hexadecimal digits."""
-    return _digest(path, "sha256")
-
-
-def _digest(path: str | Path, algorithm: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, algorithm).hexdigest()
-
-
 def _differs(path: Path, sha256: str | None, md5: str | None) -> str:
     """What is wrong with a file, in words; "" if it has the checksum asked for."""
     name, expected = ("SHA-256", sha256) if sha256 or not md5 else ("MD5", md5)
     if expected is None:
         return ""
-    actual = _digest(path, name.replace("-", "").lower())
+    actual = hash_of(path, name.replace("-", "").lower())
     same = actual == expected.lower()
     return "" if same else f"{name} is {actual}, expected {expected}"
 
@@ -125,7 +116,7 @@ def _verify(path: Path, sha256: str | None, progress: bool, md5: str | None) -> 
 
 def _record(path: Path, progress: bool) -> Path:
     """Keep the checksum of a first download beside it; compare later ones with it."""
-    actual = sha256_of(path)
+    actual = hash_of(path)
     sidecar = path.with_name(f"{path.name}.sha256")
     recorded = sidecar.is_file()
     expected = sidecar.read_text().split()[0] if recorded else actual
@@ -148,12 +139,8 @@ def _record(path: Path, progress: bool) -> Path:
 
 def _write_text(path: Path, text: str) -> None:
     """Write a small file in one step."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        scratch.write_text(text)
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with whole_file(path) as part:
+        part.write_text(text)
 
 
 class _Cut(Exception):

@@ -22,9 +22,10 @@ import rasterio
 import rasterio.shutil
 from rasterio.enums import Resampling
 
+from .files import whole_file
 from .map_layers import MapLayer, class_names
 from .pictures import Colours, class_colours
-from .rasters import colour_to_rgba, whole_file
+from .rasters import colour_to_rgba
 
 PIECES = 2_000_000  # polygons above this are no longer a file that anybody opens
 SIDE = 4096  # pixels of a picture
@@ -155,7 +156,7 @@ def save_polygons(
     table["area_m2"] = table.to_crs("EPSG:6933").area.round(1)
     kept = table[table["area_m2"] >= smallest_m2].to_crs("EPSG:4326")
     with whole_file(target) as part:
-        Path(part).write_text(kept.to_json(drop_id=True), encoding="utf-8")
+        part.write_text(kept.to_json(drop_id=True), encoding="utf-8")
     return target
 
 

@@ -9,13 +9,14 @@ started again with the same call and computes only what is missing. Taught in no
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from .files import whole_file
 
 
 class KeptRows:
@@ -37,9 +38,8 @@ class KeptRows:
         for left_over in folder.glob("*.part*"):  # a file that a killed run was at
             left_over.unlink()
         if not note.exists():
-            part = folder / "job.json.part"
-            part.write_text(text)
-            os.replace(part, note)
+            with whole_file(note) as part:
+                part.write_text(text)
 
     def __len__(self) -> int:
         """Strips that are finished, counted from the first without a gap."""
@@ -65,10 +65,8 @@ class KeptRows:
             with np.load(self._path(number)) as kept:
                 yield [kept[name] for name in kept.files]
         for number, strip in enumerate(strips, start=count):
-            part = self.folder / "rows.part"
-            with open(part, "wb") as file:
-                np.savez_compressed(file, *strip)
-            os.replace(part, self._path(number))
+            with whole_file(self._path(number)) as part:
+                np.savez_compressed(part, *strip)
             yield strip
 
     def discard(self) -> None:

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .files import whole_file
 from .map_layers import MapLayer, Raster, chip_layers
 from .map_page import frame, page
 from .map_widget import MapControls, leaflet_map, legend_html
@@ -181,19 +181,14 @@ class SceneMap:
             raise FileNotFoundError(
                 f"The folder {str(path.parent)!r} does not exist. Create it first."
             )
-        handle, part = tempfile.mkstemp(suffix=".part", dir=path.parent)
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(self.page())
-            os.chmod(part, 0o644)  # a temporary file starts out private
-            os.replace(part, path)
+            with whole_file(path) as part:
+                part.write_text(self.page(), encoding="utf-8")
         except OSError as error:
             raise RuntimeError(
                 f"{path} could not be written: {error}. Free some space or choose "
                 "another folder."
             ) from error
-        finally:
-            Path(part).unlink(missing_ok=True)
         return path
 
     @cached_property

@@ -22,9 +22,10 @@ from rasterio.vrt import WarpedVRT
 from rasterio.warp import transform_bounds
 
 from .bands import resolve_bands
+from .files import whole_file
 from .inference import predict_scene
 from .map_layers import MapLayer
-from .rasters import SceneReader, whole_file
+from .rasters import SceneReader
 from .stac import BandFile, band_files, cloud_file, find_item
 
 if TYPE_CHECKING:

@@ -289,26 +289,6 @@ class RowWriter:
             ) from error
 
 
-@contextmanager
-def whole_file(target: Path) -> Iterator[str]:
-    """A path to write to; the file takes its place only when all went well.
-
-    Args:
-        target: The file.
-
-    Yields:
-        A temporary path beside it, with the same suffix.
-    """
-    handle, part = tempfile.mkstemp(suffix=target.suffix, prefix=".", dir=target.parent)
-    os.close(handle)
-    try:
-        yield part
-        os.chmod(part, 0o644)  # a temporary file starts out private
-        os.replace(part, target)
-    finally:
-        Path(part).unlink(missing_ok=True)
-
-
 def colour_to_rgba(colour: str) -> tuple[int, int, int, int]:
     """Turn "#rrggbb" into four numbers from 0 to 255."""
     red, green, blue = bytes.fromhex(colour.removeprefix("#"))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import geopeft_kit as gk
 from geopeft_kit.backbones import Backbone
+from geopeft_kit.files import hash_of
 from geopeft_kit.methods import storage
 
 METHODS: list[tuple[str, dict[str, Any]]] = [
@@ -280,7 +281,7 @@ def test_a_refused_adapter_changes_nothing(saved: Path, kind: str) -> None:
 def test_a_pickle_is_refused(saved: Path) -> None:
     path = saved / "adapter.safetensors"
     torch.save({"a": torch.zeros(1)}, path)
-    edit(saved, sha256=storage._sha256(path))
+    edit(saved, sha256=hash_of(path))
     with pytest.raises(ValueError, match="no safetensors file"):
         gk.load_adapter(make(), saved)
 

@@ -22,7 +22,7 @@ from geopeft_kit.backbones import find_card, galileo, list_backbones, load_backb
 from geopeft_kit.backbones.base import Backbone, adapt_kernels, tap_points
 from geopeft_kit.backbones.card import plan_bands
 from geopeft_kit.backbones.prithvi import resize_table, sine_cosine_table
-from geopeft_kit.download import sha256_of
+from geopeft_kit.files import hash_of
 
 HLS = ("BLUE", "GREEN", "RED", "NIR_NARROW", "SWIR_1", "SWIR_2")
 # Radar twins differ from their optical ones in the first layer only.
@@ -605,7 +605,7 @@ def test_galileo_file_is_the_one_on_the_card(
     nano: tuple[Path, dict[str, Tensor]], tmp_path: Path
 ) -> None:
     card = find_card("galileo_nano")
-    assert sha256_of(nano[0]) == card.sha256
+    assert hash_of(nano[0]) == card.sha256
     state = torch.load(nano[0], weights_only=True, map_location="cpu")
     torch.save(state | {"surprise": torch.ones(1)}, tmp_path / "encoder.pt")
     with pytest.raises(ValueError, match=r"1 unexpected \(surprise\)"):

@@ -23,7 +23,7 @@ def _path() -> Iterator[None]:
         patch.syspath_prepend(str(FOLDER))
         yield
     ours = ("gates", "probing", "continual", "scene", "step", "step_kit", "workers")
-    for name in ("paired", "shared", "methods", *ours):
+    for name in ("paired", "rows", "shared", "methods", *ours):
         sys.modules.pop(name, None)
 
 
@@ -208,24 +208,53 @@ def test_a_gate_is_met_by_its_whole_interval() -> None:
     assert alone["value"] == alone["score"] == pytest.approx(0.6)
 
 
-def test_a_row_that_is_there_is_not_made_again(tmp_path: Path) -> None:
-    from shared import keep
+def test_a_cell_that_is_there_is_not_made_again(tmp_path: Path) -> None:
+    from rows import Rows
 
-    made = []
+    rows, made = Rows(tmp_path / "study.csv", ("label", "seed")), []
+    for cell in rows.missing([("a", 0), ("a", 1), ("a", 0)]):
+        made.append(cell)
+        rows.put(cell, [{"test": 1 / 3, "few": None}, {"test": 0.3}])
+    assert made == [("a", 0), ("a", 1)]
+    again = Rows(rows.path, rows.key)
+    assert list(again.missing([("a", 1), ("b", 0)])) == [("b", 0)]
+    assert list(again.missing([("b", 0)], until=0)) == []  # the time is up
+    again.put(("a", 0), [{"test": 2.0}])  # in place of its two older rows
+    found = again.read()
+    assert list(found) == ["label", "seed", "test", "few"]
+    assert found["seed"].tolist() == [1, 1, 0]
+    assert found["test"].tolist() == pytest.approx([1 / 3, 0.3, 2.0], rel=1e-12)
 
-    def run() -> dict:
-        made.append(1)
-        return {"test": 0.5}
 
-    for label, seed in [("a", 0), ("a", 1), ("a", 0)]:
-        keep(tmp_path / "study.csv", label, seed, run)
-    rows = pd.read_csv(tmp_path / "study.csv")
-    assert rows.to_dict("list") == {
-        "label": ["a"] * 2,
-        "seed": [0, 1],
-        "test": [0.5] * 2,
-    }
-    assert len(made) == 2
+@pytest.mark.parametrize(
+    ("file", "key"),
+    [
+        ("few_shot", ("study", "label", "n", "seed")),
+        ("corpus_scale", ("factor", "seed")),
+        ("levers", ("group", "lever", "seed")),
+        ("memory_estimate", ("backbone", "method", "decoder", "batch", "size")),
+        ("step", ("mode",)),
+        ("step_growth", ("backbone", "size", "batch")),
+        ("scene", ("backbone", "size")),
+        ("start", ("what",)),
+        ("continual_objectives", ("label", "seed")),
+    ],
+)
+def test_published_rows_can_be_gone_on_with(
+    file: str, key: tuple[str, ...], tmp_path: Path
+) -> None:
+    from rows import Rows
+
+    copy = tmp_path / f"{file}.csv"
+    copy.write_bytes((FOLDER.parent / "docs" / "results" / copy.name).read_bytes())
+    rows = Rows(copy, key)
+    before = rows.read()
+    cells = list(dict.fromkeys(before[list(key)].itertuples(index=False, name=None)))
+    assert list(rows.missing([*cells, ("new",) * len(key)])) == [("new",) * len(key)]
+    own = (before[list(key)] == list(cells[-1])).all(axis=1)
+    rows.put(cells[-1], before[own].to_dict("records"))
+    same = pd.concat([before[~own], before[own]], ignore_index=True)
+    pd.testing.assert_frame_equal(rows.read(), same)
 
 
 def test_crops_are_pieces_of_their_image() -> None:

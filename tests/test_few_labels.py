@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
-SCRIPTS = ("shared", "few_shot", "corpus_scale", "cost")
+SCRIPTS = ("rows", "shared", "few_shot", "corpus_scale", "cost")
 
 
 @pytest.fixture(autouse=True)

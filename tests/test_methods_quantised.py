@@ -17,6 +17,7 @@ from torch import Tensor
 from toy import change_data
 
 import geopeft_kit as gk
+from geopeft_kit.files import hash_of
 from geopeft_kit.methods import codebook, storage
 from geopeft_kit.methods.quantised import QuantisedLinear
 from geopeft_kit.methods.upetu import ContextPrompts
@@ -400,7 +401,7 @@ def damage(folder: Path, kind: str) -> None:
     if kind == "renamed":
         entry["name"] = entry["name"].replace("codes", "cods")
     save_file(arrays, path)
-    description["sha256"] = storage._sha256(path)
+    description["sha256"] = hash_of(path)
     facts.write_text(json.dumps(description))
 
 

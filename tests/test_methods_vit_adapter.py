@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 import geopeft_kit as gk
 from geopeft_kit.decoders import build_decoder
 from geopeft_kit.methods.deformable import DeformableAttention, centres
-from geopeft_kit.methods.vit_adapter import Passage, cut
+from geopeft_kit.methods.passage import Passage
+from geopeft_kit.methods.vit_adapter import cut
 
 SMALL = {"width": 16, "heads": 2}
 

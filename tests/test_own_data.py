@@ -18,7 +18,8 @@ from rasterio.transform import from_origin
 
 import geopeft_kit as gk
 from geopeft_kit.data.asking import look_at, propose_scale
-from geopeft_kit.data.places import draw_regions, metres_per_unit
+from geopeft_kit.data.ground import metres_per_unit
+from geopeft_kit.data.places import draw_regions
 
 HLS = ("BLUE", "GREEN", "RED", "NIR_NARROW", "SWIR_1", "SWIR_2")
 UTM = "EPSG:32632"

@@ -11,7 +11,7 @@ import rasterio
 from rasterio.transform import array_bounds
 
 from geopeft_kit.bands import SENSORS, resolve_bands
-from geopeft_kit.data import noise
+from geopeft_kit.data import drainage, noise, parcels
 from geopeft_kit.data.regions import REGIONS
 from geopeft_kit.data.spectra import SPECTRA, WORLD_BANDS
 from geopeft_kit.data.world import EVENTS, LAND_COVER_CLASSES, Scene, simulate_scene
@@ -402,8 +402,8 @@ def test_hash_is_uniform_and_fixed() -> None:
 
 def test_cells_tile_the_plane() -> None:
     y, x = np.mgrid[0:96, 0:96].astype(np.float32)
-    block = noise.square_cells(x, y, 48, 3)
-    cells = noise.split_cells(block, x, y, 8, 6)
+    block = parcels.square_cells(x, y, 48, 3)
+    cells = parcels.split_cells(block, x, y, 8, 6)
     inside = (cells.left <= x) & (x <= cells.right)
     inside &= (cells.bottom <= y) & (y <= cells.top)
     assert inside.all() and (cells.edge(x, y) >= 0).all()
@@ -420,7 +420,7 @@ def test_all_water_runs_downhill_to_an_outlet() -> None:
     height = noise.fractal_noise(np.random.default_rng(1), 32, 3.0)
     outlet = np.zeros((32, 32), bool)
     outlet[16, 16] = True
-    receiver, flow = noise.drainage(height, outlet)
+    receiver, flow = drainage.drainage(height, outlet)
     assert flow[receiver < 0].sum() == pytest.approx(32 * 32)
     down = np.where(receiver < 0, np.arange(receiver.size), receiver)
     for _ in range(32 * 32):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -290,6 +290,25 @@ def tap_points(depth: int) -> tuple[int, ...]:
     12 blocks give 2, 5, 8, 11; 24 give 5, 11, 17, 23; 32 give 7, 15, 23, 31.
     """
     return tuple(math.ceil(depth * quarter / 4) - 1 for quarter in (1, 2, 3, 4))
+
+
+def tapped_tokens(model: Any, tokens: Tensor, taps: Sequence[int]) -> Iterator[Tensor]:
+    """Run the blocks one by one, and hand out the tokens of four depths.
+
+    Args:
+        model: a network with `blocks` and `norm`.
+        tokens: (B, N, D) with their positions.
+        taps: from `tap_points`.
+
+    Yields:
+        Tokens (B, N, D), the last ones normed. Fewer than four blocks give the same
+        tokens more than once.
+    """
+    for index, block in enumerate(model.blocks):
+        tokens = block(tokens)
+        for tap in taps:
+            if tap == index:
+                yield model.norm(tokens) if index == taps[-1] else tokens
 
 
 def adapt_kernels(layer: nn.Module, kernels: Sequence[int | None]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geopeft_kit.backbones.base import Backbone, Meta, tap_points
+from geopeft_kit.backbones.base import Backbone, Meta, tap_points, tapped_tokens
 from geopeft_kit.backbones.card import BackboneCard, BandPlan
 
 
@@ -75,12 +75,7 @@ class GroupedViTBackbone(Backbone):
             first = first.expand(len(tokens), -1, -1).to(tokens.dtype)
             tokens = torch.cat([first, tokens], dim=1)  # (B, P + h*w*N, D)
         maps = []
-        for index, block in enumerate(self.model.blocks):
-            tokens = block(tokens)
-            if index not in self.taps:
-                continue
-            last = index == self.taps[-1]
-            tapped = self.model.norm(tokens) if last else tokens
+        for tapped in tapped_tokens(self.model, tokens, self.taps):
             own = tapped[:, -grid.numel() :].unflatten(1, grid)  # (B, h, w, N, D)
             maps.append(own.mean(dim=3).permute(0, 3, 1, 2))  # (B, D, h, w)
         return maps

@@ -18,7 +18,13 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from geopeft_kit.backbones.base import Backbone, Meta, adapt_kernels, tap_points
+from geopeft_kit.backbones.base import (
+    Backbone,
+    Meta,
+    adapt_kernels,
+    tap_points,
+    tapped_tokens,
+)
 from geopeft_kit.backbones.card import BackboneCard, BandPlan
 from geopeft_kit.backbones.phileo import (
     BANDS,
@@ -187,13 +193,8 @@ class PhilEOViTBackbone(Backbone):
         patches = vit.patch_embed(image)  # (B, h, w, D)
         self.grid.height, self.grid.width = patches.shape[1:3]
         tokens = vit._pos_embed(patches)  # (B, 1 + h*w, D)
-        taps = []
-        for index, block in enumerate(vit.blocks):
-            tokens = block(tokens)
-            if index in self.taps:
-                taps.append(tokens)
-        taps[-1] = vit.norm(tokens)
-        maps = [tokens_to_map(t, *patches.shape[1:3]) for t in taps]
+        tapped = tapped_tokens(vit, tokens, self.taps)
+        maps = [tokens_to_map(each, *patches.shape[1:3]) for each in tapped]
         pooled = F.max_pool2d(maps[3], 2)
         return model.head([model.fpn1(maps[0]), model.fpn2(maps[1]), maps[2], pooled])
 

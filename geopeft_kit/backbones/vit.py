@@ -15,7 +15,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from geopeft_kit.backbones.base import Backbone, Meta, tap_points
+from geopeft_kit.backbones.base import Backbone, Meta, tap_points, tapped_tokens
 from geopeft_kit.backbones.card import BackboneCard, BandPlan
 
 
@@ -74,17 +74,8 @@ class ViTBackbone(Backbone):
         """
         self.grid.height, self.grid.width = height, width
         tokens = self.model.norm_pre(tokens)
-        maps = []
-        for index, block in enumerate(self.model.blocks):
-            tokens = block(tokens)
-            if index not in self.taps:
-                continue
-            last = index == self.taps[-1]
-            tapped = self.model.norm(tokens) if last else tokens
-            # Fewer than four blocks give the same map more than once.
-            repeats = self.taps.count(index)
-            maps += [self.to_map(tapped, height, width)] * repeats
-        return maps
+        tapped = tapped_tokens(self.model, tokens, self.taps)
+        return [self.to_map(each, height, width) for each in tapped]
 
     def add_positions(self, patches: Tensor) -> Tensor:
         """Add position embeddings, resized to the grid, and prepend prefix tokens.

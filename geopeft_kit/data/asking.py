@@ -10,17 +10,16 @@ January 2022). Taught in `notebooks/14_your_own_data.ipynb`.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import rasterio
-from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
 from geopeft_kit.bands import BANDS, SENSORS, resolve_bands
 from geopeft_kit.data.chip import ALONE
+from geopeft_kit.data.opening import opened
 
 FILES, SIDE = 8, 256  # files looked at, and pixels along a side of each
 BRIGHT = 1.6  # reflectance above this is glint, cloud or a wrong scale
@@ -83,19 +82,12 @@ def look_at(files: Sequence[Path], nodata: float | None = None) -> Looks:
 
 
 def _look_at_one(path: Path, nodata: float | None) -> Looks:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            with rasterio.Env(**ALONE), rasterio.open(path) as raster:
-                size = min(raster.height, SIDE), min(raster.width, SIDE)
-                pixels = raster.read(out_shape=(raster.count, *size))
-                nodata = raster.nodata if nodata is None else nodata
-                tags = raster.scales[0], raster.offsets[0]
-                names, dtype = raster.descriptions, raster.dtypes[0]
-    except RasterioError as error:
-        raise ValueError(
-            f"{path} cannot be read as a raster: {error}. Copy or download it again."
-        ) from error
+    with rasterio.Env(**ALONE), opened(path) as raster:
+        size = min(raster.height, SIDE), min(raster.width, SIDE)
+        pixels = raster.read(out_shape=(raster.count, *size))
+        nodata = raster.nodata if nodata is None else nodata
+        tags = raster.scales[0], raster.offsets[0]
+        names, dtype = raster.descriptions, raster.dtypes[0]
     values = pixels.reshape(len(pixels), -1)  # (C, H*W)
     good = np.isfinite(values).all(axis=0)
     if nodata is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime as dt
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +13,10 @@ import numpy as np
 import rasterio
 from affine import Affine
 from rasterio.crs import CRS
-from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.transform import array_bounds, from_bounds
 from rasterio.warp import transform_geom
+
+from geopeft_kit.data.opening import opened
 
 # GDAL lists the whole folder at each open to find side files; with thousands of chips
 # that costs more than reading. A chip's file stands alone.
@@ -88,17 +88,10 @@ def outline_of(chip: Chip, height: int, width: int) -> Outline:
 
 def inspect(path: Path) -> tuple[int, Outline]:
     """Band count and outline of a raster file."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            with rasterio.Env(**ALONE), rasterio.open(path) as raster:
-                transform = raster.transform if raster.crs else None
-                size = raster.height, raster.width
-                return raster.count, Outline(*size, raster.crs, transform)
-    except RasterioError as error:
-        raise ValueError(
-            f"{path} cannot be read as a raster: {error}. Copy or download it again."
-        ) from error
+    with rasterio.Env(**ALONE), opened(path) as raster:
+        transform = raster.transform if raster.crs else None
+        size = raster.height, raster.width
+        return raster.count, Outline(*size, raster.crs, transform)
 
 
 def check_same_size(name: str, what: str, found: Outline, image: Outline) -> None:

@@ -21,15 +21,10 @@ from rasterio.errors import RasterioError
 from rasterio.windows import Window
 
 from geopeft_kit.data.chip import Chip
+from geopeft_kit.data.ground import apply_affine, footprint_of, metres_per_unit
 from geopeft_kit.data.info import DatasetInfo
 from geopeft_kit.data.pairing import safe_name
-from geopeft_kit.data.places import (
-    apply_affine,
-    metres_per_unit,
-    outline_of,
-    region_polygons,
-    square_blocks,
-)
+from geopeft_kit.data.places import region_polygons, square_blocks
 from geopeft_kit.data.shapes import Shapes, inside, open_scene, pixel_of, to_scene
 
 if TYPE_CHECKING:
@@ -204,7 +199,7 @@ def _burn(
     """Mask of one window, (H, W)."""
     height, width = int(window.height), int(window.width)
     kind = np.float32 if info.task == "regression" else np.int16
-    outline = outline_of(transform, height, width)
+    outline = footprint_of(transform, height, width)
     near = table.iloc[np.sort(table.sindex.query(outline, predicate="intersects"))]
     mask = np.full((height, width), shapes.fill, kind)
     if len(near):

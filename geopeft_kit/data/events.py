@@ -19,14 +19,8 @@ from geopeft_kit.data.landscape import (
     WETLAND,
     Land,
 )
-from geopeft_kit.data.noise import (
-    fractal_noise,
-    hash_unit,
-    quantile,
-    smoothstep,
-    split_cells,
-    square_cells,
-)
+from geopeft_kit.data.noise import fractal_noise, hash_unit, quantile, smoothstep
+from geopeft_kit.data.parcels import split_cells, square_cells
 from geopeft_kit.data.surface import MATERIALS, Day, M
 
 _HEIGHT = {  # metres of plant or house above the ground, to see over a flood

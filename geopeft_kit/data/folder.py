@@ -12,7 +12,6 @@ comes last: where it stands, everything else is there. Taught in
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from geopeft_kit.data.chip import Chip
 from geopeft_kit.data.index_checks import INDEX, check_index
 from geopeft_kit.data.info import DatasetInfo
 from geopeft_kit.data.writing import ChipWriter, make_index
+from geopeft_kit.files import hash_of
 
 if TYPE_CHECKING:
     import geopandas as gpd
@@ -72,7 +72,7 @@ def write_chip_folder(
         index = make_index(rows, writer.outlines, facts)
         with writer.new_file(folder / INDEX) as part:
             index.to_parquet(part, index=False)
-        text = facts.to_json(_sha256(folder / INDEX))
+        text = facts.to_json(hash_of(folder / INDEX))
         with writer.new_file(folder / FACTS) as part:
             part.write_text(text, encoding="utf-8")
     except BaseException:
@@ -138,7 +138,7 @@ def read_chip_folder(
                 "script that writes it again, or use write_chip_folder."
             )
     info, digest = DatasetInfo.read(folder / FACTS)
-    found = _sha256(folder / INDEX)
+    found = hash_of(folder / INDEX)
     if found != digest:
         raise ValueError(
             f"{folder / INDEX} was altered after it was written: its sha256 is "
@@ -153,8 +153,3 @@ def read_chip_folder(
         ) from error
     check_index(folder, index, info)
     return info, index.reset_index(drop=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

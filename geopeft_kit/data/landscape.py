@@ -10,15 +10,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from geopeft_kit.data.noise import (
-    Layout,
-    Parcels,
-    fractal_noise,
-    quantile,
-    smoothstep,
-    split_cells,
-    square_cells,
-)
+from geopeft_kit.data.noise import fractal_noise, quantile, smoothstep
+from geopeft_kit.data.parcels import Layout, Parcels, split_cells, square_cells
 from geopeft_kit.data.regions import Region
 from geopeft_kit.data.settlements import buildings, roads_and_tracks, towns
 from geopeft_kit.data.terrain import Terrain, build_terrain, sand_bars

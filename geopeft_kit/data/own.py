@@ -8,15 +8,13 @@ through `ChipData.from_pairs`. Taught in `notebooks/14_your_own_data.ipynb`.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import rasterio
-from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
 from geopeft_kit.bands import resolve_bands
 from geopeft_kit.data import chipping, shapes
@@ -24,11 +22,10 @@ from geopeft_kit.data.asking import ask, check_scale, look_at
 from geopeft_kit.data.chip import Chip
 from geopeft_kit.data.chipping import Cutting
 from geopeft_kit.data.info import CLASS_TASKS, MASK_TASKS, DatasetInfo
+from geopeft_kit.data.pair_chips import pair_chips, read_mask
+from geopeft_kit.data.pair_regions import place_pairs
 from geopeft_kit.data.pairing import RASTERS, Pair, pair_files, pair_table
-from geopeft_kit.data.places import place_pairs, read_vector
-from geopeft_kit.data.reading import ChipReader, Grid
-
-VECTORS = (".gpkg", ".shp", ".geojson", ".json", ".parquet", ".csv", ".fgb")
+from geopeft_kit.data.vectors import is_vector, read_vector
 
 
 @dataclass
@@ -55,21 +52,6 @@ class Request:
     def cuts(self) -> bool:
         """Whether chips have to be cut out of a scene."""
         return self.masks is not None and is_vector(self.masks)
-
-
-def is_vector(source: Any) -> bool:
-    """Whether an argument stands for polygons or points.
-
-    Args:
-        source: Whatever was handed in as masks.
-
-    Returns:
-        True for a GeoDataFrame and for files with a vector format's ending.
-    """
-    if hasattr(source, "geometry") and hasattr(source, "crs"):
-        return True
-    single = isinstance(source, str | os.PathLike)
-    return single and Path(source).suffix.lower() in VECTORS
 
 
 class Collected(NamedTuple):
@@ -135,9 +117,9 @@ def collect(request: Request) -> Collected:
             "columns image and mask, or task='classification'."
         )
     info = _facts(request, task, [p.image for p in pairs], lambda: _found(pairs))
-    spaced = _place(pairs, request)
+    spaced = place_pairs(pairs, request.regions, request.cutting)
     files = [path for pair in pairs for path in (pair.image, pair.mask) if path]
-    chips = _pair_chips(pairs, info, _numbers(request.classes))
+    chips = pair_chips(pairs, info, _numbers(request.classes))
     return Collected(info, chips, files, spaced)
 
 
@@ -189,107 +171,10 @@ def _found(pairs: Sequence[Pair]) -> str:
     values: set[Any] = {pair.label for pair in pairs if pair.label is not None}
     masks = [pair.mask for pair in pairs if pair.mask is not None]
     for mask in masks[:: max(1, len(masks) // 8)][:8]:
-        values |= set(np.unique(_read_mask(mask)).tolist())
+        values |= set(np.unique(read_mask(mask)).tolist())
     ordered = sorted(values, key=lambda value: (isinstance(value, str), value))
     shown = ", ".join(map(str, ordered[:20]))
     return f"{shown}{', ...' if len(values) > 20 else ''}"
-
-
-def _read_mask(path: Path) -> np.ndarray:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            with rasterio.open(path) as raster:
-                return raster.read(1)
-    except RasterioError as error:
-        raise ValueError(
-            f"{path} cannot be read as a raster: {error}. Copy or download it again."
-        ) from error
-
-
-def _pair_chips(
-    pairs: Sequence[Pair], info: DatasetInfo, numbers: Mapping[int, int]
-) -> Iterator[Chip]:
-    """Chips of files that lie on disk; each is read once and checked."""
-    reader = ChipReader(Path(), info, range(len(info.bands)))
-    same = all(value == number for value, number in numbers.items())
-    types: dict[str, str] = {}
-    for pair in pairs:
-        mask: Any = pair.mask
-        plain = mask is None or info.target != "mask" or same
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            stored = reader.read(
-                pair.name, str(pair.image), mask=str(mask) if mask and plain else None
-            )
-        types.setdefault(stored.image.dtype.name, pair.name)
-        if len(types) > 1:
-            (one, a), (other, b) = types.items()
-            raise ValueError(
-                f"image {a!r} is {one}, {b!r} is {other}; one scale cannot be right "
-                "for both. Convert them alike."
-            )
-        if not plain:
-            mask = _renumbered(pair, numbers, info, stored.grid)
-        yield Chip(
-            pair.name,
-            pair.image.resolve(),
-            mask.resolve() if isinstance(mask, Path) else mask,
-            label=pair.label,
-            region=pair.region or "everywhere",
-            split=pair.split,
-            date=pair.date,
-            extra=pair.extra,
-        )
-
-
-def _renumbered(
-    pair: Pair, numbers: Mapping[int, int], info: DatasetInfo, grid: Grid
-) -> np.ndarray:
-    """A mask whose values are class numbers instead of the user's own."""
-    assert pair.mask is not None  # only masks are renumbered
-    values = _read_mask(pair.mask)
-    if values.shape != (grid.height, grid.width):
-        raise ValueError(
-            f"chip {pair.name!r}: mask is {values.shape[0]} x {values.shape[1]} pixels,"
-            f" its image {grid.height} x {grid.width}. Cut or warp both to one grid."
-        )
-    unknown = np.iinfo(np.int64).min
-    result = np.full(values.shape, unknown, np.int64)
-    result[values == info.ignore_index] = info.ignore_index
-    for value, number in numbers.items():
-        result[values == value] = number
-    strange = np.unique(values[result == unknown]).tolist()
-    if strange:
-        raise ValueError(
-            f"chip {pair.name!r}: mask value {strange[0]:g} is none of "
-            f"{', '.join(map(str, numbers))} and {info.ignore_index} (no label). Add "
-            "it to classes."
-        )
-    return result
-
-
-def _place(pairs: list[Pair], request: Request) -> bool:
-    """Give each pair its region; True where they were found on the ground."""
-    wanted = request.regions
-    if wanted is None:
-        named = any(pair.region for pair in pairs)
-        wanted = "given" if named else "blocks"
-    if isinstance(wanted, str) and wanted in ("given", "folder", "region"):
-        for pair in pairs:
-            if wanted == "folder":
-                pair.region = pair.image.parent.name
-        lacking = [pair.name for pair in pairs if not pair.region]
-        if lacking:
-            raise ValueError(
-                f"{len(lacking)} images have no region, the first is {lacking[0]!r}. "
-                "Sort images into a sub-folder for each region, give the table a "
-                "column region, or pass regions='blocks'."
-            )
-        return False
-    cutting = Cutting(**{**vars(request.cutting), "regions": wanted})
-    place_pairs(pairs, cutting, asked=request.regions is not None)
-    return True
 
 
 def _from_scenes(request: Request) -> Collected:
@@ -329,7 +214,7 @@ def _from_scenes(request: Request) -> Collected:
     regions = request.regions
     if regions is None:
         regions = "scene" if len(scenes) > 1 else "blocks"
-    cutting = Cutting(**{**vars(request.cutting), "regions": regions})
+    cutting = replace(request.cutting, regions=regions)
     burnt = shapes.make_shapes(table, info, request.column, request.background)
     shapes.check_places(scenes, table, info)
     spaced = regions not in ("scene", "region") if isinstance(regions, str) else True

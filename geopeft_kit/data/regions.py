@@ -282,6 +282,3 @@ _REGIONS = (
 
 REGIONS: Mapping[str, Region] = MappingProxyType({r.name: r for r in _REGIONS})
 """All regions of the simulated world by name."""
-
-CLIMATES = tuple(region.name for region in _REGIONS)
-"""Names of the climate classes; `Region.climate` counts into this."""

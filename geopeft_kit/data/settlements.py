@@ -6,15 +6,8 @@ import math
 
 import numpy as np
 
-from geopeft_kit.data.noise import (
-    Layout,
-    curve_distance,
-    fractal_noise,
-    hash_unit,
-    smoothstep,
-    split_cells,
-    square_cells,
-)
+from geopeft_kit.data.noise import curve_distance, fractal_noise, hash_unit, smoothstep
+from geopeft_kit.data.parcels import Layout, split_cells, square_cells
 from geopeft_kit.data.regions import Region
 from geopeft_kit.data.terrain import Terrain
 

@@ -17,8 +17,8 @@ import shapely
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.warp import transform_bounds
 
+from geopeft_kit.data.ground import apply_affine, footprint_of
 from geopeft_kit.data.info import DatasetInfo
-from geopeft_kit.data.places import apply_affine, outline_of
 
 if TYPE_CHECKING:
     import geopandas as gpd
@@ -196,7 +196,7 @@ def check_places(
     for path in paths:
         with open_scene(path, len(info.bands)) as raster:
             near = table.to_crs(raster.crs.to_wkt())
-            outline = outline_of(raster.transform, raster.height, raster.width)
+            outline = footprint_of(raster.transform, raster.height, raster.width)
             if set(near.geom_type) <= POINTS:
                 found |= inside(near, raster)
             else:

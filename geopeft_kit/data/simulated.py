@@ -113,9 +113,6 @@ _LESSONS: Mapping[str, _Lesson] = {
     ),
 }
 
-SIMULATED_TASKS = tuple(_LESSONS)
-"""Tasks of `simulated_data`."""
-
 
 @dataclass(frozen=True)
 class _Recipe:

@@ -19,10 +19,7 @@ from geopeft_kit.data.landscape import (
     WETLAND,
     Land,
 )
-from geopeft_kit.data.noise import (
-    hash_unit,
-    smoothstep,
-)
+from geopeft_kit.data.noise import hash_unit, smoothstep
 
 MATERIALS = (
     "water_clear",

@@ -12,14 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
+from geopeft_kit.data.drainage import drainage, stream_distance
 from geopeft_kit.data.noise import (
     curve_distance,
-    drainage,
     fractal_noise,
     gradient,
     quantile,
     smoothstep,
-    stream_distance,
 )
 from geopeft_kit.data.regions import Region
 

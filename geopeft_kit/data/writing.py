@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +26,7 @@ from geopeft_kit.data.chip import (
 from geopeft_kit.data.encoding import check_image, checked_mask, encode
 from geopeft_kit.data.index_checks import COLUMNS
 from geopeft_kit.data.info import DatasetInfo
+from geopeft_kit.files import whole_file
 
 if TYPE_CHECKING:
     import geopandas as gpd
@@ -151,17 +151,10 @@ class ChipWriter:
     @contextmanager
     def new_file(self, target: Path) -> Iterator[Path]:
         """A temporary path beside `target` that takes its place when all went well."""
-        part: Path | None = None
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(
-                prefix=".", suffix=".part", dir=target.parent
-            )
-            os.close(handle)
-            part = Path(name)
-            yield part
-            part.chmod(0o666 & ~_umask())
-            os.replace(part, target)
+            with whole_file(target) as part:
+                yield part
             self.written.append(target)
         except OSError as error:
             raise OSError(
@@ -171,9 +164,6 @@ class ChipWriter:
                 "The file was",
                 str(target),
             ) from error
-        finally:
-            if part is not None:
-                part.unlink(missing_ok=True)
 
     def undo(self) -> None:
         """Remove what this call has written, and the folders that it made."""
@@ -183,13 +173,6 @@ class ChipWriter:
         for path in (*folders, *self.made):
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
-
-
-def _umask() -> int:
-    """The process's file mode mask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def make_index(

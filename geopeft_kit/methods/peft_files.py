@@ -8,8 +8,6 @@ and `rank_pattern` tells peft which layers have the other rank.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from geopeft_kit.files import whole_file
 from geopeft_kit.methods.peft_layers import ADAPTER, FusedProjection, PeftLayer
 
 PREFIX = "base_model.model."  # of every key in a peft file
@@ -105,14 +104,13 @@ def _config(
 
 def _write(folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".export.", dir=folder) as temporary:
-        tensors = Path(temporary) / "adapter_model.safetensors"
-        settings = Path(temporary) / "adapter_config.json"
+    with (
+        whole_file(folder / "adapter_config.json") as settings,
+        whole_file(folder / "adapter_model.safetensors") as tensors,
+    ):
         save_file(
             {key: value.detach().cpu().contiguous() for key, value in state.items()},
             tensors,
             metadata={"format": "pt"},
         )
         settings.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for path in (tensors, settings):
-            os.replace(path, folder / path.name)

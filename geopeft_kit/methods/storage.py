@@ -8,12 +8,9 @@ entry per tensor would be 30 KB for a ViT-L; this is 2.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +20,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from geopeft_kit.files import hash_of, whole_file
 
 FORMAT = 1
 DESCRIPTION = "adapter.json"
@@ -83,24 +82,17 @@ def write_adapter(
     }
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    temporary: list[Path] = []
     try:
-        for name in (TENSORS, DESCRIPTION):
-            handle, made_at = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
-            os.close(handle)
-            temporary.append(Path(made_at))
-        save_file(arrays, temporary[0])
-        description["sha256"] = _sha256(temporary[0])
-        temporary[1].write_text(_readable(description), encoding="utf-8")
-        for path in temporary:
-            path.chmod(0o644)  # mkstemp makes files that only their owner can read
-        # The description holds the checksum of the tensors, so a kill between these
-        # two lines is noticed on loading.
-        os.replace(temporary[0], folder / TENSORS)
-        os.replace(temporary[1], folder / DESCRIPTION)
+        # The tensors get their place first. The description holds their checksum, so
+        # a kill between the two is noticed on loading.
+        with (
+            whole_file(folder / DESCRIPTION) as text,
+            whole_file(folder / TENSORS) as data,
+        ):
+            save_file(arrays, data)
+            description["sha256"] = hash_of(data)
+            text.write_text(_readable(description), encoding="utf-8")
     except BaseException:
-        for path in temporary:
-            path.unlink(missing_ok=True)
         if made and not any(folder.iterdir()):
             folder.rmdir()
         raise
@@ -125,7 +117,7 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
             )
     description = _read_description(folder / DESCRIPTION)
     path = folder / TENSORS
-    digest = _sha256(path)
+    digest = hash_of(path)
     if digest != description["sha256"]:
         raise ValueError(
             f"{path} is truncated or changed: sha256 {digest[:12]}, expected "
@@ -224,8 +216,3 @@ def _readable(description: dict[str, Any]) -> str:
     lines = ",\n    ".join(json.dumps(entry) for entry in description["tensors"])
     text = json.dumps(head, indent=2)[:-2]  # without the closing brace
     return f'{text},\n  "tensors": [\n    {lines}\n  ]\n}}\n'
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

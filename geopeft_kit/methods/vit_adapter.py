@@ -10,15 +10,11 @@ Source: Chen et al. 2023, Vision Transformer Adapter for Dense Predictions, ICLR
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from geopeft_kit.decoders.neck import group_norm
 from geopeft_kit.methods.base import (
     Block,
     Method,
@@ -26,288 +22,17 @@ from geopeft_kit.methods.base import (
     check_above_zero,
     check_whole,
 )
-from geopeft_kit.methods.deformable import DeformableAttention, Size, centres
+from geopeft_kit.methods.passage import Passage
+from geopeft_kit.methods.side_network import (
+    Extractor,
+    FourScales,
+    Injector,
+    InteractingBlock,
+    SpatialPrior,
+)
 
 if TYPE_CHECKING:
-    from geopeft_kit.backbones.base import Backbone, TokenGrid
-
-STRIDES = (4, 8, 16, 32)
-SCALES = ("quarter", "eighth", "sixteenth", "coarsest")
-
-
-class Passage:
-    """What the parts of the side network hand on within one forward pass.
-
-    Spatial tokens are kept per interaction, since a block that is recomputed in the
-    backward pass reads them again. They go with the next pass, or at the end of a pass
-    without gradients. Copies start empty.
-
-    Attributes:
-        finest: The map of the spatial prior at stride 4, (B, D, H/4, W/4).
-        sizes: (h, w) of its maps at strides 8, 16 and 32.
-        spatial: Interaction number -> spatial tokens (B, S, D) in front of it.
-    """
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def __reduce__(self) -> tuple[type[Passage], tuple[()]]:
-        return Passage, ()
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self.finest: Tensor | None = None
-        self.sizes: list[Size] = []
-        self.spatial: dict[int, Tensor] = {}
-        self._seen: dict[int, Tensor] = {}
-
-    def begin(self, maps: Sequence[Tensor], levels: Tensor) -> None:
-        """Start a pass with the four maps of the prior and the code of each level."""
-        self.clear()
-        self.finest = maps[0]
-        self.sizes = [(m.shape[2], m.shape[3]) for m in maps[1:]]
-        tokens = [
-            m.flatten(2).transpose(1, 2) + level  # (B, h*w, D)
-            for m, level in zip(maps[1:], levels, strict=True)
-        ]
-        self.spatial[0] = torch.cat(tokens, dim=1)  # (B, S, D)
-
-    def before(self, interaction: int, place: int, tokens: Tensor) -> Tensor:
-        """The spatial tokens that belong to a block's input.
-
-        Args:
-            interaction: Number of the interaction.
-            place: Position of the block among those that interact.
-            tokens: The block's input, (B, N, D).
-
-        Raises:
-            RuntimeError: The input belongs to no pass, or to an earlier one.
-        """
-        if interaction not in self.spatial:
-            raise RuntimeError(
-                "A block of a ViT-Adapter was called outside a forward pass of its "
-                "backbone. Call backbone(image), not backbone.model."
-            )
-        if place not in self._seen:
-            self._seen[place] = tokens.detach()
-        elif not _same(self._seen[place], tokens):
-            raise RuntimeError(
-                "A block of a ViT-Adapter was called again with other tokens, after "
-                "its forward pass. With recomputed blocks (gradient checkpointing), "
-                "run backward before the next forward pass."
-            )
-        return self.spatial[interaction]
-
-    def after(self, interaction: int, spatial: Tensor) -> None:
-        """Keep what an interaction leaves; of a recomputed one, the first stays."""
-        self.spatial.setdefault(interaction + 1, spatial)
-
-
-class SpatialPrior(nn.Module):
-    """Convolutions that see the image first: four maps of the ViT's width.
-
-    Args:
-        select: What stood in this place; the ViT still gets what it gives.
-        channels: Bands of the image; all of them are read.
-        inner: Channels of the stem; the coarser maps have two and four times as many.
-        width: Token width D.
-        passage: Shared by the parts.
-    """
-
-    def __init__(
-        self,
-        select: nn.Module,
-        channels: int,
-        inner: int,
-        width: int,
-        passage: Passage,
-    ) -> None:
-        super().__init__()
-        self.select = select
-        self.passage = passage
-        self.stem = nn.Sequential(
-            OrderedDict(
-                first=_convolution(channels, inner, 2),
-                second=_convolution(inner, inner, 1),
-                third=_convolution(inner, inner, 1),
-                pool=nn.MaxPool2d(3, 2, 1),
-            )
-        )  # stride 4
-        self.eighth = _convolution(inner, 2 * inner, 2)
-        self.sixteenth = _convolution(2 * inner, 4 * inner, 2)
-        self.coarsest = _convolution(4 * inner, 4 * inner, 2)
-        shares = zip(SCALES, (1, 2, 4, 4), strict=True)
-        self.project = nn.ModuleDict(
-            {name: nn.Conv2d(share * inner, width, 1) for name, share in shares}
-        )
-        self.levels = nn.Parameter(torch.randn(3, width))
-
-    def forward(self, image: Tensor) -> Tensor:
-        """(B, C, H, W) normalised -> what the ViT gets; starts a pass on the way."""
-        maps = [self.stem(image.to(self.levels.dtype))]
-        for stage in (self.eighth, self.sixteenth, self.coarsest):
-            maps.append(stage(maps[-1]))
-        projected = [
-            self.project[name](m) for name, m in zip(SCALES, maps, strict=True)
-        ]
-        self.passage.begin(projected, self.levels)
-        return self.select(image)
-
-
-class Injector(nn.Module):
-    """The ViT's patch tokens read from the spatial tokens; nothing at the start.
-
-    ``tokens + gamma * attention(norm(tokens), norm(spatial))``, equation 1. Of several
-    tokens per patch (Galileo) each asks for itself, at the place of its patch.
-
-    Args:
-        width: Token width D.
-        grid: Where the patch tokens lie.
-        attention: heads, points and inner width of the attention.
-    """
-
-    def __init__(self, width: int, grid: TokenGrid, **attention: int) -> None:
-        super().__init__()
-        self.grid = grid
-        self.norm_tokens = nn.LayerNorm(width, eps=1e-6)
-        self.norm_spatial = nn.LayerNorm(width, eps=1e-6)
-        self.attention = DeformableAttention(width, 3, **attention)
-        self.gamma = nn.Parameter(torch.zeros(width))
-
-    def forward(self, tokens: Tensor, spatial: Tensor, sizes: Sequence[Size]) -> Tensor:
-        """Tokens (B, P + h*w*N, D) and spatial tokens (B, S, D) -> tokens."""
-        size, groups = (self.grid.height, self.grid.width), self.grid.groups
-        count = size[0] * size[1] * groups
-        first, patches = tokens[:, :-count], tokens[:, -count:]
-        places = centres([size], tokens.device).repeat_interleave(groups, dim=0)
-        queries = self.norm_tokens(patches.to(self.gamma.dtype))
-        read = self.attention(queries, places, self.norm_spatial(spatial), sizes)
-        patches = patches + (self.gamma * read).to(patches.dtype)
-        return torch.cat([first, patches], dim=1)
-
-
-class Extractor(nn.Module):
-    """The spatial tokens read from the ViT's patch tokens, then a small network.
-
-    Equations 2 and 3. Of several tokens per patch (Galileo) the mean is read.
-
-    Args:
-        width: Token width D.
-        grid: Where the patch tokens lie.
-        hidden: Channels of the network, f*D.
-        attention: heads, points and inner width of the attention.
-    """
-
-    def __init__(
-        self, width: int, grid: TokenGrid, hidden: int, **attention: int
-    ) -> None:
-        super().__init__()
-        self.grid = grid
-        self.norm_spatial = nn.LayerNorm(width, eps=1e-6)
-        self.norm_tokens = nn.LayerNorm(width, eps=1e-6)
-        self.attention = DeformableAttention(width, 1, **attention)
-        self.norm_network = nn.LayerNorm(width, eps=1e-6)
-        self.fc1 = nn.Linear(width, hidden)
-        self.conv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, spatial: Tensor, tokens: Tensor, sizes: Sequence[Size]) -> Tensor:
-        """Spatial tokens (B, S, D) and tokens (B, P + h*w*N, D) -> spatial tokens."""
-        size, groups = (self.grid.height, self.grid.width), self.grid.groups
-        patches = tokens[:, -size[0] * size[1] * groups :].unflatten(1, (-1, groups))
-        patches = patches.mean(2).to(self.fc1.weight.dtype)  # (B, h*w, D)
-        read = self.attention(
-            self.norm_spatial(spatial),
-            centres(sizes, tokens.device),
-            self.norm_tokens(patches),
-            [size],
-        )
-        spatial = spatial + read
-        hidden = self.fc1(self.norm_network(spatial))  # (B, S, f*D)
-        mixed = [self.conv(m).flatten(2) for m in as_maps(hidden, sizes)]
-        hidden = F.gelu(torch.cat(mixed, dim=2).transpose(1, 2))  # (B, S, f*D)
-        return spatial + self.fc2(hidden)
-
-
-class InteractingBlock(nn.Module):
-    """A frozen block with an injector in front of it, extractors behind it, or both.
-
-    Args:
-        block: The frozen block.
-        interaction: Number of the interaction it belongs to.
-        place: Its position among the blocks that interact.
-        injector: In front, or None.
-        extractors: Behind; by name, in order.
-        passage: Shared by the parts.
-    """
-
-    def __init__(
-        self,
-        block: nn.Module,
-        interaction: int,
-        place: int,
-        injector: Injector | None,
-        extractors: dict[str, nn.Module],
-        passage: Passage,
-    ) -> None:
-        super().__init__()
-        self.block = block
-        self.interaction, self.place = interaction, place
-        self.injector = injector
-        self.extractors = nn.ModuleDict(extractors)
-        self.passage = passage
-
-    def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(B, N, D) -> (B, N, D)."""
-        spatial = self.passage.before(self.interaction, self.place, tokens)
-        sizes = self.passage.sizes
-        if self.injector is not None:
-            tokens = self.injector(tokens, spatial, sizes)
-        tokens = self.block(tokens, *args, **kwargs)
-        for extractor in self.extractors.values():
-            spatial = extractor(spatial, tokens, sizes)
-        if self.extractors:
-            self.passage.after(self.interaction, spatial)
-        return tokens
-
-
-class FourScales(nn.Module):
-    """The spatial tokens as four maps, joined with the ViT's own.
-
-    Each of the ViT's four maps is resized to its scale and added; then a norm.
-
-    Args:
-        width: Token width D.
-        interactions: How many there are.
-        passage: Shared by the parts.
-
-    Attributes:
-        channels: Channels of the four maps.
-        strides: Pixels per cell of the four maps.
-    """
-
-    def __init__(self, width: int, interactions: int, passage: Passage) -> None:
-        super().__init__()
-        self.channels, self.strides = [width] * 4, list(STRIDES)
-        self.interactions = interactions
-        self.passage = passage
-        self.enlarge = nn.ConvTranspose2d(width, width, 2, stride=2)
-        self.norm = nn.ModuleDict({name: group_norm(width) for name in SCALES})
-
-    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Four maps (B, D, h, w) of the ViT -> four of strides 4, 8, 16 and 32."""
-        spatial, finest = self.passage.spatial[self.interactions], self.passage.finest
-        coarser = as_maps(spatial, self.passage.sizes)
-        if not torch.is_grad_enabled():
-            self.passage.clear()
-        scales = [cast(Tensor, finest) + self.enlarge(coarser[0]), *coarser]
-        joined = []
-        for name, own, seen in zip(SCALES, scales, maps, strict=True):
-            seen = seen.to(self.enlarge.weight.dtype)
-            size = own.shape[-2:]
-            seen = F.interpolate(seen, size, mode="bilinear", align_corners=False)
-            joined.append(self.norm[name](own + seen))
-        return joined
+    from geopeft_kit.backbones.base import Backbone
 
 
 class VitAdapter(Method):
@@ -456,12 +181,6 @@ def cut(blocks: int, groups: int) -> list[range]:
     return [range(a, b) for a, b in zip([0, *ends], ends, strict=False)]
 
 
-def as_maps(tokens: Tensor, sizes: Sequence[Size]) -> list[Tensor]:
-    """Tokens (B, S, D) of several levels -> one map (B, D, h, w) a level."""
-    levels = tokens.transpose(1, 2).split([h * w for h, w in sizes], dim=2)
-    return [m.unflatten(2, size) for m, size in zip(levels, sizes, strict=True)]
-
-
 def _roles(groups: Sequence[range]) -> list[tuple[int, int, bool, bool]]:
     """(interaction, block, is its first, is its last) of all blocks that interact."""
     return [
@@ -471,22 +190,8 @@ def _roles(groups: Sequence[range]) -> list[tuple[int, int, bool, bool]]:
     ]
 
 
-def _convolution(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(
-        OrderedDict(
-            conv=nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
-            norm=group_norm(outputs),
-            act=nn.ReLU(inplace=True),
-        )
-    )
-
-
 def _ordinal(number: int) -> str:
     return "extractor" if number == 0 else f"extractor_{number + 1}"
-
-
-def _same(first: Tensor, second: Tensor) -> bool:
-    return first.shape == second.shape and torch.allclose(first, second, equal_nan=True)
 
 
 def _share(width: int, option: str, ratio: float) -> int:

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from geopeft_kit.backbones.base import Backbone
+from geopeft_kit.files import whole_file
 from geopeft_kit.pretraining.masking import draw_cells, enlarged
 from geopeft_kit.pretraining.task import PretextTask
 from geopeft_kit.training.tracker import Resources
@@ -100,10 +101,6 @@ def save_weights(backbone: Backbone, path: str | Path, half: bool = True) -> Pat
     path = Path(path)
     dtype = torch.float16 if half else torch.float32
     state = backbone.model.state_dict()
-    unfinished = path.with_suffix(".part")
-    try:
-        save_file({k: v.to(dtype).contiguous() for k, v in state.items()}, unfinished)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with whole_file(path) as part:
+        save_file({k: v.to(dtype).contiguous() for k, v in state.items()}, part)
     return path

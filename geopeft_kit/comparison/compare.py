@@ -1,0 +1,139 @@
+"""`compare`: several adaptations on the same data, splits, seeds and head start.
+
+Every candidate gets the same decoder start, the same number of epochs and an equal
+budget of learning-rate trials; differences are paired by seed. Taught in notebooks 00
+and 02.
+
+Source: equal tuning budget and repeated seeds as in GEO-Bench (Lacoste et al. 2023,
+arXiv 2306.03831).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from geopeft_kit.comparison.candidate import Candidate, check_candidates
+from geopeft_kit.comparison.lab import Lab
+from geopeft_kit.comparison.result import Comparison, Trained
+from geopeft_kit.data.chips import ChipData
+from geopeft_kit.methods import Adapter
+from geopeft_kit.training.evaluate import HEADLINE, evaluate
+from geopeft_kit.training.fit import Run
+from geopeft_kit.training.hardware import choose_device
+
+
+def compare(
+    candidates: Sequence[Candidate],
+    data: ChipData,
+    backbone: str = "geopeft_tiny",
+    backbone_options: Mapping[str, Any] | None = None,
+    decoder: str = "linear",
+    epochs: int = 20,
+    seeds: Sequence[int] = (0, 1, 2),
+    train_chips: int | None = None,
+    device: str = "auto",
+    progress: bool = True,
+) -> Comparison:
+    """Train every candidate with every seed and score it on seen and unseen regions.
+
+    For each seed the decoder is started once (see `head_start`), and every candidate on
+    the same weights begins with that decoder. A method that is no identity at the start
+    hands other features to it, and gets a start by the same recipe on those. Learning
+    rates are searched with the first seed, on the validation split. The test split is
+    read once per trained model.
+
+    Args:
+        candidates: The rows of the table; labels must differ.
+        data: Chips with train, val and test splits.
+        backbone: Name of the common backbone.
+        backbone_options: Keyword arguments of `load_backbone` common to all.
+        decoder: Name of the common decoder; ignored for classification.
+        epochs: For every candidate.
+        seeds: Start of decoder and adapters, order of samples, and draw of the subset.
+        train_chips: Train on that many chips, drawn anew for each seed; None for all.
+        device: As in `fit`.
+        progress: Print a line for each trained model.
+
+    Returns:
+        The `Comparison`.
+
+    Raises:
+        ValueError: Labels repeat, or candidates have unequal numbers of trials.
+    """
+    check_candidates(candidates)
+    place = choose_device(device)
+    lab = Lab(data, backbone, backbone_options or {}, decoder, epochs, place)
+    rows, searches, trained = [], [], {}
+    chosen: dict[str, float | None] = {}
+    for seed in seeds:
+        lab.start_seed(seed, train_chips)
+        for candidate in candidates:
+            if candidate.label not in chosen:
+                rate, trials = lab.search(candidate)
+                chosen[candidate.label] = rate
+                searches += trials
+            run, adapter = lab.train(candidate, chosen[candidate.label])
+            row = _row(candidate, seed, run, adapter, data, place)
+            rows.append(row)
+            if progress:
+                print(
+                    f"seed {seed}  {candidate.label:<22} val {row['val']:.3f}  "
+                    f"test {row['test']:.3f}  {row['step_ms']:.0f} ms a step",
+                    flush=True,
+                )
+            if seed == seeds[0]:
+                trained[candidate.label] = Trained(candidate, run.model, adapter)
+            else:
+                adapter.detach()
+    return Comparison(
+        rows=pd.DataFrame(rows),
+        searches=pd.DataFrame(searches),
+        trained=trained,
+        score=HEADLINE[data.task][0],
+        splits=[split for split in data.splits if split != "train"],
+    )
+
+
+def adapter_kib(adapter: Adapter) -> float:
+    """Size of the adapter's saved folder in KiB, read off the disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        adapter.save(Path(folder) / "adapter")
+        files = [path for path in Path(folder).rglob("*") if path.is_file()]
+        return sum(path.stat().st_size for path in files) / 1024
+
+
+def _row(
+    candidate: Candidate,
+    seed: int,
+    run: Run,
+    adapter: Adapter,
+    data: ChipData,
+    place: torch.device,
+) -> dict[str, Any]:
+    name = HEADLINE[data.task][0]
+    counts = run.model.count()
+    scores = {
+        split: evaluate(run.model, data, split, place)
+        for split in data.splits
+        if split not in ("train", "val")
+    }
+    row = {
+        "label": candidate.label,
+        "method": candidate.method,
+        "seed": seed,
+        "learning_rate": run.settings["learning_rate"],
+        "backbone_trainable": counts["backbone_trainable"],
+        "decoder_trainable": counts["decoder_trainable"],
+        "adapter_kib": adapter_kib(adapter),
+        **run.resources.to_dict(),
+        "val": run.metrics["overall"][name],
+    }
+    row |= {split: score["overall"][name] for split, score in scores.items()}
+    unseen = scores["test"]["regions"]
+    return row | {f"region {region}": score[name] for region, score in unseen.items()}

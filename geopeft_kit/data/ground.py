@@ -1,0 +1,78 @@
+"""Pixels on the ground: affine transforms, footprints, metres."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from affine import Affine
+from rasterio.crs import CRS
+
+
+def apply_affine(
+    transform: Affine, x: np.ndarray, y: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """An affine transform of many points.
+
+    Args:
+        transform: As rasterio's.
+        x: (N,) columns or eastings.
+        y: (N,) rows or northings.
+
+    Returns:
+        (N,) and (N,) transformed.
+    """
+    a, b, c, d, e, f = tuple(transform)[:6]
+    return a * x + b * y + c, d * x + e * y + f
+
+
+def footprint_of(transform: Affine, height: float, width: float) -> Any:
+    """Footprint of a raster or window in its own CRS.
+
+    Args:
+        transform: As rasterio's.
+        height: In pixels.
+        width: In pixels.
+
+    Returns:
+        A polygon with four corners.
+    """
+    from shapely.geometry import Polygon
+
+    x, y = np.array([0, width, width, 0]), np.array([0, 0, height, height])
+    return Polygon(np.stack(apply_affine(transform, x, y), axis=1))
+
+
+def metres_per_unit(crs: CRS, transform: Affine, height: float, width: float) -> float:
+    """Ground length of one step along a row or column, the shortest there is.
+
+    Measured on the ellipsoid at the corners and the centre, since a degree or a unit
+    of Web Mercator is no fixed number of metres. The shortest keeps buffers safe.
+
+    Args:
+        crs: Of the raster.
+        transform: Its transform; the identity for plain coordinates.
+        height: Extent along the second axis, in steps.
+        width: Extent along the first axis, in steps.
+
+    Returns:
+        Metres.
+    """
+    from pyproj import Geod, Transformer
+
+    x = np.array([0, 0, width, width, width / 2], float)
+    y = np.array([0, height, 0, height, height / 2], float)
+    to_degrees = Transformer.from_crs(crs.to_wkt(), "EPSG:4326", always_xy=True)
+    start = to_degrees.transform(*apply_affine(transform, x, y))
+    lengths = []
+    for dx, dy in ((1e-3 * width, 0.0), (0.0, 1e-3 * height)):
+        end = to_degrees.transform(*apply_affine(transform, x + dx, y + dy))
+        step = Geod(ellps="WGS84").inv(*start, *end)[2]
+        lengths.append(step / max(dx, dy))
+    shortest = float(np.min(lengths))
+    if not np.isfinite(shortest) or shortest <= 0:
+        raise ValueError(
+            f"the raster's georeference does not lie on the Earth in {crs}. Check its "
+            "CRS and transform."
+        )
+    return shortest

@@ -1,0 +1,46 @@
+"""Files that are written whole or not at all, and what they hash to."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def whole_file(target: Path) -> Iterator[Path]:
+    """A path to write to; the file takes its place only when all went well.
+
+    Args:
+        target: The file; its folder has to be there.
+
+    Yields:
+        A temporary path beside it, with the same suffix.
+    """
+    handle, name = tempfile.mkstemp(
+        prefix=".", suffix=f".part{target.suffix}", dir=target.parent
+    )
+    os.close(handle)
+    part = Path(name)
+    try:
+        yield part
+        part.chmod(0o666 & ~_umask())  # a temporary file starts out private
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """The process's file mode mask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def hash_of(path: str | os.PathLike[str], algorithm: str = "sha256") -> str:
+    """Hash of a file's bytes in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()

@@ -1,0 +1,43 @@
+"""Figures: short functions to copy, one colour per method, everything labelled.
+
+Every function returns a matplotlib Figure and changes no global style. Pictures are
+drawn north-up. `chips` draws what a network reads and gives, `runs` what methods cost
+and reach, `splits` where chips lie. Used in every notebook, from 00 on.
+"""
+
+from geopeft_kit.plots.chips import (
+    plot_errors,
+    plot_spectrum,
+    plot_tokens,
+    show_chip,
+    show_chips,
+)
+from geopeft_kit.plots.colours import (
+    MARKERS,
+    METHOD_COLOURS,
+    SPLIT_STYLES,
+    method_colour,
+    method_marker,
+)
+from geopeft_kit.plots.drawing import class_legend
+from geopeft_kit.plots.runs import plot_gap, plot_history, plot_resources, plot_scores
+from geopeft_kit.plots.splits import plot_split
+
+__all__ = [
+    "MARKERS",
+    "METHOD_COLOURS",
+    "SPLIT_STYLES",
+    "class_legend",
+    "method_colour",
+    "method_marker",
+    "plot_errors",
+    "plot_gap",
+    "plot_history",
+    "plot_resources",
+    "plot_scores",
+    "plot_spectrum",
+    "plot_split",
+    "plot_tokens",
+    "show_chip",
+    "show_chips",
+]

@@ -1,0 +1,140 @@
+"""Figures of what methods cost and reach: losses, memory, scores, regional gaps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from geopeft_kit.pictures import OKABE_ITO
+from geopeft_kit.plots.colours import METHOD_COLOURS, method_colour, method_marker
+from geopeft_kit.plots.drawing import new_panels, plain_text
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+
+def plot_history(
+    histories: Mapping[str, pd.DataFrame], metric: str, loss: str = "loss"
+) -> Figure:
+    """Loss and score against epochs, one line per method.
+
+    Args:
+        histories: Method -> `run.history`, one row per epoch, column `epoch`.
+        metric: Column of the score, for instance "val_miou".
+        loss: Column of the loss.
+    """
+    figure, axes = new_panels(2, side=3.6)
+    for method, history in histories.items():
+        for axis, column in zip(axes, (loss, metric), strict=True):
+            if column not in history:
+                raise ValueError(
+                    f"The history of {method!r} has no column {column!r}. It has "
+                    f"{', '.join(map(str, history.columns))}."
+                )
+            known = history.dropna(subset=[column])
+            axis.plot(known["epoch"], known[column], **_style(method), markersize=4)
+    axes[0].set(xlabel="epoch", ylabel=loss.replace("_", " "))
+    axes[1].set(xlabel="epoch", ylabel=metric.replace("_", " "))
+    axes[1].legend(frameon=False, fontsize="small")
+    return figure
+
+
+def plot_resources(parts: Mapping[str, Mapping[str, float]]) -> Figure:
+    """Memory of each method as one stacked bar.
+
+    Args:
+        parts: Method -> part ("weights", "gradients", "optimiser", "activations")
+            -> bytes.
+    """
+    figure, (axis,) = new_panels(1, side=4.2)
+    figure.set_size_inches(6.5, 0.9 + 0.4 * len(parts))
+    names = list(dict.fromkeys(part for one in parts.values() for part in one))
+    shades = ["#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#999999", "#f0e442"]
+    left = np.zeros(len(parts))
+    for name, shade in zip(names, shades, strict=False):
+        size = np.array([one.get(name, 0) for one in parts.values()]) / 2**20
+        axis.barh(list(parts), size, left=left, color=shade, label=plain_text(name))
+        left += size
+    for row, total in enumerate(left):
+        axis.text(total, row, f" {total:,.0f}", va="center", fontsize="small")
+    axis.invert_yaxis()
+    axis.margins(x=0.12)
+    axis.set_xlabel("memory (MiB)")
+    axis.legend(frameon=False, fontsize="small", ncols=len(names), loc="lower center",
+                bbox_to_anchor=(0.5, 1.0))  # fmt: skip
+    return figure
+
+
+def plot_scores(scores: pd.DataFrame, metric: str = "miou") -> Figure:
+    """Scores per region: a dot is the mean over seeds, a line their range.
+
+    Args:
+        scores: Long table with the columns method, region, seed and the metric.
+        metric: Column to draw.
+    """
+    missing = {"method", "region", metric} - set(scores.columns)
+    if missing:
+        raise ValueError(
+            f"The table has no column {', '.join(sorted(missing))}. It has "
+            f"{', '.join(map(str, scores.columns))}."
+        )
+    regions, methods = list(scores["region"].unique()), list(scores["method"].unique())
+    figure, (axis,) = new_panels(1, side=4.2)
+    figure.set_size_inches(6.5, 0.9 + 0.22 * len(regions) * (len(methods) + 1))
+    for shift, method in zip(
+        np.linspace(-0.35, 0.35, len(methods)), methods, strict=True
+    ):
+        rows = scores[scores["method"] == method].groupby("region")[metric]
+        table = rows.agg(["mean", "min", "max"]).reindex(regions)
+        height = np.arange(len(regions)) + (shift if len(methods) > 1 else 0)
+        spread = [table["mean"] - table["min"], table["max"] - table["mean"]]
+        style = {**_style(method), "linestyle": "none", "elinewidth": 1.5}
+        axis.errorbar(table["mean"], height, xerr=spread, markersize=5, **style)
+    axis.set_yticks(range(len(regions)), [plain_text(region) for region in regions])
+    axis.invert_yaxis()
+    axis.grid(axis="x", color="0.9")
+    axis.set_axisbelow(True)
+    axis.set(xlabel=f"{metric} (dot: mean over seeds, line: lowest to highest)")
+    axis.set_ylabel("region")
+    axis.legend(
+        frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1)
+    )
+    return figure
+
+
+def plot_gap(gaps: pd.DataFrame) -> Figure:
+    """Seen and unseen score of each method, with their intervals.
+
+    Args:
+        gaps: From `gk.region_gap`.
+    """
+    figure, (axis,) = new_panels(1, side=4.2)
+    figure.set_size_inches(6.5, 1.2 + 0.45 * len(gaps))
+    for height, row in enumerate(gaps.to_dict("records")):
+        colour = METHOD_COLOURS.get(row["method"], OKABE_ITO["black"])
+        axis.plot([row["seen"], row["unseen"]], [height] * 2, color=colour, alpha=0.4)
+        for side, shift, face in (("seen", -0.1, "white"), ("unseen", 0.1, colour)):
+            value = row[side]
+            reach = [[value - row[f"{side}_low"]], [row[f"{side}_high"] - value]]
+            style = {"marker": "o", "color": colour, "markerfacecolor": face}
+            axis.errorbar(value, height + shift, xerr=reach, elinewidth=1.5, **style)
+    axis.plot([], [], "o", color="0.3", markerfacecolor="white", label="seen regions")
+    axis.plot([], [], "o", color="0.3", label="unseen regions")
+    axis.set_yticks(range(len(gaps)), [plain_text(name) for name in gaps["method"]])
+    axis.invert_yaxis()
+    axis.grid(axis="x", color="0.9")
+    axis.set_axisbelow(True)
+    axis.set(xlabel=f"{gaps['metric'].iloc[0]} (line: bootstrap interval over chips)")
+    axis.set_ylabel("method")
+    axis.legend(
+        frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1)
+    )
+    return figure
+
+
+def _style(method: str) -> dict[str, Any]:
+    colour, marker = method_colour(method), method_marker(method)
+    return {"color": colour, "marker": marker, "label": plain_text(method)}
