@@ -317,6 +317,32 @@ def test_each_task_trains_and_shows_what_it_found(task: str, tmp_path: Path):
     assert "Traceback" not in explorer.page.notes.value
 
 
+@pytest.mark.parametrize("task", ["segmentation", "regression"])
+def test_chips_without_a_place_say_so_where_the_map_would_be(task, tmp_path: Path):
+    random = np.random.default_rng(0)
+    chips = [
+        Chip(
+            name=f"chip_{n}",
+            image=random.integers(0, 3000, (len(BANDS), 16, 16)).astype(np.uint16),
+            mask=random.integers(0, 2, (16, 16)).astype(
+                np.uint8 if task == "segmentation" else np.float32
+            ),
+            region="ab"[n % 2],
+            split=["train", "test"][n % 2],
+        )
+        for n in range(4)
+    ]
+    info = {"name": "Nowhere", "task": task, "bands": BANDS, "scale": 1e-4}
+    info["classes"] = ("one", "two") if task == "segmentation" else ()
+    write_chip_folder(tmp_path / "nowhere", iter(chips), info)
+    data = gk.ChipData(tmp_path / "nowhere", split="index", batch_size=2)
+    explorer = gk.Explorer(data, methods=["bias"]).show("Map")
+    shown = explorer.page.stage.children[0].value
+    assert "no place on a map" in shown
+    assert "chip_1" in shown  # which one, whatever the task
+    assert "Traceback" not in explorer.page.notes.value
+
+
 # --- code -----------------------------------------------------------------------------
 
 

@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from geopeft_kit import plots
 from geopeft_kit.data.chips import ChipData
 from geopeft_kit.explorer.bench import Bench, KeptRun, pareto_front
-from geopeft_kit.maps import MapLayer, Raster, SceneMap, chip_layers, show_map
+from geopeft_kit.map_layers import MapLayer, Raster, chip_layers, chip_raster
+from geopeft_kit.maps import SceneMap, show_map
 from geopeft_kit.model import WHOLE_IMAGE_TASKS
 from geopeft_kit.pictures import as_numpy, picture_bands, stretch
 from geopeft_kit.training.evaluate import HEADLINE
@@ -227,15 +228,9 @@ def _value_layers(
     show: Any,
 ) -> list[MapLayer]:
     """Layers of a regression: the image, and values on one scale."""
-    from rasterio.transform import from_bounds
 
     def rasters(arrays: Sequence[Any]) -> list[Raster]:
-        made = []
-        for sample, array in zip(samples, map(as_numpy, arrays), strict=True):
-            box = [float(value) for value in sample["bounds"]]
-            place = from_bounds(*box, array.shape[-1], array.shape[-2])
-            made.append(Raster(array, place, sample["crs"], sample["region"]))
-        return made
+        return [chip_raster(s, array) for s, array in zip(samples, arrays, strict=True)]
 
     truth = [sample["mask"] for sample in samples]
     values = np.concatenate([as_numpy(mask).ravel() for mask in truth])
