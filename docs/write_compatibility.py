@@ -48,11 +48,9 @@ same question, and its error gives the same reason.
 
 ## Backbone and method
 
-"yes": `gk.attach(backbone, method)` takes it. A default may still not divide a layer
-(the `block_size` of `oft` and `boft`); the error then names the values that do. A
-number: it does not fit, and [the reasons](#reasons) below say why. `timm:` names stand
-for their kind: any other of timm's ViT, Swin, ConvNeXt, ResNet, MambaOut and
-EfficientViM loads too.
+"yes": `gk.attach(backbone, method)` takes it, with default options. A number: it does
+not fit, and [the reasons](#reasons) below say why. `timm:` names stand for their kind:
+any other of timm's ViT, Swin, ConvNeXt, ResNet, MambaOut and EfficientViM loads too.
 
 {methods}
 ## Reasons

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rasterio.transform import Affine
 from torch import nn
 
 from .kept_rows import KeptRows
@@ -34,7 +35,7 @@ from .pictures import Colours, class_colours
 from .rasters import RowWriter, SceneReader
 
 CLASS_NODATA = 255
-TASKS = ("segmentation", "regression")
+TASKS = ("segmentation", "regression", "super_resolution")
 LOW_PRECISIONS = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
@@ -60,14 +61,20 @@ def predict_scene(
 ) -> Path:
     """Predict a whole scene and write it as a GeoTIFF on the same grid.
 
+    Super-resolution by r writes a finer one: r times the rows and columns of the scene
+    in pixels of 1/r of its size.
+
     Args:
         model: Maps (B, C, h, w) reflectance to (B, K, h, w) logits
-            (`model.task == "segmentation"`, the default) or to (B, 1, h, w) values
-            (`"regression"`). `model.backbone.bands`, where present, says which bands
-            it wants.
+            (`model.task == "segmentation"`, the default), to (B, 1, h, w) values
+            (`"regression"`) or to (B, K, r*h, r*w) bands (`"super_resolution"`, where
+            `model.factor` is r). `model.backbone.bands`, where present, says which
+            bands it wants.
         source: Any raster that rasterio opens: a GeoTIFF, a VRT, a URL.
         target: The GeoTIFF to write: uint8 class numbers (nodata 255) or float32
-            values (nodata NaN). An existing file is replaced once all is written.
+            values (nodata NaN), of super-resolution one band per predicted band, under
+            the names of the bands that went in where as many come out. An existing
+            file is replaced once all is written.
         window: Side of the square that the model sees, in pixels. By default the
             image size of the backbone, else 256.
         overlap: Share of a window that its neighbour sees too, at least 0, below 1.
@@ -98,7 +105,7 @@ def predict_scene(
 
     Returns:
         The path of the prediction. Where a band of the source has no data, so has the
-        prediction; transform and CRS are the source's.
+        prediction; CRS and, but for super-resolution, transform are the source's.
 
     Raises:
         FileNotFoundError: `source` or the folder of `target` does not exist.
@@ -122,27 +129,30 @@ def predict_scene(
             f"The folder {str(target.parent)!r} does not exist. Create it first."
         )
     window, step = _window_and_step(model, window, overlap)
+    finer = int(getattr(model, "factor", 1)) if task == "super_resolution" else 1
     device = torch.device(device) if device is not None else _device_of(model)
     wanted = getattr(getattr(model, "backbone", None), "bands", None)
     with ExitStack() as stack:
         stack.enter_context(_predicting(model.to(device)))
         reader = stack.enter_context(SceneReader(source, wanted, bands, scale, offset))
-        predict = _Predictor(model, task, device, batch_size, meta, precision)
+        predict = _Predictor(model, task, device, batch_size, meta, precision, finer)
         # One empty window shows the number of channels, and that model and scene fit.
         empty = np.zeros((1, len(reader.indexes), window, window), np.float32)
         channels = predict(empty).shape[1]
         colour_table = _check_classes(channels, task, classes, colours)
         kept = None
         if resume:
-            how = [window, step, batch_size, probabilities, predict.precision]
+            how = [window, step, batch_size, probabilities, predict.precision, finer]
             job = _job(model, source, reader, *how)
             kept = KeptRows(target.with_name(f".{target.name}.rows"), job)
         done = 0 if kept is None else len(kept)
-        rows = blended_rows(reader, predict, channels, window, step, progress, done)
+        rows = blended_rows(
+            reader, predict, channels, window, step, progress, done, finer
+        )
         strips = _finished(rows, task, probabilities)
         return _write_scene(
             strips, reader, target, channels, task, classes, colour_table,
-            probabilities, kept,
+            probabilities, kept, finer,
         )  # fmt: skip
 
 
@@ -246,7 +256,7 @@ def _window_and_step(
 
 
 class _Predictor:
-    """Calls the model on windows: (N, C, h, w) -> (N, K, h, w) float32."""
+    """Calls the model on windows: (N, C, h, w) -> (N, K, r*h, r*w) float32."""
 
     def __init__(
         self,
@@ -256,6 +266,7 @@ class _Predictor:
         batch_size: int,
         meta: Mapping[str, torch.Tensor] | None = None,
         precision: str = "32-true",
+        finer: int = 1,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: at least 1 window per batch.")
@@ -264,7 +275,7 @@ class _Predictor:
 
             precision = choose_precision(precision, device)
         self.precision = precision
-        self.model, self.task = model, task
+        self.model, self.task, self.finer = model, task, finer
         self.device, self.batch_size, self.meta = device, batch_size, meta
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
@@ -277,15 +288,18 @@ class _Predictor:
         low = LOW_PRECISIONS.get(self.precision)
         with torch.autocast(self.device.type, low, enabled=low is not None):
             logits = self.model(batch, *known).float()
-        size = tuple(images.shape[-2:])
+        size = tuple(side * self.finer for side in images.shape[-2:])
         if logits.ndim != 4 or tuple(logits.shape[-2:]) != size:
             raise ValueError(
-                f"The model returned {tuple(logits.shape)} for images of {size} "
-                f"pixels; expected (B, K, {size[0]}, {size[1]})."
+                f"The model returned {tuple(logits.shape)} for images of "
+                f"{tuple(images.shape[-2:])} pixels; expected (B, K, {size[0]}, "
+                f"{size[1]})."
             )
         count = logits.shape[1]
-        allowed = count == 1 if self.task == "regression" else 2 <= count <= 255
-        if not allowed:
+        fewest, most = {"regression": (1, 1), "super_resolution": (1, 65_535)}.get(
+            self.task, (2, 255)
+        )
+        if not fewest <= count <= most:
             raise ValueError(
                 f"The model returned {count} channels for the task {self.task!r}. "
                 "Allowed: 1 for regression, 2 to 255 for segmentation (two classes "
@@ -322,12 +336,13 @@ def blended_rows(
     step: int,
     progress: bool = False,
     done: int = 0,
+    finer: int = 1,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield the rows of the scene, top to bottom, blended and finished.
 
     Args:
         reader: The scene.
-        predict: (N, C, window, window) -> (N, K, window, window); its attribute
+        predict: (N, C, window, window) -> (N, K, r*window, r*window); its attribute
             `batch_size` says how many windows at once.
         channels: K.
         window: Side of a window in pixels.
@@ -336,20 +351,21 @@ def blended_rows(
         done: Strips of rows that are known already and are not yielded. Windows that
             reach below them are computed again, and in the same order, so that the
             sums come out the same to the last bit.
+        finer: r, fine pixels of the prediction along one of the scene.
 
     Yields:
-        (K, n, W) float32 blended predictions of the next n rows and (n, W) bool, True
-        where the scene has data.
+        (K, r*n, r*W) float32 blended predictions of the next n rows of the scene and
+        (r*n, r*W) bool, True where the scene has data.
     """
     from tqdm.auto import tqdm
 
     tops = window_starts(reader.height, window, step)
     lefts = window_starts(reader.width, window, step)
-    weight = blend_weight(window)
-    wide = max(reader.width, window)
-    sums = np.zeros((channels, window, wide), np.float32)
-    weights = np.zeros((window, wide), np.float32)
-    valid = np.zeros((window, wide), bool)
+    weight = blend_weight(window * finer)
+    size = (window * finer, max(reader.width, window) * finer)
+    sums = np.zeros((channels, *size), np.float32)
+    weights = np.zeros(size, np.float32)
+    valid = np.zeros(size, bool)
     following_tops = [*tops[1:], reader.height]
     edge = tops[done] if done < len(tops) else reader.height
     first = sum(top + window <= edge for top in tops) if done < len(tops) else done
@@ -360,12 +376,12 @@ def blended_rows(
     for number in bar:
         top, following = tops[number], following_tops[number]
         for left, prediction, data in _predicted(reader, top, lefts, window, predict):
-            columns = slice(left, left + window)
+            columns = slice(left * finer, (left + window) * finer)
             sums[:, :, columns] += prediction * weight
             weights[:, columns] += weight
-            valid[:, columns] |= data
-        count = min(following, reader.height) - top
-        ready = np.s_[..., :count, : reader.width]
+            valid[:, columns] |= data.repeat(finer, axis=0).repeat(finer, axis=1)
+        count = (min(following, reader.height) - top) * finer
+        ready = np.s_[..., :count, : reader.width * finer]
         if number >= done:
             # A weight of zero means that no window here held any data.
             yield sums[ready] / np.maximum(weights[ready], 1e-30), valid[ready].copy()
@@ -407,17 +423,17 @@ def _roll(strip: np.ndarray, rows: int) -> None:
 def _finished(
     rows: Iterator[tuple[np.ndarray, np.ndarray]], task: str, probabilities: bool
 ) -> Iterator[list[np.ndarray]]:
-    """Blended rows as the files hold them: class numbers or values, (1, n, W).
+    """Blended rows as the files hold them: class numbers or values, (K or 1, n, W).
 
     Yields:
         The rows of the prediction and, where asked for, those of the probabilities.
     """
     for blended, valid in rows:
-        if task == "regression":
-            strip = [np.where(valid, blended, np.nan)]
-        else:
+        if task == "segmentation":
             best = blended.argmax(axis=0).astype(np.uint8)
             strip = [np.where(valid, best, np.uint8(CLASS_NODATA))[None]]
+        else:
+            strip = [np.where(valid, blended, np.nan)]
         if probabilities:
             strip.append(np.where(valid, blended, np.nan))
         yield strip
@@ -433,29 +449,30 @@ def _write_scene(
     colours: Sequence[str] | None,
     probabilities: bool,
     kept: KeptRows | None = None,
+    finer: int = 1,
 ) -> Path:
     """Turn strips of rows into files; all of them appear, or none."""
+    a, b, x, d, e, y = reader.raster.transform[:6]
     grid = {
-        "width": reader.width,
-        "height": reader.height,
-        "transform": reader.raster.transform,
+        "width": reader.width * finer,
+        "height": reader.height * finer,
+        "transform": Affine(a / finer, b / finer, x, d / finer, e / finer, y),
         "crs": reader.raster.crs,
     }
     numbers = {**grid, "count": 1, "dtype": "uint8", "nodata": CLASS_NODATA}
-    floats = {**grid, "dtype": "float32", "nodata": float("nan")}
+    floats = {**grid, "count": channels, "dtype": "float32", "nodata": float("nan")}
     tags = {"classes": json.dumps(list(classes))} if classes is not None else {}
     names = list(classes) if classes is not None else [str(i) for i in range(channels)]
     place = None if kept is None else kept.folder
-    look: tuple = (["prediction"], None, {}, place)
+    look: tuple = (_value_names(reader, channels, task), None, {}, place)
     if task == "segmentation":
         look = (["class"], colours, tags, place)
-    profile = numbers if task == "segmentation" else {**floats, "count": 1}
+    profile = numbers if task == "segmentation" else floats
     writers = [RowWriter(target, profile, *look)]
     try:
         if probabilities:
             beside = target.with_name(f"{target.stem}_probabilities.tif")
-            profile = {**floats, "count": channels}
-            writers.append(RowWriter(beside, profile, names, folder=place))
+            writers.append(RowWriter(beside, floats, names, folder=place))
         for strip in strips if kept is None else kept.go_on(strips):
             for writer, rows in zip(writers, strip, strict=True):
                 writer.write(rows)
@@ -469,3 +486,11 @@ def _write_scene(
     if kept is not None:
         kept.discard()
     return target
+
+
+def _value_names(reader: SceneReader, channels: int, task: str) -> list[str]:
+    """Descriptions of predicted values; finer bands keep the names that came in."""
+    if task != "super_resolution":
+        return ["prediction"]
+    names = reader.names if channels == len(reader.names) else [None] * channels
+    return [name or f"band {number}" for number, name in enumerate(names, start=1)]

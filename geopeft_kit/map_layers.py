@@ -155,8 +155,8 @@ def chip_layers(
     """
     samples = list(samples)
     look = {"classes": classes, "colours": colours, "nodata": ignore_index}
-    truth = [_chip_raster(sample, sample["mask"]) for sample in samples]
-    images = [_chip_raster(sample, sample["image"]) for sample in samples]
+    truth = [chip_raster(sample, sample["mask"]) for sample in samples]
+    images = [chip_raster(sample, sample["image"]) for sample in samples]
     layers = [MapLayer("image", images, bands=bands, show=show)]
     if false_colour:
         second = MapLayer("image, false colour", images, bands=bands, show="false",
@@ -188,11 +188,11 @@ def _prediction_layers(
     chances = arrays if arrays and arrays[0].ndim == 3 else None
     if chances is not None:
         arrays = [one.argmax(axis=0) for one in chances]
-    rasters = [_chip_raster(s, m) for s, m in zip(samples, arrays, strict=True)]
+    rasters = [chip_raster(s, m) for s, m in zip(samples, arrays, strict=True)]
     beside, sure = None, []
     if chances is not None:
-        beside = [_chip_raster(s, m) for s, m in zip(samples, chances, strict=True)]
-        highest = [_chip_raster(s, m.max(axis=0)) for s, m in
+        beside = [chip_raster(s, m) for s, m in zip(samples, chances, strict=True)]
+        highest = [chip_raster(s, m.max(axis=0)) for s, m in
                    zip(samples, chances, strict=True)]  # fmt: skip
         limits = (1 / len(chances[0]), 1.0)
         sure = [MapLayer(f"confidence of {name}", highest, "values", limits=limits,
@@ -210,11 +210,11 @@ def _distance_layers(
 ) -> list[MapLayer]:
     """The dissimilarity, and a veil over what lies outside of the area."""
     arrays = [as_numpy(one).squeeze() for one in distances]
-    rasters = [_chip_raster(s, m) for s, m in zip(samples, arrays, strict=True)]
+    rasters = [chip_raster(s, m) for s, m in zip(samples, arrays, strict=True)]
     layers = [MapLayer("distance to training", rasters, "values", visible=False)]
     if threshold is None:
         return layers
-    beyond = [_chip_raster(s, np.where(m > threshold, 0, 255)) for s, m in
+    beyond = [chip_raster(s, np.where(m > threshold, 0, 255)) for s, m in
               zip(samples, arrays, strict=True)]  # fmt: skip
     outside = MapLayer("outside the area of applicability", beyond, "classes",
                        classes=["outside"], colours=[OUTSIDE], visible=False,
@@ -222,7 +222,16 @@ def _distance_layers(
     return [*layers, outside]
 
 
-def _chip_raster(sample: Mapping[str, Any], array: Any) -> Raster:
+def chip_raster(sample: Mapping[str, Any], array: Any) -> Raster:
+    """An array of a chip's extent, with any number of pixels, at the chip's place.
+
+    Args:
+        sample: A sample dict with bounds, crs and, for the map's "go to", region.
+        array: (C, H, W) or (H, W).
+
+    Raises:
+        ValueError: The chip has no place on Earth.
+    """
     if "bounds" not in sample or not sample.get("crs"):
         raise ValueError(
             f"Chip {sample.get('chip', '?')!r} has no bounds and crs, so it has no "

@@ -3,7 +3,9 @@
 Leaflet's script and style come from the installed package `django-js-lib-leaflet`
 (Leaflet itself, BSD licence, without Django) and stand inside the page, as do all
 pictures. The page's own security policy forbids every request, so it cannot lean on
-the network by accident. The page itself is `map_page.html`.
+the network by accident. The page itself is `map_page.html`. A click reads the colours
+of its pictures back: the class, and a value to 1/128 of its ramp; reflectance and the
+probabilities of classes that did not win are not in the page.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import json
 import re
 from typing import Any
 
-from .overlays import Drawing
+from .overlays import Drawing, ramp_colours
 
 
 def leaflet_files() -> tuple[str, str]:
@@ -41,7 +43,12 @@ def legends(drawing: Drawing) -> list[dict[str, Any]]:
         if layer.legend is not None:
             found.setdefault(layer.legend, []).append(layer.name)
     return [
-        {"entries": legend.entries, "ramp": legend.ramp, "layers": names}
+        {
+            "entries": legend.entries,
+            "limits": legend.limits,
+            "unit": legend.unit,
+            "layers": names,
+        }
         for legend, names in found.items()
     ]
 
@@ -74,6 +81,7 @@ def page(
         ],
         "places": [{"name": name, "bounds": b} for name, b in drawing.places],
         "legends": legends(drawing),
+        "ramp": [f"#{bytes(colour).hex()}" for colour in ramp_colours()],
         "swipe": swipe,
         "basemap": basemap,
     }

@@ -279,7 +279,7 @@ def legend_html(drawing: Drawing) -> str:
     for legend in legends(drawing):
         entries = legend["entries"]
         parts.append(f"<i>{html.escape(', '.join(legend['layers']))}</i>")
-        if legend["ramp"]:
+        if legend["limits"] is not None:
             colours = ",".join(colour for colour, _ in entries)
             parts.append(
                 f"<div style='height:12px;background:linear-gradient(90deg,{colours})'>"

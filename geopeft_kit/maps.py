@@ -68,7 +68,8 @@ def show_map(
     Returns:
         The map: shown when it is the last line of a cell, `.save("map.html")` writes
         it as a page, `.map` is the ipyleaflet map. A click on the widget shows the
-        numbers of that pixel, which `.pixel(lon, lat)` returns.
+        numbers of that pixel, which `.pixel(lon, lat)` returns; on the page, which has
+        only the colours, its class and the value on a ramp.
 
     Raises:
         ValueError: A layer has no place on Earth, or its values, classes, bands or

@@ -43,10 +43,17 @@ Box = tuple[float, float, float, float]  # west, south, east, north
 
 @dataclass(frozen=True)
 class Legend:
-    """What colours mean: one entry per class, or a ramp from low to high."""
+    """What colours mean: one entry per class, or a ramp from low to high.
 
-    entries: tuple[tuple[str, str], ...]  # ("#rrggbb", text)
-    ramp: bool = False
+    Attributes:
+        entries: ("#rrggbb", text) of each class, or of a few steps of the ramp.
+        limits: Values at both ends of the ramp; None for classes.
+        unit: Of the values.
+    """
+
+    entries: tuple[tuple[str, str], ...]
+    limits: tuple[float, float] | None = None
+    unit: str = ""
 
 
 @dataclass(frozen=True)
@@ -244,22 +251,28 @@ def _paint_images(layer: MapLayer, held: Sequence[tuple]) -> list[np.ndarray]:
 
 
 def _paint_values(layer: MapLayer, held: Sequence[tuple]) -> tuple[list, Legend]:
-    from matplotlib import colormaps
-
     canvases = [
         _canvas(inside, grid, layer, Resampling.nearest)[0] for grid, inside in held
     ]
     low, high = layer.limits or stretch_limits([c[None] for c in canvases])[:, 0]
-    ramp = colormaps["viridis"]
+    ramp = ramp_colours()
     span = max(high - low, 1e-12)
-    painted = [
-        _rgba(ramp(np.nan_to_num((c - low) / span))[..., :3], np.isfinite(c))
-        for c in canvases
-    ]
-    steps = [tuple(int(255 * v) for v in ramp(s)[:3]) for s in np.linspace(0, 1, 6)]
-    colours = [f"#{bytes(step).hex()}" for step in steps]
+    painted = []
+    for canvas in canvases:
+        share = np.clip(np.nan_to_num((canvas - low) / span), 0, 1)
+        step = np.minimum(share * len(ramp), len(ramp) - 1).astype(int)
+        painted.append(_rgba(ramp[step] / 255, np.isfinite(canvas)))
+    colours = [f"#{bytes(step).hex()}" for step in ramp[::51]]
     ends = [f"{low:.3g} {layer.unit}".strip(), *[""] * 4, f"{high:.3g} {layer.unit}"]
-    return painted, Legend(tuple(zip(colours, ends, strict=True)), ramp=True)
+    entries = tuple(zip(colours, ends, strict=True))
+    return painted, Legend(entries, (float(low), float(high)), layer.unit)
+
+
+def ramp_colours() -> np.ndarray:
+    """The 256 colours of viridis, (256, 3) uint8; like ones are neighbours."""
+    from matplotlib import colormaps
+
+    return np.round(255 * colormaps["viridis"](np.arange(256))[:, :3]).astype("u1")
 
 
 def _paint_classes(layer: MapLayer, held: Sequence[tuple]) -> tuple[list, Legend]:

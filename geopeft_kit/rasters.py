@@ -32,6 +32,9 @@ class SceneReader:
         bands: Names of the source's bands in its order; None reads its descriptions.
         scale: Reflectance per stored unit; None reads the raster's own.
         offset: Added after scaling, used together with `scale`.
+
+    Attributes:
+        names: Of the bands that are read, in their order; None where one has none.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class SceneReader:
         try:
             self.raster = _open(name)
             self.indexes = _band_indexes(self.raster, wanted, bands)
+            self.names = list(wanted or bands or self.raster.descriptions)
             self.gain, self.offset = _scaling(self.raster, self.indexes, scale, offset)
             self.stated = scale is not None
         except BaseException:

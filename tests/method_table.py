@@ -70,8 +70,8 @@ ROWS = [
     Row("loha", {"rank": 2}),
     Row("lokr", {"rank": 2}),
     # peft's OFT is no identity on convolutions that look at several cells
-    Row("oft", {"block_size": 4}, WITH_MLP),
-    Row("boft", {"block_size": 4}),
+    Row("oft", {}, WITH_MLP),
+    Row("boft"),
     Row("boft", {"block_size": 4, "factors": 2}),
     Row("fourierft", {"frequencies": 20}, ("fused", "split", "swin")),
     # ours

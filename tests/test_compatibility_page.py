@@ -87,6 +87,16 @@ def test_a_row_is_what_the_methods_say(
     assert table[name] == list(tool.decoder_cells(backbone))
 
 
+@pytest.mark.parametrize("name", ["timm:convnext_atto", "galileo_nano"])
+def test_a_yes_attaches_with_default_options(tool: ModuleType, name: str) -> None:
+    backbone, served = tool.load(name), []
+    for card in gk.list_methods():
+        if card.why_not(backbone) is None:
+            gk.attach(backbone, card.name).detach()
+            served.append(card.name)
+    assert {"lora", "oft", "boft", "houlsby"} <= set(served)
+
+
 @pytest.mark.slow
 def test_the_page_is_up_to_date(tool: ModuleType, committed: str) -> None:
     assert committed == tool.page(), "run: python docs/write_compatibility.py"

@@ -139,6 +139,21 @@ def test_versions_are_lower_bounds_only():
     assert names.index("torchvision") == names.index("torch") + 1
 
 
+def test_what_tests_and_energy_look_for_comes_with_an_extra():
+    """A test that skips without a package is skipped for good if nothing brings it."""
+    extras = PROJECT["optional-dependencies"]
+    found = {re.split(r"[\[>]", e)[0] for name in extras for e in extras[name]}
+    texts = [path.read_text() for path in (REPO / "tests").glob("test_*.py")]
+    asked = {
+        name
+        for text in texts
+        for name in re.findall(r'reason="pip install ([\w-]+)"', text)
+    }
+    assert asked - {"transformers"} <= found  # peft brings that one
+    assert {"mambapy", "nvidia-ml-py"} <= asked
+    assert any(e.startswith("geopeft-kit[") and "energy" in e for e in extras["dev"])
+
+
 def test_version_and_address_are_the_same_everywhere():
     citation = yaml.safe_load((REPO / "CITATION.cff").read_text())
     assert citation["version"] == gk.__version__

@@ -317,6 +317,67 @@ def test_each_task_trains_and_shows_what_it_found(task: str, tmp_path: Path):
     assert "Traceback" not in explorer.page.notes.value
 
 
+@pytest.mark.slow
+def test_super_resolution_is_trained_shown_written_down_and_kept(
+    tmp_path: Path, capsys
+):
+    toy_data(tmp_path / "toy", chips=12)
+    data = gk.ChipData(tmp_path / "toy", test_regions=["far"], batch_size=4)
+    finer = data.for_super_resolution(2)
+    explorer = gk.Explorer(finer, methods=["frozen"]).choose(epochs=1)
+    empty = explorer.page.picture.value
+    run = explorer.train().wait().shown
+    assert explorer.page.picture.value != empty
+    assert explorer.bench.predict(run, 0).shape == (6, 32, 32)
+    assert set(run.scores["test"]["overall"]) == {"psnr", "ssim"}
+    explorer.show("Map")
+    layers = next(iter(explorer.page._maps.values())).layers
+    shapes = {layer.name: layer.source[0].array.shape for layer in layers}
+    assert {layer.kind for layer in layers} == {"image"}
+    assert shapes == {
+        "image": (6, 16, 16), "truth": (6, 32, 32), run.name: (6, 32, 32),
+    }  # fmt: skip
+    capsys.readouterr()
+    exec(compile(explorer.code, "cell", "exec"), {})
+    assert numbers(capsys.readouterr().out) == [
+        run.scores[split]["overall"] for split in ("val", "test")
+    ]
+    folder = explorer.save(tmp_path / "prepared")
+    loaded = gk.Explorer.load(folder, finer)
+    assert loaded.page.picture.value == explorer.page.picture.value
+    with pytest.raises(ValueError, match="other chips, splits or bands"):
+        gk.Explorer.load(folder, data.for_super_resolution(4))
+    explorer.choose(held_out="near")
+    assert explorer.bench.data_of(explorer.choice).factor == 2
+    assert explorer.preview.reason is None
+
+
+@pytest.mark.parametrize("task", ["segmentation", "regression"])
+def test_chips_without_a_place_say_so_where_the_map_would_be(task, tmp_path: Path):
+    random = np.random.default_rng(0)
+    chips = [
+        Chip(
+            name=f"chip_{n}",
+            image=random.integers(0, 3000, (len(BANDS), 16, 16)).astype(np.uint16),
+            mask=random.integers(0, 2, (16, 16)).astype(
+                np.uint8 if task == "segmentation" else np.float32
+            ),
+            region="ab"[n % 2],
+            split=["train", "test"][n % 2],
+        )
+        for n in range(4)
+    ]
+    info = {"name": "Nowhere", "task": task, "bands": BANDS, "scale": 1e-4}
+    info["classes"] = ("one", "two") if task == "segmentation" else ()
+    write_chip_folder(tmp_path / "nowhere", iter(chips), info)
+    data = gk.ChipData(tmp_path / "nowhere", split="index", batch_size=2)
+    explorer = gk.Explorer(data, methods=["bias"]).show("Map")
+    shown = explorer.page.stage.children[0].value
+    assert "no place on a map" in shown
+    assert "chip_1" in shown  # which one, whatever the task
+    assert "Traceback" not in explorer.page.notes.value
+
+
 # --- code -----------------------------------------------------------------------------
 
 

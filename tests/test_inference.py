@@ -141,6 +141,59 @@ def test_convolution_stitched_equals_whole_where_windows_see_enough(tmp_path):
     assert np.abs(read(naive)[0] - whole(model, image)[0]).max() > 0.05
 
 
+def finer(factor: int, channels: int = 3) -> Net:
+    """Every pixel becomes factor x factor pixels of its own."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, channels * factor**2, 1), nn.PixelShuffle(factor)
+    net = Net(nn.Sequential(*layers), "super_resolution").eval()
+    net.factor = factor
+    return net
+
+
+@pytest.mark.parametrize(("factor", "size", "overlap"), [
+    (2, (71, 93), 0.5), (3, (20, 90), 0.0), (4, (5, 7), 0.8), (2, (300, 33), 0.25),
+])  # fmt: skip
+def test_the_finer_grid_stitched_equals_whole(tmp_path, factor, size, overlap):
+    image = reflectance(*size)
+    image[1, :3, :2] = -9999
+    source = write_scene(tmp_path / "scene.tif", image, nodata=-9999)
+    target = predict_scene(
+        finer(factor), source, tmp_path / "out.tif", window=32, overlap=overlap,
+        batch_size=3, progress=False,
+    )  # fmt: skip
+    with rasterio.open(target) as raster:
+        assert raster.shape == (size[0] * factor, size[1] * factor)
+        assert raster.descriptions == BANDS and raster.crs.to_epsg() == 32630
+        assert raster.transform.a == 10 / factor
+        west, south, east, north = raster.bounds
+        assert (west, north) == (TRANSFORM.c, TRANSFORM.f)
+        assert east - west == pytest.approx(size[1] * 10)
+        assert north - south == pytest.approx(size[0] * 10)
+        values = raster.read()
+    expected = whole(finer(factor), image)
+    expected[:, : 3 * factor, : 2 * factor] = np.nan
+    assert values.dtype == np.float32
+    np.testing.assert_allclose(values, expected, atol=1e-5)
+
+
+def test_bands_of_another_number_have_no_names_and_no_classes(tmp_path):
+    source = write_scene(tmp_path / "scene.tif", reflectance(40, 40))
+    options = {"window": 32, "progress": False}
+    two = predict_scene(finer(2, 2), source, tmp_path / "out.tif", **options)
+    with rasterio.open(two) as raster:
+        assert raster.descriptions == ("band 1", "band 2")
+    for wrong, text in (
+        ({"probabilities": True}, "needs task 'segmentation'"),
+        ({"classes": ["a", "b"]}, "no place in the task 'super_resolution'"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            predict_scene(finer(2), source, two, **options, **wrong)
+    lazy = finer(2)
+    lazy.factor = 4  # it says 4 and makes 2
+    with pytest.raises(ValueError, match="images of .32, 32. pixels; expected .*128"):
+        predict_scene(lazy, source, two, **options)
+
+
 def test_sixteen_bits_give_nearly_the_same(tmp_path):
     image = reflectance(40, 52)
     source = write_scene(tmp_path / "scene.tif", image)

@@ -26,7 +26,7 @@ from geopeft_kit.maps import (
     save_map,
     show_map,
 )
-from geopeft_kit.overlays import draw
+from geopeft_kit.overlays import draw, ramp_colours
 from geopeft_kit.pixel_values import pixel_html, read_pixel
 
 EVIL = '<img src=x onerror="window.hacked=1">'
@@ -174,7 +174,11 @@ def test_values_have_a_ramp_with_ends_and_unit():
     raster = Raster(values, from_bounds(0, 0, 1, 1, 10, 10), "EPSG:4326")
     layer = MapLayer("density", raster, "values", limits=(0, 2), unit="m")
     legend = draw([layer]).layers[0].legend
-    assert legend.ramp
+    assert legend.limits == (0, 2) and legend.unit == "m"
+    ramp = [tuple(colour) for colour in ramp_colours()]
+    assert all(step - ramp.index(colour) < 2 for step, colour in enumerate(ramp))
+    drawn = pixels(draw([layer]).layers[0].pictures[0])
+    assert {tuple(rgba[:3]) for rgba in drawn.reshape(-1, 4) if rgba[3]} <= set(ramp)
     assert legend.entries[0][1] == "0 m" and legend.entries[-1][1] == "2 m"
 
 
@@ -449,6 +453,52 @@ def test_page_in_a_browser(visit, tmp_path):
     visit.clean()
 
 
+def click(page, lon: float, lat: float) -> dict[str, str]:
+    """Click a place of the stand-alone page: layer -> what the popup says."""
+    point = page.evaluate(
+        "([lat, lon]) => map.latLngToContainerPoint([lat, lon])", [lat, lon]
+    )
+    box = page.locator("#map").bounding_box()
+    page.mouse.click(box["x"] + point["x"], box["y"] + point["y"])
+    page.locator(".leaflet-popup-content .pixel").wait_for()
+    page.wait_for_timeout(400)  # the map moves where the popup would not be seen whole
+    lines = page.locator(".leaflet-popup-content .pixel span").all_inner_texts()
+    return dict(line.split(": ", 1) for line in lines)
+
+
+@pytest.mark.browser
+def test_a_click_on_the_page_says_what_the_sources_hold(visit, tmp_path):
+    samples = chips(FAR)
+    scene = show_map(with_probabilities(samples))
+    page = visit.page
+    page.goto(scene.save(tmp_path / "map.html").as_uri())
+    page.wait_for_selector(".leaflet-image-layer")
+    limits = {la.name: la.legend.limits for la in scene.drawing.layers if la.legend}
+    for chip, row_, column in ((0, 3, 5), (1, 30, 20), (3, 12, 30), (7, 25, 8)):
+        page.select_option("#places", label=samples[chip]["region"])
+        page.wait_for_timeout(400)
+        place = where(samples[chip], row_, column)
+        said = click(page, *place)
+        known = [r for r in scene.pixel(*place) if r.kind != "image"]
+        assert {r.layer for r in known} <= set(said)
+        for reading in known:
+            if reading.kind == "classes":
+                assert said[reading.layer] == reading.text
+                continue
+            low, high = limits[reading.layer]
+            number = float(said[reading.layer].lstrip("\u2264\u2265 "))
+            wanted = min(max(reading.values[0], low), high)
+            assert number == pytest.approx(wanted, abs=(high - low) / 128 + 1e-3)
+        truth, guess = said["truth"], said["lora"]
+        assert ("errors of lora" in said) == (truth != guess)
+        assert "image" not in said  # colours are no reflectance
+    page.screenshot(path=tmp_path / "click.png")
+    assert page.evaluate("window.hacked") is None
+    assert click(page, *where(samples[4], 12, -4)) == {}  # west of the chips
+    assert "no data here" in page.locator(".pixel").inner_text()
+    visit.clean()
+
+
 @pytest.mark.browser
 def test_frame_in_another_page(visit, tmp_path):
     """As an exported notebook carries it: inside an iframe that shares nothing."""
@@ -459,6 +509,8 @@ def test_frame_in_another_page(visit, tmp_path):
     frame.locator(".leaflet-image-layer").first.wait_for()
     assert frame.locator(".layer").count() == 6
     assert visit.page.locator("iframe").bounding_box()["height"] >= 400
+    frame.locator("#map").click()
+    assert "truth: " in frame.locator(".leaflet-popup-content").inner_text()
     visit.clean()
 
 

@@ -211,6 +211,46 @@ def test_ia3_counts_six_widths_per_block(size: str, count: int) -> None:
     assert adapter.num_parameters == count
 
 
+@pytest.mark.parametrize(("name", "usual"), [("oft", 32), ("boft", 4)])
+@pytest.mark.parametrize(
+    ("kind", "layers"),
+    [("terramind_v1_large", "last:1"), ("timm:convnext_atto", "all")],
+)
+def test_the_default_block_is_the_largest_that_divides_each_layer(
+    kind: str, layers: str, name: str, usual: int
+) -> None:
+    """TerraMind large has 2730 inputs, ConvNeXt atto 40; 32 divides neither."""
+    with torch.device("meta"):
+        backbone = gk.load_backbone(kind, weights=None)
+    assert {c.name: c for c in gk.list_methods()}[name].why_not(backbone) is None
+    adapter = gk.attach(backbone, name, layers=layers)
+    found, targets = adapter.num_parameters, adapter.config["targets"]
+    adapter.detach()
+    pairs = gk.attach(backbone, "lora", layers=layers, targets=targets, rank=1)
+    ins = [p.shape[1] for n, p in pairs.named_parameters() if "lora_A" in n]
+    outs = [p.shape[0] for n, p in pairs.named_parameters() if "lora_B" in n]
+    blocks = [max(b for b in range(2, usual + 1) if i % b == 0) for i in ins]
+    assert max(blocks) == usual
+    assert (min(blocks) < usual) == (name == "oft" or "terramind" in kind)
+    if name == "oft":
+        expected = sum(i * (b - 1) // 2 for i, b in zip(ins, blocks, strict=True))
+    else:
+        expected = sum(i * b for i, b in zip(ins, blocks, strict=True)) + sum(outs)
+    assert found == expected
+
+
+def test_a_width_without_a_small_divisor_takes_the_next_larger() -> None:
+    from geopeft_kit.methods.rotations import _by_block_size
+    from geopeft_kit.methods.targets import Target
+
+    layers = {width: nn.Linear(width, 3) for width in (6, 37, 74, 64)}
+    targets = [Target(f"fc{width}", layer) for width, layer in layers.items()]
+    groups = _by_block_size(None, 32, targets)
+    assert {b: [t.path for t in group] for b, group in groups.items()} == {
+        6: ["fc6"], 37: ["fc37"], 2: ["fc74"], 32: ["fc64"],
+    }  # fmt: skip
+
+
 # --- what each promises -------------------------------------------------------------
 
 

@@ -336,6 +336,20 @@ def test_energy_is_not_made_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert energy.EnergyMeter([]).watt_hours() is None
 
 
+def test_the_binding_has_what_the_meter_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = pytest.importorskip("pynvml", reason="pip install nvidia-ml-py")
+    assert callable(nvml.nvmlDeviceGetHandleByUUID)
+    assert callable(nvml.nvmlDeviceGetTotalEnergyConsumption)
+
+    def no_driver() -> None:
+        raise nvml.NVMLError(nvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    monkeypatch.setattr(nvml, "nvmlInit", no_driver)
+    meter = energy.EnergyMeter([0])
+    meter.start()
+    assert meter.watt_hours() is None  # no library of the driver: not measured
+
+
 def test_refusals(tmp_path: Path) -> None:
     backbone, data = vit(), Noise(size=32)
     with pytest.raises(ValueError, match="nothing to learn"):

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from pathlib import Path
 
+import numpy as np
 import pytest
+import rasterio
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from rasterio.transform import from_origin
 from torchmetrics.functional.image import (
     peak_signal_noise_ratio,
     structural_similarity_index_measure,
@@ -95,6 +101,42 @@ def test_training_learns_and_the_memory_is_known(data: gk.ChipData) -> None:
     assert run.history["loss"].iloc[-1] < run.history["loss"].iloc[0]
     assert set(run.metrics["overall"]) == {"psnr", "ssim"}
     assert gk.estimate_memory(net, batch_size=2).total_mib > 0
+
+
+def test_a_scene_is_predicted_on_the_finer_grid(data: gk.ChipData, tmp_path) -> None:
+    """Blended windows are the whole, up to the rim that each window cannot see past."""
+    scene = tmp_path / "scene.tif"
+    image = np.random.default_rng(0).uniform(0, 0.4, (6, 24, 40)).astype(np.float32)
+    place = {"crs": "EPSG:32633", "transform": from_origin(5e5, 5e6, 30, 30)}
+    with rasterio.open(
+        scene, "w", driver="GTiff", count=6, height=24, width=40, dtype="float32",
+        **place,
+    ) as raster:  # fmt: skip
+        raster.descriptions = data.bands
+        raster.write(image)
+    net, rival = model(data).eval(), gk.baselines.Bicubic(data)
+    written = {}
+    for name, found, window in (("net", net, 40), ("rival", rival, 16)):
+        options = {"window": window, "progress": False, "resume": True}
+        written[name] = gk.predict_scene(found, scene, tmp_path / f"{name}.tif",
+                                         **options)  # fmt: skip
+    with rasterio.open(written["net"]) as raster, torch.no_grad():
+        assert raster.descriptions == data.bands and raster.transform.a == 15
+        # the window is larger than the scene, which is mirrored beyond its end
+        filled = np.pad(image, ((0, 0), (0, 16), (0, 0)), mode="symmetric")
+        expected = net(torch.from_numpy(filled)[None])[0, :, :48].numpy()
+        np.testing.assert_allclose(raster.read(), expected, atol=1e-6)
+    with rasterio.open(written["rival"]) as raster:
+        expected = rival(torch.from_numpy(image)[None])[0].numpy()
+        assert np.abs(raster.read() - expected).max() < 5e-3
+    layers = [gk.MapLayer(name, path) for name, path in written.items()]
+    scene_map = gk.show_map([gk.MapLayer("image", scene), *layers])
+    sizes = [picture_size(layer.pictures[0].url) for layer in scene_map.drawing.layers]
+    assert min(sizes[0]) >= 48 and len(set(sizes)) == 1
+
+
+def picture_size(url: str) -> tuple[int, int]:
+    return Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).size
 
 
 def test_pairs_of_two_sensors_come_as_samples() -> None:

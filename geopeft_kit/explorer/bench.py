@@ -132,7 +132,10 @@ class Bench:
             return data
         if key not in self._held_out:
             given = {**data.hparams, "test_regions": [choice.held_out]}
-            self._held_out[key] = ChipData(**given)
+            other = ChipData(**given)
+            if data.factor > 1:
+                other = other.for_super_resolution(data.factor)
+            self._held_out[key] = other
         return self._held_out[key]
 
     def backbone_of(self, choice: Choice) -> Backbone:
@@ -183,14 +186,25 @@ class Bench:
 
     def _build(self, choice: Choice) -> tuple[Adapter, Model]:
         """The adapter, active, and the model; an error leaves nothing attached."""
-        data, backbone = self.data_of(choice), self.backbone_of(choice)
-        adapter = attach(backbone, choice.method, **choice.options)
+        adapter = attach(self.backbone_of(choice), choice.method, **choice.options)
         try:
-            model = build_model(backbone, choice.decoder, data.task, data.num_classes)
+            model = self.model_of(choice)
         except BaseException:
             adapter.detach()
             raise
-        return adapter, model.to(self.device)
+        return adapter, model
+
+    def model_of(self, choice: Choice) -> Model:
+        """A fresh decoder on the backbone, as it stands, with its active adapter."""
+        data = self.data_of(choice)
+        model = build_model(
+            self.backbone_of(choice),
+            choice.decoder,
+            data.task,
+            data.num_classes,
+            factor=data.factor if data.factor > 1 else None,
+        )
+        return model.to(self.device)
 
     def _count(self, model: Model, adapter: Adapter) -> dict[str, int]:
         """Parameters of the plain backbone, of the adapter, and of the decoder."""
@@ -264,7 +278,8 @@ class Bench:
             position: Of the chip in `data.dataset("test")`.
 
         Returns:
-            (H, W) class numbers or values, or () / (K,) for whole images.
+            (H, W) class numbers or values, (C, r*H, r*W) finer bands, or () / (K,)
+            for whole images.
         """
         if position not in run.maps:
             sample = self.data_of(run.choice).dataset("test")[position]
@@ -280,6 +295,8 @@ class Bench:
 
 def _decide(output: torch.Tensor, task: str) -> torch.Tensor:
     """Logits of one chip -> class numbers, zeros and ones, or values."""
+    if task == "super_resolution":
+        return output  # (C, r*H, r*W)
     if task == "regression":
         return output[0]  # (H, W)
     if task == "multilabel":

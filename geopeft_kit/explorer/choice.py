@@ -133,7 +133,10 @@ def code_of(
         settings.pop("validate_every")
     if rate is not None:
         settings["learning_rate"] = rate
-    build = f"backbone, {_text(choice.decoder)}, data.task, data.num_classes"
+    parts = ["backbone", _text(choice.decoder), "data.task", "data.num_classes"]
+    build = _call(
+        "gk.build_model", parts, ["factor=data.factor"] if data.factor > 1 else []
+    )
     lines = [
         "import torch",
         "",
@@ -145,7 +148,7 @@ def code_of(
         "",
         f"torch.manual_seed({choice.seed})",
         f"adapter = {attach}",
-        f"model = gk.build_model({build})",
+        f"model = {build}",
         f"run = {_call('gk.fit', ['model', 'data'], _keywords(settings))}",
         "",
         'print("validation", run.metrics.get("overall"))',
@@ -163,6 +166,8 @@ def data_code(data: ChipData) -> str:
     given = dict(data.hparams)
     recipe = data.info.extra.get("recipe", {}) if data.simulated else {}
     subsets = "".join(data.subsets)
+    if data.factor > 1:
+        subsets += f".for_super_resolution({data.factor})"
     from_recipe = (
         bool(recipe)
         and given["split"] == "region"

@@ -15,9 +15,10 @@ from matplotlib.figure import Figure
 from geopeft_kit import plots
 from geopeft_kit.data.chips import ChipData
 from geopeft_kit.explorer.bench import Bench, KeptRun, pareto_front
-from geopeft_kit.maps import MapLayer, Raster, SceneMap, chip_layers, show_map
+from geopeft_kit.map_layers import MapLayer, Raster, chip_layers, chip_raster
+from geopeft_kit.maps import SceneMap, show_map
 from geopeft_kit.model import WHOLE_IMAGE_TASKS
-from geopeft_kit.pictures import as_numpy, picture_bands, stretch
+from geopeft_kit.pictures import as_numpy, picture_bands, stretch, stretch_limits
 from geopeft_kit.training.evaluate import HEADLINE
 
 CHIPS = 6  # places on the map, spread over the test split
@@ -62,6 +63,8 @@ def chip_png(
     if "mask" not in sample:
         title = _whole_image_title(sample, guess, data)
         return png(plots.show_chip(sample, data.bands, show, title=title))
+    if data.task == "super_resolution":
+        return png(_finer_figure(sample, guess, data, show))
     if data.classes is None:
         return png(_values_figure(sample, guess, data, show))
     look: dict[str, Any] = {
@@ -103,6 +106,25 @@ def _values_figure(
         drawn = axis.imshow(values, vmin=low, vmax=high, interpolation="nearest")
         axis.set(title=title, xlabel="column (pixels)")
     figure.colorbar(drawn, ax=others, shrink=0.8, label="value of the target")
+    figure.suptitle(str(sample["region"]).replace("$", r"\$"))
+    return figure
+
+
+def _finer_figure(
+    sample: Mapping[str, Any], guess: Any, data: ChipData, show: Any
+) -> Figure:
+    """Super-resolution: image, prediction and truth, all in the truth's stretch."""
+    panels = {"image": sample["image"], "truth": sample["mask"]}
+    if guess is not None:
+        panels = {**panels, "prediction": guess}
+    chosen = picture_bands(data.bands, show)
+    limits = stretch_limits([as_numpy(sample["mask"])[chosen]])
+    figure = Figure(figsize=(0.4 + 3.4 * len(panels), 3.6), layout="constrained")
+    for axis, (title, bands) in zip(
+        figure.subplots(1, len(panels)), panels.items(), strict=True
+    ):
+        axis.imshow(stretch(as_numpy(bands)[chosen], limits), interpolation="nearest")
+        axis.set(title=title, xlabel="column (pixels)", ylabel="row (pixels)")
     figure.suptitle(str(sample["region"]).replace("$", r"\$"))
     return figure
 
@@ -226,22 +248,20 @@ def _value_layers(
     found: Mapping[str, Sequence[np.ndarray]],
     show: Any,
 ) -> list[MapLayer]:
-    """Layers of a regression: the image, and values on one scale."""
-    from rasterio.transform import from_bounds
+    """The image, and values on one scale: finer images, or those of a regression."""
 
     def rasters(arrays: Sequence[Any]) -> list[Raster]:
-        made = []
-        for sample, array in zip(samples, map(as_numpy, arrays), strict=True):
-            box = [float(value) for value in sample["bounds"]]
-            place = from_bounds(*box, array.shape[-1], array.shape[-2])
-            made.append(Raster(array, place, sample["crs"], sample["region"]))
-        return made
+        return [chip_raster(s, array) for s, array in zip(samples, arrays, strict=True)]
 
     truth = [sample["mask"] for sample in samples]
-    values = np.concatenate([as_numpy(mask).ravel() for mask in truth])
-    limits = (float(np.nanmin(values)), float(np.nanmax(values)) or 1.0)
     images = rasters([sample["image"] for sample in samples])
-    layers = [MapLayer("image", images, bands=data.bands, show=show)]
+    picture: dict[str, Any] = {"bands": data.bands, "show": show}
+    look = picture
+    if data.task == "regression":
+        values = np.concatenate([as_numpy(mask).ravel() for mask in truth])
+        limits = (float(np.nanmin(values)), float(np.nanmax(values)) or 1.0)
+        look = {"kind": "values", "limits": limits}
+    layers = [MapLayer("image", images, **picture)]
     for name, arrays in {"truth": truth, **found}.items():
-        layers.append(MapLayer(name, rasters(arrays), "values", limits=limits))
+        layers.append(MapLayer(name, rasters(arrays), **look))
     return layers

@@ -23,7 +23,6 @@ from geopeft_kit.data.chips import ChipData
 from geopeft_kit.explorer.bench import Bench, KeptRun
 from geopeft_kit.explorer.choice import Choice
 from geopeft_kit.methods import load_adapter
-from geopeft_kit.model import build_model
 
 FORMAT = 1
 NAME = "explorer.json"
@@ -97,7 +96,8 @@ def _place(number: int) -> str:
 def fingerprint(data: ChipData) -> str:
     """A hash over the chips, their split and the bands: what scores depend on."""
     rows = data.index[["chip", "split"]].astype(str).sort_values("chip").to_numpy()
-    text = json.dumps([data.task, list(data.bands), rows.tolist()])
+    task = f"{data.task} by {data.factor}" if data.factor > 1 else data.task
+    text = json.dumps([task, list(data.bands), rows.tolist()])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -153,10 +153,9 @@ def fill_bench(bench: Bench, content: Mapping[str, Any], folder: str | Path) -> 
     """
     for saved in content["runs"]:
         choice = Choice(**saved["choice"])
-        data, backbone = bench.data_of(choice), bench.backbone_of(choice)
         place = Path(folder) / _place(int(saved["number"]))
-        adapter = load_adapter(backbone, place)
-        model = build_model(backbone, choice.decoder, data.task, data.num_classes)
+        adapter = load_adapter(bench.backbone_of(choice), place)
+        model = bench.model_of(choice)
         try:
             model.decoder.load_state_dict(load_file(place / "decoder.safetensors"))
         except (SafetensorError, RuntimeError, FileNotFoundError) as error:
@@ -169,6 +168,6 @@ def fill_bench(bench: Bench, content: Mapping[str, Any], folder: str | Path) -> 
         bench.runs[choice.key] = KeptRun(
             choice=choice,
             adapter=adapter,
-            model=model.to(bench.device).eval(),
+            model=model.eval(),
             **fields,
         )

@@ -12,7 +12,7 @@ Source: Qiu et al. 2023, OFT, arXiv 2306.07280; Liu et al. 2023, BOFT, arXiv 231
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,9 @@ from geopeft_kit.methods.targets import Target, find_targets
 
 if TYPE_CHECKING:
     from geopeft_kit.backbones.base import Backbone
+
+
+OFT_BLOCK, BOFT_BLOCK = 32, 4  # channels; what is chosen where it divides the inputs
 
 
 class Oft(PeftMethod):
@@ -60,7 +63,7 @@ class Oft(PeftMethod):
         blocks: list[Block],
         *,
         targets: Sequence[str] | None = None,
-        block_size: int = 32,
+        block_size: int | None = None,
     ) -> list[Replacement]:
         """Wrap the target layers with peft's OFT.
 
@@ -68,7 +71,9 @@ class Oft(PeftMethod):
             backbone: The backbone.
             blocks: The blocks to look for targets in.
             targets: Short names of layers; None for the architecture's default.
-            block_size: Channels b that rotate together; must divide all inputs.
+            block_size: Channels b that rotate together; must divide all inputs. None
+                takes for each layer the largest up to 32 that divides its inputs (the
+                smallest above where there is none).
         """
         from peft import OFTConfig
 
@@ -78,9 +83,12 @@ class Oft(PeftMethod):
                 f"targets: {wide[0].path} looks at several cells, which peft's OFT "
                 "cannot rotate. Choose Linear layers or 1x1 convolutions, or 'boft'."
             )
-        _check_block_size(block_size, chosen)
-        config = OFTConfig(r=0, oft_block_size=block_size, use_cayley_neumann=False)
-        return wrap(backbone, chosen, config, refine=_flattened)
+
+        def config(size: int) -> OFTConfig:
+            return OFTConfig(r=0, oft_block_size=size, use_cayley_neumann=False)
+
+        groups = _by_block_size(block_size, OFT_BLOCK, chosen)
+        return _wrap_groups(backbone, groups, config, _flattened)
 
 
 class Boft(PeftMethod):
@@ -104,7 +112,7 @@ class Boft(PeftMethod):
         blocks: list[Block],
         *,
         targets: Sequence[str] | None = None,
-        block_size: int = 4,
+        block_size: int | None = None,
         factors: int = 1,
     ) -> list[Replacement]:
         """Wrap the target layers with peft's BOFT.
@@ -114,17 +122,22 @@ class Boft(PeftMethod):
             blocks: The blocks to look for targets in.
             targets: Short names of layers; None for the architecture's default.
             block_size: Channels b that rotate together; must divide all inputs, and
-                with more than one factor b * 2^(m - 1) must, with an even b.
+                with more than one factor b * 2^(m - 1) must, with an even b. None
+                takes for each layer the largest up to 4 that fits (the smallest above
+                where there is none).
             factors: Number m of rotations.
         """
         from peft import BOFTConfig
 
         chosen = find_targets(blocks, targets or (), self.kinds)
         check_whole("factors", factors)
-        _check_block_size(block_size, chosen, factors)
-        config = BOFTConfig(boft_block_size=block_size, boft_n_butterfly_factor=factors)
+
+        def config(size: int) -> BOFTConfig:
+            return BOFTConfig(boft_block_size=size, boft_n_butterfly_factor=factors)
+
+        groups = _by_block_size(block_size, BOFT_BLOCK, chosen, factors)
         with _without_compiler():
-            return wrap(backbone, chosen, config, refine=_plain_butterfly)
+            return _wrap_groups(backbone, groups, config, _plain_butterfly)
 
 
 class FlattenedOft:
@@ -215,10 +228,24 @@ def _beyond_pointwise(targets: Sequence[Target]) -> list[Target]:
     return [target for target, kernel in kernels if set(kernel) != {1}]
 
 
-def _check_block_size(size: Any, targets: Sequence[Target], factors: int = 1) -> None:
-    """Refuse block sizes that peft would change, or fail on, with the ones that fit."""
-    check_whole("block_size", size, minimum=2)
+def _by_block_size(
+    size: int | None, usual: int, targets: Sequence[Target], factors: int = 1
+) -> dict[int, list[Target]]:
+    """Block size -> its targets; peft would change sizes that do not fit, or fail.
+
+    Args:
+        size: For all targets; None chooses one that fits for each.
+        usual: The largest that is chosen, where one up to it fits.
+        targets: Layers to rotate.
+        factors: Number m of rotations.
+
+    Raises:
+        ValueError: `size` does not fit a target; the sizes that do are named.
+    """
+    if size is not None:
+        check_whole("block_size", size, minimum=2)
     reach = 2 ** (factors - 1)
+    groups: dict[int, list[Target]] = {}
     for target in targets:
         kernel = getattr(target.layer, "kernel_size", (1,))
         inputs = target.layer.weight[0].numel()
@@ -232,8 +259,25 @@ def _check_block_size(size: Any, targets: Sequence[Target], factors: int = 1) ->
                 f"targets: {target.path} has a {kernel} kernel; square ones are "
                 "served. Leave it out of targets."
             )
-        if size not in fitting:
+        if not fitting or size not in (None, *fitting):
             raise ValueError(
                 f"block_size={size}; {target.path} has {inputs} inputs, which take "
                 f"{fitting or 'none'} with factors={factors}."
             )
+        small = [b for b in fitting if b <= usual]
+        groups.setdefault(size or max(small or fitting[:1]), []).append(target)
+    return groups
+
+
+def _wrap_groups(
+    backbone: Backbone,
+    groups: dict[int, list[Target]],
+    config: Callable[[int], Any],
+    refine: Callable[[PeftLayer], PeftLayer],
+) -> list[Replacement]:
+    """Let peft wrap each group with the configuration of its block size."""
+    return [
+        replacement
+        for size, targets in groups.items()
+        for replacement in wrap(backbone, targets, config(size), refine=refine)
+    ]

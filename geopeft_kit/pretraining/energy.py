@@ -1,8 +1,9 @@
 """Energy that the GPUs took, read from their own counters.
 
 NVIDIA's library (NVML) counts millijoules since the driver was loaded; the Python
-binding is the package `nvidia-ml-py`. A CPU has no such counter that every user may
-read, so there it is "not measured", and no number is made up.
+binding is the package `nvidia-ml-py`, which `geopeft-kit[energy]` brings. A CPU has no
+such counter that every user may read, so there it is "not measured", and no number is
+made up.
 """
 
 from __future__ import annotations
