@@ -99,6 +99,11 @@ class Kit:
         save_file({n: t.contiguous() for n, t in tensors.items()}, path)
         return {}
 
+    def learn(self, setting: str, chips: str, answers: str) -> dict[str, Any]:
+        """Train on the chips of a file in its order, then write classes."""
+        self.runs[setting].learn(chips, answers)
+        return {}
+
     def compare(self, one: str, two: str) -> dict[str, Any]:
         """Relative differences of outputs and gradients in two files.
 
@@ -139,6 +144,7 @@ class Run:
         folder: Where the peer's start lies.
         levers: Arguments of `fit`: cache_features, checkpointing, precision,
             frozen_precision, optimiser.
+        classes: How many the head tells apart.
     """
 
     def __init__(
@@ -149,15 +155,17 @@ class Run:
         batch: int,
         folder: str,
         levers: dict[str, Any],
+        classes: int = 3,
     ) -> None:
-        model = same_model(mode, backbone, size, Path(folder) / f"{mode}.st")
+        start = Path(folder) / f"{mode}.st"
+        model = same_model(mode, backbone, size, start, classes)
         self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.task = Task(
             model, 255, 1e-4, 1e-4, 0.01, 100, 0, 0, levers.get("optimiser", "adamw")
         )
         made: Any = self.task.configure_optimizers()
         self.optimiser = made["optimizer"]
-        self.batch: dict[str, Any] = batch_of(size, batch)
+        self.batch: dict[str, Any] = batch_of(size, batch, classes)
         self.mixed = levers.get("precision") == "bf16-mixed"
         if levers.get("cache_features"):  # the first epoch, which is not timed
             with torch.no_grad():
@@ -189,6 +197,17 @@ class Run:
         self.optimiser.step()
         return time.process_time() - began
 
+    def learn(self, chips: str, answers: str) -> None:
+        """Train on the chips of a file in its order, then write classes."""
+        file = load_file(chips)
+        for which in file["order"]:
+            self.batch |= {"image": file["image"][which], "mask": file["mask"][which]}
+            self.step()
+        self.task.eval()
+        with torch.no_grad():
+            found = self.task(self.batch | {"image": file["unseen"]}).argmax(1)
+        save_file({"classes": found}, answers)
+
     def saved(self) -> int:
         """Bytes that autograd keeps in one step."""
         with count_saved_bytes(self.task.model) as kept:
@@ -203,7 +222,9 @@ class Run:
         return {"output": self.output, **found}
 
 
-def same_model(mode: str, backbone: str, size: int, start: Path) -> Model:
+def same_model(
+    mode: str, backbone: str, size: int, start: Path, classes: int = 3
+) -> Model:
     """The peer's model in the kit: its encoder's checkpoint, then all the rest."""
     state = load_file(start)
     method, options = METHODS[mode]
@@ -219,8 +240,8 @@ def same_model(mode: str, backbone: str, size: int, start: Path) -> Model:
         backbone, weights=checkpoint, image_size=size, normalise=False
     )
     gk.attach(network, method, **options)
-    decoder = PeerUNet(network.channels, network.strides, 3)
-    config = {"decoder": "unet", "task": "segmentation", "num_classes": 3}
+    decoder = PeerUNet(network.channels, network.strides, classes)
+    config = {"decoder": "unet", "task": "segmentation", "num_classes": classes}
     model = Model(network, decoder, config)
     rest = {kit_name(n): t for n, t in state.items() if n not in encoder}
     found = model.load_state_dict(rest, strict=False)
@@ -236,16 +257,16 @@ def relative(reference: Tensor, other: Tensor) -> float:
     return float((reference - other).norm() / reference.norm())
 
 
-def batch_of(size: int, batch: int) -> dict[str, Any]:
+def batch_of(size: int, batch: int, classes: int = 3) -> dict[str, Any]:
     """Random pixels and classes, the same in both systems."""
     random = torch.Generator().manual_seed(1)
     image = torch.randn(batch, 6, size, size, generator=random)
-    mask = torch.randint(0, 3, (batch, size, size), generator=random)
+    mask = torch.randint(0, classes, (batch, size, size), generator=random)
     return {"image": image, "mask": mask, "size": (size, size)}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     kit = Kit()
-    names = ("build", "step", "saved", "gradients", "compare", "clear")
+    names = ("build", "step", "saved", "gradients", "learn", "compare", "clear")
     serve({name: getattr(kit, name) for name in names})

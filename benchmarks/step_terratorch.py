@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from terratorch.registry import BACKBONE_REGISTRY, MODEL_FACTORY_REGISTRY
 from torch import Tensor, nn
 from workers import serve
@@ -31,10 +31,17 @@ class Peer:
     """One model of TerraTorch's and its optimiser."""
 
     def build(
-        self, mode: str, backbone: str, size: int, batch: int, folder: str
+        self,
+        mode: str,
+        backbone: str,
+        size: int,
+        batch: int,
+        folder: str,
+        classes: int = 3,
+        seed: int = 0,
     ) -> Any:
         """Build a mode, and write the weights that it starts from."""
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         prompts = {"vpt": True, "vpt_n_tokens": PROMPTS} if mode == "vpt" else {}
         encoder = BACKBONE_REGISTRY.build(
             backbone, pretrained=False, num_frames=1, **prompts
@@ -48,7 +55,7 @@ class Peer:
             backbone=encoder,
             decoder="UNetDecoder",
             decoder_channels=[256, 128, 64, 32],
-            num_classes=3,
+            num_classes=classes,
             necks=NECKS,
             peft_config=peft if mode == "lora" else None,
         )
@@ -97,6 +104,21 @@ class Peer:
         save_file({n: t.contiguous() for n, t in tensors.items()}, path)
         return {}
 
+    def learn(self, chips: str, answers: str) -> dict[str, Any]:
+        """Train on the chips of a file in its order, then write classes."""
+        file = load_file(chips)
+        for which in file["order"]:
+            self.optimiser.zero_grad()
+            output = self.model(file["image"][which]).output
+            wanted = file["mask"][which]
+            nn.functional.cross_entropy(output, wanted, ignore_index=255).backward()
+            self.optimiser.step()
+        self.model.eval()
+        with torch.no_grad():
+            found = self.model(file["unseen"]).output.argmax(1)
+        save_file({"classes": found}, answers)
+        return {}
+
     def checkpoints(self, folder: str) -> dict[str, float]:
         """MiB of the files that TerraTorch's task leaves after a step."""
         import lightning
@@ -133,5 +155,5 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     peer = Peer()
-    names = ("build", "step", "saved", "gradients", "checkpoints")
+    names = ("build", "step", "saved", "gradients", "learn", "checkpoints")
     serve({name: getattr(peer, name) for name in names})

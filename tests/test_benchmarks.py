@@ -278,3 +278,23 @@ def test_a_probe_reads_the_drawn_images_only(tmp_path: Path) -> None:
     found = probe(gk.load_backbone("geopeft_tiny"), data, seed=0, chips=20)
     assert found["test"] > 0.8
     assert found == probe(gk.load_backbone("geopeft_tiny"), data, seed=0, chips=20)
+
+
+def test_scores_of_both_systems_count_labelled_pixels_only() -> None:
+    import torch
+    from score import report, scores
+
+    wanted = torch.tensor([[0, 0, 1, 1], [2, 2, 255, 255]])[None]
+    guess = torch.tensor([[0, 0, 1, 0], [2, 2, 0, 1]])[None]
+    found = scores(guess, wanted, classes=4)  # the fourth occurs nowhere
+    assert found["accuracy"] == pytest.approx(5 / 6)
+    assert found["miou"] == pytest.approx((2 / 3 + 1 / 2 + 1) / 3)
+    rows = pd.DataFrame(
+        {"mode": "full", "seed": seed, "system": system, "miou": miou,
+         "accuracy": 0.5, "same class": 1.0}
+        for seed, pair in enumerate([(0.5, 0.51), (0.6, 0.57)])
+        for system, miou in zip(("TerraTorch", "kit, plain"), pair, strict=True)
+    )  # fmt: skip
+    apart = report(rows)["mIoU apart, at most"]
+    assert apart["full: TerraTorch"] == 0
+    assert apart["full: kit, plain"] == pytest.approx(0.03)
