@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import geopeft_kit as gk
+from geopeft_kit.training.peak_memory import PeakMemory
 from geopeft_kit.training.tracker import (
-    PeakMemory,
     Tracker,
     count_saved_bytes,
     optimiser_bytes,

@@ -4,7 +4,7 @@ Its layer norms have an own gain and shift for every channel *and every pixel*: 
 44 million numbers 55 % are such maps, 39 % the dense bottleneck, 6.5 % convolutions.
 So it takes images of one size only, and norm tuning trains 24 million numbers here.
 
-Written from the formulas, with the upstream's names.
+`phileo_unet.py` holds the network.
 
 Source: "Scaling Laws for Geospatial Foundation Models" (PhilEO on MajorTOM), arXiv
 2506.14765, and its public code (github.com/ESA-PhiLab/PhilEO-MajorTOM).
@@ -13,205 +13,15 @@ Taught in notebook 11 (architectures and few labels).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from geopeft_kit.backbones.base import Backbone, Meta, adapt_kernels
 from geopeft_kit.backbones.card import BackboneCard, BandPlan, Normalisation
+from geopeft_kit.backbones.phileo_unet import CNNBlock, GeoAwareUNet
 from geopeft_kit.backbones.weights import load_strictly, strip_prefixes
-
-_REDUCTION = 16
-
-
-class ScaleSkip2D(nn.Module):
-    """Add two maps, each with a gain and a shift per channel."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-
-        def around(start: float) -> nn.Parameter:
-            return nn.Parameter(start + 0.01 * torch.randn(1, channels, 1, 1))
-
-        self.x_skipscale, self.y_skipscale = around(1), around(1)
-        self.x_skipbias, self.y_skipbias = around(0), around(0)
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """(B, C, H, W) both -> (B, C, H, W)."""
-        x = x * self.x_skipscale + self.x_skipbias
-        return x + y * self.y_skipscale + self.y_skipbias
-
-
-class SqueezeExcite(nn.Module):
-    """A gain per channel, from the mean of all channels."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        hidden = max(1, channels // _REDUCTION)
-        self.excitation = nn.Sequential(
-            nn.Linear(channels, hidden, bias=False),
-            nn.GELU(),
-            nn.Linear(hidden, channels, bias=False),
-            nn.Sigmoid(),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
-        return x * self.excitation(x.mean((2, 3)))[:, :, None, None]
-
-
-class CNNBlock(nn.Module):
-    """1x1, 3x3 and 1x1 convolution with spatial layer norms, and a scaled shortcut.
-
-    Args:
-        inputs: channels that come in.
-        outputs: channels that go out.
-        size: height and width in cells.
-        act: activation.
-        last_act: activation behind the sum; None for `act`.
-    """
-
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        size: int,
-        act: nn.Module,
-        last_act: nn.Module | None = None,
-    ) -> None:
-        super().__init__()
-        self.squeeze = SqueezeExcite(outputs)
-        self.matcher = (
-            None if inputs == outputs else nn.Conv2d(inputs, outputs, 1, bias=False)
-        )
-        self.norm1 = nn.LayerNorm([outputs, size, size])
-        self.norm2 = nn.LayerNorm([outputs, size, size])
-        self.conv1 = nn.Conv2d(inputs, outputs, 1, bias=False)
-        self.conv2 = _border_conv(outputs, outputs)
-        self.conv3 = nn.Conv2d(outputs, outputs, 1)
-        self.scaler = ScaleSkip2D(outputs)
-        self.act, self.last_act = act, last_act or act
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, inputs, size, size) -> (B, outputs, size, size)."""
-        identity = x if self.matcher is None else self.matcher(x)
-        x = self.act(self.norm1(self.conv1(x)))
-        x = self.act(self.norm2(self.conv2(x)))
-        x = self.squeeze(self.conv3(x))
-        return self.last_act(self.scaler(x, identity))
-
-
-class Encoder(nn.Module):
-    """The way down, and the bottleneck's vector.
-
-    Args:
-        dims: channels per level.
-        depths: blocks per level.
-        size: image size in pixels.
-        latent: length of the bottleneck's vector.
-        act: activation.
-    """
-
-    def __init__(
-        self,
-        dims: Sequence[int],
-        depths: Sequence[int],
-        size: int,
-        latent: int,
-        act: nn.Module,
-    ) -> None:
-        super().__init__()
-        sizes = [size // 2**level for level in range(len(dims))]
-        self.downsample = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(here, there, 1), nn.MaxPool2d(2))
-            for here, there in zip(dims[:-1], dims[1:], strict=True)
-        )
-        self.block_scalers = nn.ModuleList(ScaleSkip2D(d) for d in dims)
-        self.blocks_down = _levels(dims, depths, sizes, act)
-        self.prelinear_norm = nn.LayerNorm([dims[-1], sizes[-1], sizes[-1]])
-        self.linear_encode = nn.Sequential(
-            act, nn.Linear(dims[-1] * sizes[-1] ** 2, latent), nn.LayerNorm(latent)
-        )
-        # The answers of pretraining, which no map passes through.
-        self.head_clouds = nn.Sequential(nn.Linear(latent, 4))
-        self.head_landcover = nn.Sequential(nn.Linear(latent, 11))
-        self.head_buildings = nn.Sequential(nn.Linear(latent, 1), nn.Sigmoid())
-        self.head_coords = nn.Sequential(nn.Linear(latent, 4), nn.Sigmoid())
-
-    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """(B, C, H, W) -> the vector (B, latent), and one map a level, fine first."""
-        skips: list[Tensor] = []
-        for level, blocks in enumerate(self.blocks_down):
-            x = self.block_scalers[level](blocks(x), x)
-            skips.append(x)
-            if level < len(self.downsample):
-                x = self.downsample[level](x)
-        return self.linear_encode(self.prelinear_norm(x).flatten(1)), skips
-
-
-class Decoder(nn.Module):
-    """The way up from the vector, joined by the encoder's maps; same arguments."""
-
-    def __init__(
-        self,
-        dims: Sequence[int],
-        depths: Sequence[int],
-        size: int,
-        latent: int,
-        act: nn.Module,
-    ) -> None:
-        super().__init__()
-        dims, depths = dims[::-1], depths[::-1]
-        sizes = [size // 2**level for level in range(len(dims))][::-1]
-        self.start = (dims[0], sizes[0], sizes[0])
-        self.linear_decode = nn.Linear(latent, dims[0] * sizes[0] ** 2)
-        self.latent_norm = nn.LayerNorm(self.start)
-        self.prehead_norm = nn.LayerNorm([dims[-1], size, size])
-        self.skip_scalers = nn.ModuleList(ScaleSkip2D(d) for d in dims)
-        self.block_scalers = nn.ModuleList(ScaleSkip2D(d) for d in dims)
-        self.blocks_up = _levels(dims, depths, sizes, act)
-        self.upsamplers = nn.ModuleList(
-            nn.Sequential(
-                nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
-                _border_conv(dims[level], dims[level + 1]),
-                nn.LayerNorm([dims[level + 1], sizes[level + 1], sizes[level + 1]]),
-                act,
-            )
-            for level in range(len(dims) - 1)
-        )
-
-    def forward(self, vector: Tensor, skips: list[Tensor]) -> list[Tensor]:
-        """(B, latent) and the encoder's maps -> one map a level, fine first."""
-        x = self.latent_norm(self.linear_decode(vector).unflatten(1, self.start))
-        maps: list[Tensor] = []
-        for level, blocks in enumerate(self.blocks_up):
-            x = self.skip_scalers[level](x, skips[-1 - level])
-            x = self.block_scalers[level](blocks(x), x)
-            maps.append(x)
-            if level < len(self.upsamplers):
-                x = self.upsamplers[level](x)
-        maps[-1] = self.prehead_norm(x)
-        return maps[::-1]
-
-
-class GeoAwareUNet(nn.Module):
-    """Stem, encoder, decoder, and the head that paints the image anew."""
-
-    def __init__(
-        self,
-        bands: int,
-        dims: Sequence[int],
-        depths: Sequence[int],
-        size: int,
-        latent: int,
-    ) -> None:
-        super().__init__()
-        act = nn.GELU()
-        self.stem = CNNBlock(bands, dims[0], size, act)
-        self.encoder = Encoder(dims, depths, size, latent, act)
-        self.decoder = Decoder(dims, depths, size, latent, act)
-        self.head = CNNBlock(dims[0], bands, size, act, nn.Sigmoid())
 
 
 class PhilEOUNetBackbone(Backbone):
@@ -297,22 +107,6 @@ def locked(card: BackboneCard, what: str) -> str:
         f"{what}: {card.name} is locked to {size} x {size} px, since its layer norms "
         "have a gain and a shift for every pixel. Cut your images to that size "
         f"(predict_scene: window={size}), or take another backbone"
-    )
-
-
-def _levels(
-    dims: Sequence[int], depths: Sequence[int], sizes: Sequence[int], act: nn.Module
-) -> nn.ModuleList:
-    return nn.ModuleList(
-        nn.Sequential(*(CNNBlock(width, width, size, act) for _ in range(depth)))
-        for width, depth, size in zip(dims, depths, sizes, strict=True)
-    )
-
-
-def _border_conv(inputs: int, outputs: int) -> nn.Conv2d:
-    """3x3, padded with the values at the border."""
-    return nn.Conv2d(
-        inputs, outputs, 3, padding=1, bias=False, padding_mode="replicate"
     )
 
 

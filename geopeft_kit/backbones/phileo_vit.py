@@ -32,10 +32,10 @@ from geopeft_kit.backbones.phileo import (
     OBTAIN,
     REFLECTANCE,
     SOURCE,
-    CNNBlock,
     check_locked,
     locked,
 )
+from geopeft_kit.backbones.phileo_unet import CNNBlock
 from geopeft_kit.backbones.rgb_vits import fixed_table
 from geopeft_kit.backbones.vit import tokens_to_map
 from geopeft_kit.backbones.weights import State, load_strictly, strip_prefixes

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from geopeft_kit.backbones.base import Meta
 from geopeft_kit.backbones.card import BackboneCard, BandPlan, WeightFile
-from geopeft_kit.backbones.galileo import Block
+from geopeft_kit.backbones.galileo_network import Block
 from geopeft_kit.backbones.grouped import GroupedViTBackbone, group_slots
 from geopeft_kit.backbones.rgb_vits import mae_state
 from geopeft_kit.backbones.satmae import STATISTICS, two_spreads

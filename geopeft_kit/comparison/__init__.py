@@ -1,7 +1,7 @@
 """Comparing adaptations fairly: candidates, the lab they are trained in, the result."""
 
 from geopeft_kit.comparison.candidate import Candidate
-from geopeft_kit.comparison.compare import adapter_kib, compare
 from geopeft_kit.comparison.result import Comparison, Trained, half_width
+from geopeft_kit.comparison.run import adapter_kib, compare
 
 __all__ = ["Candidate", "Comparison", "Trained", "adapter_kib", "compare", "half_width"]
