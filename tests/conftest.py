@@ -67,9 +67,18 @@ def _skip_gpu(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory):
-    """Keep downloads and simulated scenes of a test run out of the user's cache."""
+    """Keep downloads and simulated scenes of a test run out of the user's cache.
+
+    Every process has its own; simulated scenes, which are written whole or not at all,
+    are made once for all of them.
+    """
+    base = tmp_path_factory.getbasetemp()
+    scenes = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "scenes"
+    scenes.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         cache = tmp_path_factory.mktemp("cache")
+        (cache / "geopeft_kit").mkdir()
+        (cache / "geopeft_kit" / "simulated").symlink_to(scenes)
         patch.setenv("XDG_CACHE_HOME", str(cache))
         patch.setenv("GEOPEFT_CACHE", str(cache / "geopeft_kit"))
         yield
