@@ -211,6 +211,24 @@ def test_a_run_repeats_although_the_page_was_used_meanwhile(data):
     assert [row["loss"] for row in found[0].rows] == [row["loss"] for row in alone.rows]
 
 
+def test_a_backbone_is_loaded_once_and_never_beside_a_training(data):
+    """Loading draws random numbers, and all threads draw from the same ones."""
+    bench, found = Bench({"toy": data}, TINY), []
+    ask = lambda: found.append(bench.backbone_of(choice_of("lora")))  # noqa: E731
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    with bench.turns.work():
+        state = torch.get_rng_state()
+        for thread in threads:
+            thread.start()
+        threads[0].join(timeout=0.5)
+        assert found == []
+        assert torch.equal(torch.get_rng_state(), state)
+    for thread in threads:
+        thread.join()
+    assert found[0] is found[1]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 @pytest.mark.slow
 def test_cancel_leaves_everything_as_it_was(data):
     explorer = gk.Explorer(data, methods=["lora", "bias"])

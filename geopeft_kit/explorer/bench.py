@@ -143,13 +143,19 @@ class Bench:
         bands = tuple(self.data[choice.data].bands)
         key = (choice.backbone, bands)
         if key not in self._loaded:
-            arguments = {"bands": bands, **self.backbones[choice.backbone]}
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                backbone = load_backbone(**arguments).to(self.device)
-            self._loaded[key] = backbone
-            self._sizes[id(backbone)] = sum(p.numel() for p in backbone.parameters())
+            # Random weights are drawn from numbers that all threads share: in a turn.
+            with self.turns.pause():
+                if key not in self._loaded:  # another thread may have been faster
+                    self._loaded[key] = self._load(choice, bands)
         return self._loaded[key]
+
+    def _load(self, choice: Choice, bands: tuple[str, ...]) -> Backbone:
+        """A backbone with the weights that `code` gives as well."""
+        torch.manual_seed(0)
+        arguments = {"bands": bands, **self.backbones[choice.backbone]}
+        backbone = load_backbone(**arguments).to(self.device)
+        self._sizes[id(backbone)] = sum(p.numel() for p in backbone.parameters())
+        return backbone
 
     def code(self, choice: Choice) -> str:
         """The cell that repeats a run, trained or not."""

@@ -63,28 +63,35 @@ class Turns:
             self._computing.release()
 
     @contextmanager
-    def borrow(self, backbone: Backbone) -> Iterator[None]:
-        """The page's side: compute, and leave no trace in a training under way.
+    def pause(self) -> Iterator[None]:
+        """Nobody else computes, and the state of torch's random numbers comes back.
 
-        Not to be nested: inside, the turn is already the page's.
-
-        Args:
-            backbone: While a training runs, its active adapter and its mode come back
-                at the end. The state of torch's random numbers always does.
+        Not to be nested: inside, the turn is already the caller's.
         """
         self._take()
         try:
             with torch.random.fork_rng():
-                active: Any = backbone.adapter
-                mode = backbone.training
-                try:
-                    yield
-                finally:
-                    if self._worker is not None and active is not None:  # a training's
-                        active.activate()
-                        backbone.train(mode)
+                yield
         finally:
             self._computing.release()
+
+    @contextmanager
+    def borrow(self, backbone: Backbone) -> Iterator[None]:
+        """The page's side: compute, and leave no trace in a training under way.
+
+        Args:
+            backbone: While a training runs, its active adapter and its mode come back
+                at the end.
+        """
+        with self.pause():
+            active: Any = backbone.adapter
+            mode = backbone.training
+            try:
+                yield
+            finally:
+                if self._worker is not None and active is not None:  # a training's
+                    active.activate()
+                    backbone.train(mode)
 
     def breathe(self, *_: Any) -> None:
         """Let the page in, and end where that was asked for.
