@@ -5,8 +5,8 @@
 FLOPs are counted by `torch.utils.flop_counter` on the `meta` device, which has shapes
 and no numbers, so any size fits: two FLOPs a multiply-add, element-wise operations not
 counted. So are the bytes that a training step keeps, without a fused attention. Time is
-processor time: forward passes alone, batch 1, one thread, up to `--largest` pixels and as
-long as a pass will stay below `--seconds`. Attention grows with the square of the
+processor time: forward passes alone, batch 1, one thread, up to `--largest` pixels and
+as long as a pass will stay below `--seconds`. Attention grows with the square of the
 number of tokens, convolutions and scans with the number. The Geo-Aware U-Net is locked
 to 128 px.
 """
