@@ -21,7 +21,7 @@ from typing import Any
 import pandas as pd
 import torch
 from rows import Rows
-from shared import table, write_page
+from shared import epochs_of, table, write_page
 
 import geopeft_kit as gk
 
@@ -93,8 +93,14 @@ def train(label: str, data: gk.ChipData, steps: int, seed: int) -> torch.nn.Modu
     )
     gk.attach(backbone, "full")
     model = gk.build_model(backbone, "linear", data.task)
-    epochs = max(1, round(steps * data.batch_size / len(data.dataset("train"))))
-    gk.fit(model, data, epochs, head_start="none", seed=seed, progress=False)
+    gk.fit(
+        model,
+        data,
+        epochs_of(data, steps),
+        head_start="none",
+        seed=seed,
+        progress=False,
+    )
     return model
 
 

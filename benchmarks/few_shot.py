@@ -23,7 +23,7 @@ from typing import Any
 import pandas as pd
 import torch
 from rows import Rows
-from shared import convert, table, write_page
+from shared import convert, epochs_of, table, write_page
 
 import geopeft_kit as gk
 
@@ -151,8 +151,14 @@ def train(
     )
     gk.attach(backbone, method)
     model = gk.build_model(backbone, "linear", data.task, data.num_classes or 2)
-    epochs = max(1, round(steps * data.batch_size / len(data.dataset("train"))))
-    gk.fit(model, data, epochs, head_start=head_start, seed=seed, progress=False)
+    gk.fit(
+        model,
+        data,
+        epochs_of(data, steps),
+        head_start=head_start,
+        seed=seed,
+        progress=False,
+    )
     return model
 
 

@@ -6,9 +6,8 @@ Land cover on the five Sentinel-2 places of TerraMesh (DIR/terramesh): windows i
 west of each place for training, in its east for scoring. Both systems begin with the
 same weights, see the same chips in the same order and take as many steps of AdamW at
 the same rate, each in its own process and environment, with its own method, optimiser
-and training step.
-The kit trains as it is, and with its settings for memory. A seed draws weights and
-order. Classes are scored by one metric, on the windows of the east.
+and training step. The kit trains as it is, and with its settings for memory. A seed
+draws weights and order. Classes are scored by one metric, on the windows of the east.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ import torch
 from rows import Rows
 from safetensors.torch import load_file, save_file
 from shared import convert, table, write_page
+from step import BLOCKS, SETTINGS
 from terratorch_environment import make_environment
 from torch import Tensor
 from torchmetrics.functional.classification import (
@@ -35,9 +35,7 @@ from workers import Worker
 import geopeft_kit as gk
 
 SIDE, BATCH = 64, 8  # an even number of patches: odd grids differ in the UNets
-MEMORY = {"checkpointing": "blocks", "optimiser": "fused"}
-SETTINGS: dict[str, dict[str, Any]] = {"plain": {}, "memory": MEMORY}
-MODES = ("full", "frozen", "lora", "vpt")
+LEVERS: dict[str, dict[str, Any]] = {"plain": {}, "memory": BLOCKS}
 
 
 def main() -> None:
@@ -46,7 +44,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("build/score"))
     parser.add_argument("--backbone", default="prithvi_eo_v2_tiny_tl")
-    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
+    parser.add_argument("--modes", nargs="+", default=list(SETTINGS), choices=SETTINGS)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     given = parser.parse_args()
@@ -86,7 +84,7 @@ def measure(
     peer.ask("build", seed=seed, **model)
     answers = {"TerraTorch": given.out / "terratorch.classes"}
     peer.ask("learn", chips=str(chips), answers=str(answers["TerraTorch"]))
-    for name, levers in SETTINGS.items():
+    for name, levers in LEVERS.items():
         path = answers[f"kit, {name}"] = given.out / f"{name}.classes"
         kit.ask("build", setting=name, levers=levers, **model)
         kit.ask("learn", setting=name, chips=str(chips), answers=str(path))

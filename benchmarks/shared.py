@@ -27,6 +27,11 @@ def convert(name: str, arguments: argparse.Namespace, *options: str) -> Path:
     return root / name
 
 
+def epochs_of(data: gk.ChipData, steps: int) -> int:
+    """How many epochs come nearest to a number of steps, whatever the data's size."""
+    return max(1, round(steps * data.batch_size / len(data.dataset("train"))))
+
+
 def pixel_rows(
     data: gk.ChipData,
     seeds: Sequence[int],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from geopeft_kit.plots.drawing import new_panels, plain_text
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -93,15 +94,8 @@ def plot_scores(scores: pd.DataFrame, metric: str = "miou") -> Figure:
         spread = [table["mean"] - table["min"], table["max"] - table["mean"]]
         style = {**_style(method), "linestyle": "none", "elinewidth": 1.5}
         axis.errorbar(table["mean"], height, xerr=spread, markersize=5, **style)
-    axis.set_yticks(range(len(regions)), [plain_text(region) for region in regions])
-    axis.invert_yaxis()
-    axis.grid(axis="x", color="0.9")
-    axis.set_axisbelow(True)
     axis.set(xlabel=f"{metric} (dot: mean over seeds, line: lowest to highest)")
-    axis.set_ylabel("region")
-    axis.legend(
-        frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1)
-    )
+    _name_rows(axis, "region", regions)
     return figure
 
 
@@ -123,16 +117,21 @@ def plot_gap(gaps: pd.DataFrame) -> Figure:
             axis.errorbar(value, height + shift, xerr=reach, elinewidth=1.5, **style)
     axis.plot([], [], "o", color="0.3", markerfacecolor="white", label="seen regions")
     axis.plot([], [], "o", color="0.3", label="unseen regions")
-    axis.set_yticks(range(len(gaps)), [plain_text(name) for name in gaps["method"]])
+    axis.set(xlabel=f"{gaps['metric'].iloc[0]} (line: bootstrap interval over chips)")
+    _name_rows(axis, "method", gaps["method"])
+    return figure
+
+
+def _name_rows(axis: Axes, what: str, names: Sequence[str]) -> None:
+    """One row a name, from the top down; the legend stands outside."""
+    axis.set_yticks(range(len(names)), [plain_text(name) for name in names])
     axis.invert_yaxis()
     axis.grid(axis="x", color="0.9")
     axis.set_axisbelow(True)
-    axis.set(xlabel=f"{gaps['metric'].iloc[0]} (line: bootstrap interval over chips)")
-    axis.set_ylabel("method")
+    axis.set_ylabel(what)
     axis.legend(
         frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1)
     )
-    return figure
 
 
 def _style(method: str) -> dict[str, Any]:
