@@ -2,13 +2,15 @@
 
     python benchmarks/continual.py --data DIR --out build/continual
 
-Two studies, five seeds each, same number of crops for every row:
+Studies with five seeds each, and the same number of crops for every row of one:
 
 - objectives: `geopeft_tiny_rgb` is adapted to crops of 32 x 32 pixels out of unlabelled
   EuroSAT training images and of 23 Sentinel-2 chips from all continents (never
   EuroSAT's val or test block), with its own packaged weights as the teacher; then
   probed and fine-tuned on EuroSAT, scored on the unseen block. The packaged weights
-  have seen the 23 chips before.
+  have seen the 23 chips before. `fine_tuning` trains in full what it has left.
+- adaptation: the warm start again, ten times as long, at lower rates, all of it or LoRA
+  alone; the same crops and the same probe.
 - corpora: `geopeft_tiny` from random weights by masked modelling alone, on as many
   simulated scenes of five regions (varied) as of one (narrow); then probed on simulated
   land cover of regions that only the varied corpus holds, and of one that neither does.
@@ -53,6 +55,14 @@ OBJECTIVES: dict[str, tuple[str, float, bool] | str] = {
     "random start, both": ("random", 1.0, True),
     "warm start, both": ("warm", 1.0, True),
 }
+# Label -> method, peak rate; none for the teacher as it is
+ADAPTATIONS: dict[str, tuple[str, float] | None] = {
+    "teacher as it is": None,
+    "LoRA alone, rate 1e-3": ("lora", 1e-3),
+    "LoRA alone, rate 1e-4": ("lora", 1e-4),
+    "all weights, rate 1e-4": ("full", 1e-4),
+}
+LONG = 10  # times as many steps as in the other studies
 CORPORA = {
     "no pretraining": None,
     "narrow: temperate": ("temperate",),
@@ -62,6 +72,7 @@ CORPORA = {
 }  # fmt: skip
 REFERENCES = {
     "objectives": "teacher as it is",
+    "adaptation": "teacher as it is",
     "fine_tuning": "teacher as it is",
     "corpora": "narrow: temperate",
 }
@@ -145,8 +156,7 @@ Runs = dict[tuple[str, int], Callable[[], dict[str, Any]]]
 
 def objectives(arguments: argparse.Namespace) -> Runs:
     """For each objective and seed: pretraining, its cost, and the probe after it."""
-    data = _eurosat(arguments)
-    corpus = Crops(eurosat_images(data) + global_chips(arguments.data / "s2_global"))
+    data, corpus = _real(arguments)
 
     def run(label: str, seed: int) -> dict[str, Any]:
         plan = OBJECTIVES[label]
@@ -157,7 +167,7 @@ def objectives(arguments: argparse.Namespace) -> Runs:
             teacher = None
             if plan[2]:
                 teacher = gk.load_backbone("geopeft_tiny_rgb", image_size=SIDE)
-            done = _pretrain(backbone, corpus, seed, arguments, teacher, plan[1])
+            done = _pretrain(backbone, corpus, seed, arguments.steps, teacher, plan[1])
             row = done.cost() | dict(done.history.iloc[-1])
             done_path = _weights(arguments, label, seed)
             done_path.parent.mkdir(exist_ok=True)
@@ -194,6 +204,24 @@ def fine_tuning(arguments: argparse.Namespace) -> Runs:
     return _each(run, OBJECTIVES, arguments.seeds)
 
 
+def adaptation(arguments: argparse.Namespace) -> Runs:
+    """The packaged weights adapted for longer, gently: the probe before and after."""
+    data, corpus = _real(arguments)
+    steps = LONG * arguments.steps
+
+    def run(label: str, seed: int) -> dict[str, Any]:
+        backbone, row = _load("geopeft_tiny_rgb", "warm", seed), {}
+        plan = ADAPTATIONS[label]
+        if plan is not None:
+            gk.attach(backbone, plan[0])
+            teacher = gk.load_backbone("geopeft_tiny_rgb", image_size=SIDE)
+            done = _pretrain(backbone, corpus, seed, steps, teacher, rate=plan[1])
+            row = done.cost() | dict(done.history.iloc[-1])
+        return row | probe(backbone, data, seed, CHIPS)
+
+    return _each(run, ADAPTATIONS, arguments.seeds)
+
+
 def corpora(arguments: argparse.Namespace) -> Runs:
     """One row for each corpus and seed: the probe on seen and unseen regions."""
     images = {label: simulated_images(r) for label, r in CORPORA.items() if r}
@@ -210,7 +238,8 @@ def corpora(arguments: argparse.Namespace) -> Runs:
     def run(label: str, seed: int) -> dict[str, Any]:
         backbone, row = _load("geopeft_tiny", "random", seed), {}
         if label in images:
-            done = _pretrain(backbone, Crops(images[label]), seed, arguments)
+            crops = Crops(images[label])
+            done = _pretrain(backbone, crops, seed, arguments.steps)
             row = done.cost() | dict(done.history.iloc[-1])
         gk.attach(backbone, "frozen")
         model = gk.build_model(backbone, "linear", data.task, data.num_classes)
@@ -223,7 +252,12 @@ def corpora(arguments: argparse.Namespace) -> Runs:
     return _each(run, CORPORA, arguments.seeds)
 
 
-STUDIES = {"objectives": objectives, "corpora": corpora, "fine_tuning": fine_tuning}
+STUDIES = {
+    "objectives": objectives,
+    "fine_tuning": fine_tuning,
+    "adaptation": adaptation,
+    "corpora": corpora,
+}
 
 
 def _each(run: Callable, labels: Iterable[str], seeds: Sequence[int]) -> Runs:
@@ -242,9 +276,10 @@ def _pretrain(
     backbone: Backbone,
     corpus: Crops,
     seed: int,
-    arguments: argparse.Namespace,
+    steps: int,
     teacher: Backbone | None = None,
     masked: float = 1.0,
+    rate: float = 1e-3,
 ) -> Any:
     return gk.pretrain(
         backbone,
@@ -252,12 +287,19 @@ def _pretrain(
         teacher,
         masked=masked,
         epochs=1,
-        steps_per_epoch=arguments.steps,
+        steps_per_epoch=steps,
         batch_size=BATCH,
-        learning_rate=1e-3,
+        learning_rate=rate,
         seed=seed,
         progress=False,
     )
+
+
+def _real(arguments: argparse.Namespace) -> tuple[gk.ChipData, Crops]:
+    """EuroSAT to probe on, and the crops to adapt to."""
+    data = _eurosat(arguments)
+    chips = global_chips(arguments.data / "s2_global")
+    return data, Crops(eurosat_images(data) + chips)
 
 
 def _eurosat(arguments: argparse.Namespace) -> gk.ChipData:

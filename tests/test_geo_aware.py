@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from rasterio.transform import from_origin
 
 import geopeft_kit as gk
+from geopeft_kit.data import Chip, write_chip_folder
 from geopeft_kit.geo_aware import GeoAwareHeads, to_lonlat, to_place
 from tests.toy import toy_data
 
@@ -96,6 +99,26 @@ def test_only_what_trains_is_changed_and_heads_can_be_left_out(
     adapter.detach()
     after = network.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_data_without_any_label_are_a_corpus(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    chips = (
+        Chip(
+            f"chip_{number}",
+            random.uniform(0, 0.3, (6, 32, 32)).astype(np.float32),
+            crs="EPSG:32633",
+            transform=from_origin(5e5, 5e6 - 320 * number, 10, 10),
+        )
+        for number in range(6)
+    )
+    facts = {"name": "plain", "task": "segmentation", "bands": "hls", "classes": ["a"]}
+    data = gk.ChipData(write_chip_folder(tmp_path / "plain", chips, facts))
+    assert data.splits == ["unlabelled"]
+    run = gk.pretrain_geo_aware(backbone(), data, steps=2, batch_size=4)
+    assert set(run.history) == {"step", "image", "place", "climate"}
+    assert run.climates == {"everywhere": 0}
+    assert np.isfinite(run.history.to_numpy()).all()
 
 
 def test_a_rectangle_is_hidden_under_noise_as_dark_as_the_image(

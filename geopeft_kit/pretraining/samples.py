@@ -37,7 +37,7 @@ class Samples(Dataset):
 
     def __init__(self, data: ChipData | SizedSamples, crop: int | None = None) -> None:
         if isinstance(data, ChipData):
-            data = data.dataset("train" if "train" in data.splits else data.splits[0])
+            data = data.dataset(data.splits[0])  # "train", or all without labels
         self.data: Any = data
         self.first = self.data[0]
         if self.first["image"].ndim != 3:
