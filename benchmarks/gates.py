@@ -3,9 +3,9 @@
     python benchmarks/gates.py --data DIR --out build/gates
 
 Two tasks that are not the pretext: simulated burn scars (three regions for training,
-two unseen; the quickstart's data, epochs and default learning rates) and EuroSAT's
-longitude split, real pixels, from DIR/eurosat_rgb. Five seeds, differences paired by
-seed with Student's 95 % interval. A gate is "met" where the whole interval is on the
+two unseen; the quickstart's data and default learning rates, and its epochs where
+`--epochs` says no other number) and EuroSAT's longitude split, real pixels, from
+DIR/eurosat_rgb. Five seeds, differences paired by seed with Student's 95 % interval. A gate is "met" where the whole interval is on the
 right side of its limit, "mean only" where the mean alone is, else "not met".
 
 A run that is there already is not made again; `--report` only writes the tables: the
@@ -109,6 +109,7 @@ def main() -> None:
     parser.add_argument("--weights", default="default", help="of geopeft_tiny")
     parser.add_argument("--rgb-weights", default="default", help="of geopeft_tiny_rgb")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=12, help="of burn scars")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--limit", type=float, default=9, help="minutes; then stop")
     parser.add_argument("--report", action="store_true", help="train nothing")
@@ -128,7 +129,7 @@ def main() -> None:
     checked.to_csv(arguments.table, index=False, float_format="%.4f")
     raw = pd.concat(made, names=["part"]).reset_index("part")
     columns = ["part", "label", "seed", "val", "test"]
-    runs = arguments.table.with_name("gates_runs.csv")
+    runs = arguments.table.with_stem(f"{arguments.table.stem}_runs")
     raw[columns].to_csv(runs, index=False, float_format="%.6g")
     print(table(checked.set_index("gate")))
     print(setting((time.monotonic() - began) / 60))
@@ -148,8 +149,15 @@ def burn(arguments: argparse.Namespace, rgb: bool = False) -> Runs:
     weights = arguments.rgb_weights if rgb else arguments.weights
 
     def run(candidate: gk.Candidate, seed: int) -> dict[str, Any]:
-        options, few = {"weights": weights}, {"epochs": 12, "progress": False}
-        found = gk.compare([candidate], data, name, options, seeds=[seed], **few)
+        found = gk.compare(
+            [candidate],
+            data,
+            name,
+            {"weights": weights},
+            seeds=[seed],
+            epochs=arguments.epochs,
+            progress=False,
+        )
         return dict(found.rows.iloc[0])
 
     return {
