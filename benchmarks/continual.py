@@ -9,7 +9,7 @@ Studies with five seeds each, and the same number of crops for every row of one:
   EuroSAT's val or test block), with its own packaged weights as the teacher; then
   probed and fine-tuned on EuroSAT, scored on the unseen block. The packaged weights
   have seen the 23 chips before. `fine_tuning` trains in full what it has left.
-- adaptation: the warm start again, ten times as long, at lower rates, all of it or LoRA
+- adaptation: the warm start again, five times as long, at lower rates, all of it or LoRA
   alone; the same crops and the same probe.
 - corpora: `geopeft_tiny` from random weights by masked modelling alone, on as many
   simulated scenes of five regions (varied) as of one (narrow); then probed on simulated
@@ -62,7 +62,7 @@ ADAPTATIONS: dict[str, tuple[str, float] | None] = {
     "LoRA alone, rate 1e-4": ("lora", 1e-4),
     "all weights, rate 1e-4": ("full", 1e-4),
 }
-LONG = 10  # times as many steps as in the other studies
+LONG = 5  # times as many steps as in the other studies
 CORPORA = {
     "no pretraining": None,
     "narrow: temperate": ("temperate",),

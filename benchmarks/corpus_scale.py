@@ -41,6 +41,7 @@ from geopeft_kit.data import Chip, write_chip_folder
 
 SIDE = 32  # pixels of a corpus chip
 SMALL = {"size": SIDE, "scene_size": 128}
+UNIT, LABELLED = 40, 24  # simulated chips: of the 1x corpus, of a task's region
 CORPUS_SEED = 7  # other places than those of the tasks
 BATCH = 16
 RGB = ("BLUE", "GREEN", "RED")
@@ -101,17 +102,16 @@ def main() -> None:
 
 def simulated(arguments: argparse.Namespace) -> Study:
     """Clear simulated scenes of five regions; burn scars in the sixth."""
-    unit = 40
     corpus = gk.simulated_data(
         "land_cover",
-        chips_per_region=unit * max(arguments.factors) // 5,
+        chips_per_region=-(-UNIT * max(arguments.factors) // 5),
         chips_per_scene=8,
         val_fraction=0,
         seed=CORPUS_SEED,
         shift={"cloud": -1.0},
         **SMALL,
     )
-    task = gk.simulated_data("burn", chips_per_region=24, **SMALL)
+    task = gk.simulated_data("burn", chips_per_region=LABELLED, **SMALL)
 
     def score(backbone: Backbone, seed: int) -> dict[str, float]:
         gk.attach(backbone, "frozen")
@@ -123,7 +123,7 @@ def simulated(arguments: argparse.Namespace) -> Study:
             found[labels] = gk.evaluate(model, data, "test")["overall"]["miou"]
         return found
 
-    return Study(corpus, unit, "geopeft_tiny", None, "burn", "miou", score)
+    return Study(corpus, UNIT, "geopeft_tiny", None, "burn", "miou", score)
 
 
 def real(arguments: argparse.Namespace) -> Study:

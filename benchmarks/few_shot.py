@@ -7,15 +7,18 @@ land cover) with `geopeft_tiny`, buckets are regions, one region unseen. Its unl
 pretraining saw other places of "delta", and none of "savanna". Where DIR holds
 `eurosat_rgb` and `galileo_nano`, also real EuroSAT with real weights, buckets are
 classes, an unseen longitude block. A seed draws the chips, and the start of what is
-random. Every run takes the same number of steps, whatever n is, at the method card's
-learning rate: nothing is searched. Rows are written as they come and a rerun goes on.
+random. Further backbones are rows of the simulated studies wherever their weights can
+be had: `--backbones terramind_v1_base prithvi_eo_v2_300` downloads them, and
+`galileo_nano=encoder.pt` reads a file. Every run takes the same
+number of steps, whatever n is, at the method card's learning rate: nothing is searched.
+Rows are written as they come and a rerun goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,12 +37,6 @@ SIMULATED = {
     "land_cover": "savanna",
 }
 SHOTS = {"simulated": (2, 8, 32), "eurosat": (2, 5, 10, 25, 50)}
-# label -> method, weights, and what the decoder starts from
-METHODS = {
-    "frozen": ("frozen", "default", "auto"),
-    "full": ("full", "default", "auto"),
-    "random weights, full": ("full", None, "none"),
-}
 RIVALS: dict[str, Callable[[gk.ChipData], torch.nn.Module]] = {
     "constant": gk.baselines.Constant,
     "pixel statistics": gk.baselines.PixelStatistics,
@@ -57,6 +54,32 @@ class Study:
     weights: Any = "default"
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What is trained.
+
+    Attributes:
+        method: Of fine-tuning.
+        head_start: What the decoder starts from, as in `gk.fit`.
+        pretrained: False draws the weights at random.
+        backbone: None takes the study's.
+        weights: Of that backbone, a name or a file.
+    """
+
+    method: str
+    head_start: str = "auto"
+    pretrained: bool = True
+    backbone: str | None = None
+    weights: str = "default"
+
+
+METHODS = {
+    "frozen": Plan("frozen"),
+    "full": Plan("full"),
+    "random weights, full": Plan("full", "none", pretrained=False),
+}
+
+
 def main() -> None:
     """Train cells until the time is up, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -66,6 +89,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--labels", nargs="+", default=[*METHODS, *RIVALS])
+    parser.add_argument("--backbones", nargs="+", default=[], metavar="NAME[=FILE]")
     parser.add_argument("--shots", type=int, nargs="+", default=None)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--chips", type=int, default=48, help="simulated, per region")
@@ -74,12 +98,24 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     began, key = time.monotonic(), ("study", "label", "n", "seed")
     rows = Rows(arguments.out / "few_shot.csv", key)
+    plans = METHODS | further(arguments.backbones)
     for name in arguments.studies:
         study = open_study(name, arguments)
         due = cells(name, study, arguments)
         for cell in rows.missing(due, began + 60 * arguments.minutes):
-            rows.put(cell, [measure(cell, study, arguments.steps)])
+            rows.put(cell, [measure(cell, study, plans, arguments.steps)])
     write_page(arguments.out / "few_shot.md", began, report(rows.read()))
+
+
+def further(backbones: Sequence[str]) -> dict[str, Plan]:
+    """Label -> plan, frozen and full, for each backbone beside the study's own."""
+    plans = {}
+    for text in backbones:
+        name, _, file = text.partition("=")
+        for method in ("frozen", "full"):
+            plan = Plan(method, backbone=name, weights=file or "default")
+            plans[f"{name}, {method}"] = plan
+    return plans
 
 
 def open_study(name: str, arguments: argparse.Namespace) -> Study:
@@ -106,9 +142,10 @@ def cells(
     name: str, study: Study, arguments: argparse.Namespace
 ) -> list[tuple[str, str, int, int]]:
     """Study, label, n and seed; a whole seed before the next."""
+    extra = [] if name == "eurosat" else further(arguments.backbones)
     labels = [
         label
-        for label in arguments.labels
+        for label in (*arguments.labels, *extra)
         if label != "pixel statistics" or study.data.task != "regression"
     ]
     return [
@@ -120,7 +157,10 @@ def cells(
 
 
 def measure(
-    cell: tuple[str, str, int, int], study: Study, steps: int
+    cell: tuple[str, str, int, int],
+    study: Study,
+    plans: Mapping[str, Plan],
+    steps: int,
 ) -> dict[str, Any]:
     """Train one cell and score it where it was not trained."""
     _, label, n, seed = cell
@@ -129,7 +169,7 @@ def measure(
     if label in RIVALS:
         model = RIVALS[label](data)
     else:
-        model = train(label, study, data, steps, seed)
+        model = train(plans[label], study, data, steps, seed)
     scores = gk.evaluate(model, data, "test")["overall"]
     return {
         "chips": len(data.dataset("train")),
@@ -139,23 +179,23 @@ def measure(
 
 
 def train(
-    label: str, study: Study, data: gk.ChipData, steps: int, seed: int
+    plan: Plan, study: Study, data: gk.ChipData, steps: int, seed: int
 ) -> torch.nn.Module:
     """A model after the given number of steps on few chips."""
-    method, weights, head_start = METHODS[label]
     torch.manual_seed(seed)
+    weights = plan.weights if plan.backbone else study.weights
     backbone = gk.load_backbone(
-        study.backbone,
+        plan.backbone or study.backbone,
         bands=data.bands,
-        weights=study.weights if weights else None,
+        weights=weights if plan.pretrained else None,
     )
-    gk.attach(backbone, method)
+    gk.attach(backbone, plan.method)
     model = gk.build_model(backbone, "linear", data.task, data.num_classes or 2)
     gk.fit(
         model,
         data,
         epochs_of(data, steps),
-        head_start=head_start,
+        head_start=plan.head_start,
         seed=seed,
         progress=False,
     )

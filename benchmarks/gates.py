@@ -2,11 +2,11 @@
 
     python benchmarks/gates.py --data DIR --out build/gates
 
-Two tasks that are not the pretext: simulated burn scars (three regions for training,
-two unseen; the quickstart's data and default learning rates, and its epochs where
-`--epochs` says no other number) and EuroSAT's longitude split, real pixels, from
-DIR/eurosat_rgb. Five seeds, differences paired by seed with Student's 95 % interval. A gate is "met" where the whole interval is on the
-right side of its limit, "mean only" where the mean alone is, else "not met".
+Three tasks that are not the pretext: simulated burn scars and building sites ("change",
+two dates), three regions for training and two unseen, with default learning rates; and
+EuroSAT's longitude split, real pixels, from DIR/eurosat_rgb. Five seeds, differences
+paired by seed with Student's 95 % interval. A gate is "met" where the whole interval is
+on the right side of its limit, "mean only" where the mean alone is, else "not met".
 
 A run that is there already is not made again; `--report` only writes the tables: the
 gates, and all runs beside them.
@@ -50,7 +50,7 @@ class Gate:
 
     Attributes:
         what: In words.
-        part: Which rows: "burn", "burn rgb" or "eurosat".
+        part: Which rows: "burn", "burn rgb", "change" or "eurosat".
         label: The candidate.
         reference: The candidate it is compared with; None for a score alone.
         split: Column of the score; "val" is in-region, "test" unseen.
@@ -67,7 +67,7 @@ class Gate:
     high: float = float("inf")
 
 
-def _burn_gates(part: str) -> list[Gate]:
+def _simulated_gates(part: str) -> list[Gate]:
     return [
         Gate("probe above random probe", part, "probe", "random probe", "test", 0.05),
         Gate("the same, in-region", part, "probe", "random probe", "val", 0.05),
@@ -79,8 +79,9 @@ def _burn_gates(part: str) -> list[Gate]:
 
 
 GATES = [
-    *_burn_gates("burn"),
-    *_burn_gates("burn rgb"),
+    *_simulated_gates("burn"),
+    *_simulated_gates("burn rgb"),
+    *_simulated_gates("change"),
     Gate(
         "probe above pixel statistics, unseen block, real pixels",
         "eurosat",
@@ -109,7 +110,7 @@ def main() -> None:
     parser.add_argument("--weights", default="default", help="of geopeft_tiny")
     parser.add_argument("--rgb-weights", default="default", help="of geopeft_tiny_rgb")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=12, help="of burn scars")
+    parser.add_argument("--epochs", type=int, default=12, help="of simulated tasks")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--limit", type=float, default=9, help="minutes; then stop")
     parser.add_argument("--report", action="store_true", help="train nothing")
@@ -135,10 +136,10 @@ def main() -> None:
     print(setting((time.monotonic() - began) / 60))
 
 
-def burn(arguments: argparse.Namespace, rgb: bool = False) -> Runs:
-    """Simulated burn scars, the data of the quickstart."""
+def simulated(arguments: argparse.Namespace, task: str, rgb: bool = False) -> Runs:
+    """Burn scars, with the data of the quickstart, or building sites in such data."""
     data = gk.simulated_data(
-        "burn",
+        task,
         RGB if rgb else "hls",
         chips_per_region=24,
         train_regions=["temperate", "mediterranean", "boreal"],
@@ -198,7 +199,12 @@ def eurosat(arguments: argparse.Namespace) -> Runs:
     }
 
 
-PARTS = {"burn": burn, "burn rgb": partial(burn, rgb=True), "eurosat": eurosat}
+PARTS = {
+    "burn": partial(simulated, task="burn"),
+    "burn rgb": partial(simulated, task="burn", rgb=True),
+    "change": partial(simulated, task="change"),
+    "eurosat": eurosat,
+}
 
 
 def _file(arguments: argparse.Namespace, part: str) -> Path:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+import rasterio
 import torch
+from rasterio.transform import from_origin, rowcol
 from scipy import stats
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
-SCRIPTS = ("rows", "shared", "few_shot", "corpus_scale", "cost")
+SCRIPTS = ("rows", "shared", "probing", "few_shot", "corpus_scale", "cost")
 
 
 @pytest.fixture(autouse=True)
@@ -59,17 +63,36 @@ def test_corpora_are_nested_and_scored_with_and_without_pretraining(
     import corpus_scale
 
     out = tmp_path / "out"
-    small = ["--unit", 5, "--factors", 0, 1, 2, "--steps", 1, "--chips", 3]
-    monkeypatch.setattr(corpus_scale, "TASKS", {"building_density": "rmse"})
-    run(corpus_scale, monkeypatch, "--out", out, *small, "--shots", 1, "--seeds", 0)
+    monkeypatch.setattr(corpus_scale, "UNIT", 5)
+    monkeypatch.setattr(corpus_scale, "LABELLED", 6)
+    small = ["--out", out, "--factors", 0, 1, 2, "--steps", 1, "--seeds", 0]
+    run(corpus_scale, monkeypatch, *small)
     rows = pd.read_csv(out / "corpus_scale.csv")
     assert rows["chips"].tolist() == [0, 0, 5, 5, 10, 10]
+    assert rows["steps"].tolist() == [0, 0, 1, 1, 1, 1]
     assert set(rows["labels"]) == {"probe", "few-shot"}
     assert rows.loc[rows["factor"] > 0, "train_image"].gt(0).all()
-    corpus = corpus_scale.open_corpus(10)
+    corpus = corpus_scale.simulated(argparse.Namespace(factors=[2])).corpus
     one, two = (set(corpus.subset(n, 3).index.query("split == 'train'")["chip"])
                 for n in (5, 10))  # fmt: skip
     assert one < two and "savanna" not in "".join(two)
+
+
+def test_tiles_of_a_real_chip_are_the_whole_chip(tmp_path: Path) -> None:
+    import corpus_scale
+
+    path = tmp_path / "chip.tif"
+    stored = np.random.default_rng(0).integers(0, 9000, (12, 64, 96), np.uint16)
+    grid = {"crs": "EPSG:32633", "transform": from_origin(5e5, 5e6, 10, 10)}
+    shape = {"count": 12, "height": 64, "width": 96, "dtype": "uint16"}
+    with rasterio.open(path, "w", driver="GTiff", **shape, **grid) as file:
+        file.write(stored)
+    found = np.zeros((3, 64, 96), np.uint16)
+    for chip in corpus_scale.tiles(path):
+        row, column = rowcol(grid["transform"], *chip.transform @ (0.5, 0.5))
+        found[:, row : row + 32, column : column + 32] += chip.image
+        assert chip.label is None and chip.region == "chip"
+    np.testing.assert_array_equal(found, stored[1:4])
 
 
 def test_intervals_are_students() -> None:
