@@ -9,8 +9,8 @@ Studies with five seeds each, and the same number of crops for every row of one:
   EuroSAT's val or test block), with its own packaged weights as the teacher; then
   probed and fine-tuned on EuroSAT, scored on the unseen block. The packaged weights
   have seen the 23 chips before. `fine_tuning` trains in full what it has left.
-- adaptation: the warm start again, five times as long, at lower rates, all of it or LoRA
-  alone; the same crops and the same probe.
+- adaptation: the warm start again, five times as long, at lower rates, all weights or
+  LoRA alone; the same crops and the same probe.
 - corpora: `geopeft_tiny` from random weights by masked modelling alone, on as many
   simulated scenes of five regions (varied) as of one (narrow); then probed on simulated
   land cover of regions that only the varied corpus holds, and of one that neither does.
