@@ -226,6 +226,10 @@ def _checked(weights: Mapping[str, float] | None, data: ChipData) -> dict[str, f
     if unknown:
         raise ValueError(f"no head {unknown[0]!r}; there are {', '.join(HEADS)}.")
     every = dict.fromkeys(HEADS, 1.0) | dict(weights or {})
+    negative = [name for name, weight in every.items() if not weight >= 0]
+    if negative:
+        name = negative[0]
+        raise ValueError(f"weight of {name!r} is {every[name]}; it is 0 or more.")
     counts = {name: weight for name, weight in every.items() if weight}
     if not counts:
         raise ValueError("all weights are 0, so nothing would be learnt.")
