@@ -167,7 +167,7 @@ def load_backbone(
         bands: the bands of your images, in their order: a sensor's name or C band
             names; None means the card's own. Any subset, in any order.
         weights: ``"default"``, a tag of the card, None (random), or a local path,
-            which is loaded strictly.
+            which is loaded strictly; what `pretrain` wrote, for the bands it had.
         image_size: height and width in pixels that you will use most; None means the
             card's own. ViTs take other sizes all the same.
         new_bands: what to do with a band that the backbone does not know:

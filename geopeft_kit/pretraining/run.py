@@ -215,13 +215,18 @@ def _check_counts(**counts: int | None) -> None:
 
 
 def _check_adapter(backbone: Backbone, teacher: Backbone | None) -> None:
-    """Errors for a teacher that would train, and methods with a rule of their own."""
+    """Errors for a teacher that would train, and for a student that would not."""
     if teacher is backbone:
         raise ValueError(
             "the teacher is the backbone itself, so it would change with it. Load it a "
             "second time: teacher = gk.load_backbone(...)."
         )
     adapter = getattr(backbone, "adapter", None)
+    if adapter is None and not any(p.requires_grad for p in backbone.parameters()):
+        raise ValueError(
+            "nothing trains in the backbone: an adapter froze it and was deactivated. "
+            "Call its activate() or detach(); attach 'frozen' to train the heads alone."
+        )
     if adapter is not None and adapter.method.training_rule(adapter, 1) is not None:
         raise ValueError(
             f"{adapter.name!r} changes its own form while it trains, which only `fit` "

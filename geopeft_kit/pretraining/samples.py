@@ -49,7 +49,7 @@ class Samples(Dataset):
                 f"data is a {type(data).__name__}; pretrain takes a ChipData, or "
                 'samples: len(data), and data[i] a dict with "image" (C, H, W).'
             )
-        if not len(data):
+        if not len(self.data):
             raise ValueError("data holds no sample. Give it one image at least.")
         self.first = self.data[0]
         if not isinstance(self.first, Mapping) or "image" not in self.first:
