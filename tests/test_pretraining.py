@@ -181,6 +181,7 @@ def test_positions_and_vectors_do_not_decay() -> None:
     assert id(vit.model.blocks[0].mlp.fc1.weight) not in still
 
 
+@pytest.mark.slow  # a large network, even without numbers
 def test_a_neck_may_teach_and_not_be_taught() -> None:
     with torch.device("meta"):
         vit = gk.load_backbone("phileo_vit_100m", weights=None, patch=16)
