@@ -87,8 +87,9 @@ class Pretraining:
 def save_weights(backbone: Backbone, path: str | Path, half: bool = True) -> Path:
     """Write the backbone's plain weights as safetensors that `load_backbone` reads.
 
-    The file knows its bands: load it with the same `bands` and options; those of the
-    card's own bands serve any subset.
+    The file knows its bands: load it with the same `bands` and options. One for all
+    bands of the card serves any subset where the network keeps its upstream's names
+    (Prithvi, Swin, timm's), else it is refused.
 
     Args:
         backbone: Any backbone; no adapter may be active.
