@@ -1,6 +1,6 @@
 """Rivals without a network: constant, index threshold, pixel statistics, bicubic.
 
-A foundation model has to beat these before it is worth its memory. Both are models like
+A foundation model has to beat these before it is worth its memory. All are models like
 any other, so `evaluate`, `predict_scene` and the map take them. Taught in notebook 00,
 the last in notebook 10.
 """
@@ -129,7 +129,8 @@ class PixelStatistics(nn.Module):
         seed: Which pixels are drawn.
 
     Raises:
-        ValueError: The task is neither segmentation nor classification.
+        ValueError: The task is neither segmentation nor classification, or the window
+            is not odd.
     """
 
     def __init__(
@@ -141,6 +142,8 @@ class PixelStatistics(nn.Module):
                 "pixel statistics are written for segmentation and classification; the "
                 f"data's task is {data.task!r}."
             )
+        if window < 1 or window % 2 != 1:
+            raise ValueError(f"window is {window}; it must be odd, 1 or more.")
         self.task, self.num_classes = data.task, data.num_classes
         self.bands, self.window = tuple(data.bands), window
         self.mean: Tensor

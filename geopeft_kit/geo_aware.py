@@ -42,8 +42,9 @@ from torch.utils.data import DataLoader, RandomSampler
 from torchvision.transforms import RandomErasing
 
 from geopeft_kit.backbones.base import Backbone
-from geopeft_kit.data.chips import ChipData, ChipDataset
+from geopeft_kit.data.chips import ChipData
 from geopeft_kit.data.loading import symmetry
+from geopeft_kit.pretraining.samples import corpus
 from geopeft_kit.training.hardware import choose_device
 from geopeft_kit.training.task import cosine_with_warmup
 
@@ -220,21 +221,20 @@ def _errors(
     return errors
 
 
-def _corpus(data: ChipData) -> ChipDataset:
-    """The training chips, or all where none has a label."""
-    return data.dataset(data.splits[0])  # "train" is the first where there is one
-
-
 def _checked(weights: Mapping[str, float] | None, data: ChipData) -> dict[str, float]:
     """The weights of the heads that count."""
     unknown = [name for name in weights or {} if name not in HEADS]
     if unknown:
         raise ValueError(f"no head {unknown[0]!r}; there are {', '.join(HEADS)}.")
     every = dict.fromkeys(HEADS, 1.0) | dict(weights or {})
+    negative = [name for name, weight in every.items() if not weight >= 0]
+    if negative:
+        name = negative[0]
+        raise ValueError(f"weight of {name!r} is {every[name]}; it is 0 or more.")
     counts = {name: weight for name, weight in every.items() if weight}
     if not counts:
         raise ValueError("all weights are 0, so nothing would be learnt.")
-    if "place" in counts and not _corpus(data).has_lonlat:
+    if "place" in counts and not corpus(data).has_lonlat:
         raise ValueError(
             f"training chips of {data.name} have no place on Earth, which the place "
             'head learns. Leave it out: weights={"place": 0}.'
@@ -244,7 +244,7 @@ def _checked(weights: Mapping[str, float] | None, data: ChipData) -> dict[str, f
 
 def _climates(data: ChipData, climates: Mapping[str, int] | None) -> dict[str, int]:
     """Region -> class, for every region of the training chips."""
-    chips = _corpus(data)
+    chips = corpus(data)
     regions = sorted({chips.table.regions[row] for row in chips.rows})
     if climates is None:
         return {region: number for number, region in enumerate(regions)}
@@ -260,7 +260,7 @@ def _climates(data: ChipData, climates: Mapping[str, int] | None) -> dict[str, i
 def _batches(
     data: ChipData, steps: int, batch_size: int, seed: int
 ) -> Iterator[dict[str, Any]]:
-    chips = _corpus(data)
+    chips = corpus(data)
     order = torch.Generator().manual_seed(seed)
     sampler = RandomSampler(chips, True, steps * batch_size, generator=order)
     return iter(DataLoader(chips, batch_size, sampler=sampler, generator=order))

@@ -148,7 +148,8 @@ def _check_choices(
             f"fusion={fusion!r} does not fit task {task!r}. Only task='change' takes "
             f"it, with one of: {', '.join(FUSIONS)}."
         )
-    if factor is not None and (task != "super_resolution" or factor < 2):
+    whole = isinstance(factor, int) and factor >= 2
+    if factor is not None and (task != "super_resolution" or not whole):
         raise ValueError(
             f"factor={factor!r} does not fit task {task!r}. Only "
             "task='super_resolution' takes it, a whole number from 2 on."

@@ -164,6 +164,8 @@ def test_baselines_refuse_what_they_cannot_do(
 ) -> None:
     with pytest.raises(ValueError, match="allowed are MNDWI, NBR, NDVI"):
         gk.baselines.IndexThreshold(data, "EVI")
+    with pytest.raises(ValueError, match="window is 4"):
+        gk.baselines.PixelStatistics(data, window=4)
     regression = toy_data(tmp_path, "regression")
     with pytest.raises(ValueError, match="task is 'regression'"):
         gk.baselines.PixelStatistics(regression)

@@ -157,6 +157,8 @@ def test_refusals(world: gk.ChipData, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing would be learnt"):
         nothing = dict.fromkeys(("image", "place", "climate"), 0)
         gk.pretrain_geo_aware(backbone(), world, weights=nothing)
+    with pytest.raises(ValueError, match="weight of 'image' is -1"):
+        gk.pretrain_geo_aware(backbone(), world, weights={"image": -1})
     with pytest.raises(ValueError, match="no class for the region 'boreal'"):
         gk.pretrain_geo_aware(backbone(), world, climates={"arid": 0, "temperate": 1})
     frozen = backbone()

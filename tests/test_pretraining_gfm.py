@@ -368,6 +368,11 @@ def test_refusals(tmp_path: Path) -> None:
         quick(backbone, data, resume=True)
     with pytest.raises(ValueError, match="resnet"):
         quick(backbone, data, gk.load_backbone("timm:resnet18", weights=None))
+    adapter = gk.attach(backbone, "lora", rank=2)
+    adapter.deactivate()
+    with pytest.raises(ValueError, match="nothing trains in the backbone"):
+        quick(backbone, data)
+    adapter.detach()
     gk.attach(backbone, "adalora")
     with pytest.raises(ValueError, match="'lora' or 'slr'"):
         quick(backbone, data)

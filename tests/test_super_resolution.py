@@ -19,6 +19,7 @@ from torchmetrics.functional.image import (
 )
 
 import geopeft_kit as gk
+from geopeft_kit.training.task import compute_loss
 from tests.toy import toy_data
 
 
@@ -157,7 +158,14 @@ def test_refusals(data: gk.ChipData, tmp_path: Path) -> None:
     backbone = gk.load_backbone("geopeft_tiny", weights=None)
     with pytest.raises(ValueError, match="factor=3 does not fit task 'segmentation'"):
         gk.build_model(backbone, factor=3)
-    with pytest.raises(ValueError, match="factor is 3"):
-        toy_data(tmp_path / "toy").for_super_resolution(3)
+    for factor in (3, 1, 2.0):
+        with pytest.raises(ValueError, match=f"factor is {factor}"):
+            toy_data(tmp_path / "toy").for_super_resolution(factor)
+    with pytest.raises(ValueError, match="factor=2.5 does not fit"):
+        gk.build_model(backbone, task="super_resolution", factor=2.5)
+    image = torch.rand(2, 6, 32, 32)
+    for other in (image[:, :1], image[..., :16]):  # other bands, another factor
+        with pytest.raises(ValueError, match=r"finer image is \(6, 32, 32\)"):
+            compute_loss(other, image, "super_resolution")
     with pytest.raises(ValueError, match="for_super_resolution"):
         gk.baselines.Bicubic(toy_data(tmp_path / "toy"))

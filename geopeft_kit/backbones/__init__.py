@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from geopeft_kit.backbones import (
     clay,
@@ -26,8 +29,15 @@ from geopeft_kit.backbones import (
     torchgeo,
 )
 from geopeft_kit.backbones.base import Backbone
-from geopeft_kit.backbones.card import BackboneCard, NewBands, plan_bands
-from geopeft_kit.backbones.weights import find_weights, read_checkpoint
+from geopeft_kit.backbones.card import BackboneCard, BandPlan, NewBands, plan_bands
+from geopeft_kit.backbones.weights import (
+    State,
+    check_fit,
+    find_weights,
+    misfits,
+    read_checkpoint,
+    saved_bands,
+)
 from geopeft_kit.bands import resolve_bands
 
 __all__ = ["Backbone", "BackboneCard", "find_card", "list_backbones", "load_backbone"]
@@ -157,7 +167,7 @@ def load_backbone(
         bands: the bands of your images, in their order: a sensor's name or C band
             names; None means the card's own. Any subset, in any order.
         weights: ``"default"``, a tag of the card, None (random), or a local path,
-            which is loaded strictly.
+            which is loaded strictly; what `pretrain` wrote, for the bands it had.
         image_size: height and width in pixels that you will use most; None means the
             card's own. ViTs take other sizes all the same.
         new_bands: what to do with a band that the backbone does not know:
@@ -179,10 +189,16 @@ def load_backbone(
     card = find_card(name)
     plan = plan_bands(card, bands, new_bands)
     path = find_weights(card, weights)
-    state = None if path is None else read_checkpoint(path)
+    build = partial(
+        _BUILDERS[card.family],
+        card,
+        plan,
+        image_size=image_size,
+        normalise=normalise,
+        **options,
+    )
     try:
-        build = _BUILDERS[card.family]
-        backbone = build(card, plan, state, image_size, normalise, **options)
+        backbone = build(None) if path is None else _filled(build, card, plan, path)
     except TypeError as error:
         if "unexpected keyword" not in str(error):
             raise
@@ -192,3 +208,36 @@ def load_backbone(
     if image_size is not None and (image_size <= 0 or image_size % step):
         raise ValueError(f"image_size={image_size}: {name} needs a multiple of {step}")
     return backbone.eval()
+
+
+def _filled(
+    build: Callable[[State | None], Backbone],
+    card: BackboneCard,
+    plan: BandPlan,
+    path: Path,
+) -> Backbone:
+    """Build a backbone with the weights of a file.
+
+    A file of `save_weights` has the network's own names, and kernels for its own bands:
+    it is copied as it is. Builders read the upstream's names in all other files, and
+    resize tables.
+
+    Raises:
+        ValueError: for a checkpoint that does not fit, or was saved for other bands.
+    """
+    state, saved = read_checkpoint(path), saved_bands(path)
+    if saved not in (None, card.bands, plan.bands):
+        raise ValueError(
+            f"{path} was saved for the bands {', '.join(saved or ())}, not for "
+            f"{', '.join(plan.bands)}. Load it with bands={list(saved or ())}"
+        )
+    if saved == plan.bands:
+        with torch.random.fork_rng(devices=[]):  # a file needs no random numbers
+            backbone = build(None)
+        own = backbone.weights()
+        if saved != card.bands or not misfits(own, state):
+            check_fit(own, state, card.name)
+            for key, tensor in own.items():
+                tensor.copy_(state[key])
+            return backbone
+    return build(state)

@@ -249,17 +249,20 @@ class Backbone(nn.Module):
                 "backbone.model.named_modules()"
             ) from error
 
-    def weights_hash(self) -> str:
-        """SHA-256 over names, shapes, types and bytes of `model`'s state dict.
-
-        What lies `beside` it counts too. An adapter remembers the hash, so that it
-        cannot be loaded onto other weights.
-        """
-        digest = hashlib.sha256()
-        state = self.model.state_dict()
+    def weights(self) -> dict[str, Tensor]:
+        """`model`'s state dict, and that of what lies `beside` it."""
+        state = dict(self.model.state_dict())
         for path in self.beside:
             state |= self.get_submodule(path).state_dict(prefix=f"{path}.")
-        for name, tensor in state.items():
+        return state
+
+    def weights_hash(self) -> str:
+        """SHA-256 over names, shapes, types and bytes of `weights`.
+
+        An adapter remembers the hash, so that it cannot be loaded onto other weights.
+        """
+        digest = hashlib.sha256()
+        for name, tensor in self.weights().items():
             digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
             flat = tensor.detach().cpu().contiguous().reshape(-1)
             digest.update(flat.view(torch.uint8).numpy())

@@ -209,6 +209,16 @@ def _parts(content: Mapping[Any, object]) -> State:
     }
 
 
+def saved_bands(path: str | Path) -> tuple[str, ...] | None:
+    """The bands of a file that `save_weights` wrote; None for any other file."""
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        return None
+    with safe_open(path, framework="pt") as file:
+        bands = (file.metadata() or {}).get("bands")
+    return None if bands is None else tuple(bands.split(","))
+
+
 def strip_prefixes(state: Mapping[str, Tensor], prefixes: Sequence[str]) -> State:
     """Remove wrappers' prefixes from keys, as often as they occur.
 
@@ -248,6 +258,34 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], name: str) -> N
         ValueError: naming missing and unexpected keys and wrong shapes.
     """
     own = model.state_dict()
+    check_fit(own, state, name)
+    cast = {key: state[key].to(own[key].dtype) for key in own}
+    model.load_state_dict(cast, strict=True, assign=True)
+
+
+def check_fit(
+    own: Mapping[str, Tensor], state: Mapping[str, Tensor], name: str
+) -> None:
+    """An error where a checkpoint has other names or shapes than a network.
+
+    Args:
+        own: the network's tensors by name.
+        state: the checkpoint's.
+        name: the backbone's name, for messages.
+
+    Raises:
+        ValueError: naming missing and unexpected keys and wrong shapes.
+    """
+    problems = misfits(own, state)
+    if problems:
+        raise ValueError(
+            f"the checkpoint does not fit {name}: {'; '.join(problems)}. "
+            "Take the file that the card names, or the backbone it was saved from"
+        )
+
+
+def misfits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """What is missing, unexpected, or of another shape; arguments of `check_fit`."""
     problems = [
         _listed("missing", [key for key in own if key not in state]),
         _listed("unexpected", [key for key in state if key not in own]),
@@ -260,14 +298,7 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], name: str) -> N
             ],
         ),
     ]
-    problems = [problem for problem in problems if problem]
-    if problems:
-        raise ValueError(
-            f"the checkpoint does not fit {name}: {'; '.join(problems)}. "
-            "Take the file that the card names, or the backbone it was saved from"
-        )
-    cast = {key: state[key].to(own[key].dtype) for key in own}
-    model.load_state_dict(cast, strict=True, assign=True)
+    return [problem for problem in problems if problem]
 
 
 def _listed(what: str, keys: Iterable[str]) -> str:

@@ -506,10 +506,11 @@ class ChipData(L.LightningDataModule):
             ValueError: A factor that does not divide the chips, or chips of two dates.
         """
         sides = set(self.index["height"]) | set(self.index["width"])
-        if factor < 2 or any(side % factor for side in sides):
+        whole = isinstance(factor, int) and factor >= 2
+        if not whole or any(side % factor for side in sides):
             raise ValueError(
-                f"factor is {factor}; it must be 2 or more and divide the sides of all "
-                f"chips: {', '.join(map(str, sorted(sides)[:5]))} px."
+                f"factor is {factor}; it must be a whole number from 2 on and divide "
+                f"the sides of all chips: {', '.join(map(str, sorted(sides)[:5]))} px."
             )
         if self.task == "change":
             raise ValueError(

@@ -56,7 +56,9 @@ def stage_path(backbone: Backbone, stage: int) -> str:
 def stage_width(backbone: Backbone, stage: int) -> int:
     """Channels of `stage_features`: of a Swin twice those of the stage's own map."""
     stage_path(backbone, stage)  # its errors
-    return backbone.channels[min(stage, 3) if backbone.layout == "swin" else 3]
+    if backbone.width is not None:  # of a ViT; its maps may be those of a neck
+        return backbone.width
+    return backbone.channels[min(stage, 3)]
 
 
 @contextmanager

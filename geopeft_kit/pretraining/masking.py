@@ -103,11 +103,13 @@ def embedding_width(backbone: Backbone) -> int:
             f"masked modelling hides one token per patch; {backbone.card.name!r} "
             "makes several. Take a plain ViT or a Swin."
         )
-    if backbone.layout == "vit" and backbone.width is not None:
+    strides = backbone.strides
+    if backbone.width is not None and len(set(strides)) == 1:
         return backbone.width
     if backbone.layout == "swin":
         return backbone.channels[0]
     raise ValueError(
         f"masked modelling is written for plain ViTs and Swins; {backbone.card.name!r} "
-        f"is a {backbone.layout}. Take a backbone whose layout is 'vit' or 'swin'."
+        f"is a {backbone.layout} with maps at strides {strides}. Take a backbone whose "
+        "layout is 'vit' or 'swin', and no neck or adapter that makes its own maps."
     )

@@ -25,7 +25,8 @@ class Pretraining:
     Attributes:
         task: Backbone and heads as they ended.
         history: One row an epoch: samples seen, and the mean of each loss.
-        resources: Time and memory, see `Resources`.
+        resources: Time and memory, see `Resources`; None where a resumed run had no
+            step left.
         seconds: Of this call; a resumed run counts from its resume.
         watt_hours: Of the GPUs in this call; None is "not measured".
         weights: The file that `load_backbone` reads; None without a folder, or where an
@@ -34,21 +35,22 @@ class Pretraining:
 
     task: PretextTask
     history: pd.DataFrame
-    resources: Resources
+    resources: Resources | None
     seconds: float
     watt_hours: float | None
     weights: Path | None = None
 
     def cost(self) -> dict[str, Any]:
         """Minutes, memory and energy, as one row of a table."""
+        cost: dict[str, Any] = {"minutes": self.seconds / 60}
+        if self.resources is not None:
+            cost |= {
+                "ms a step": self.resources.step_ms,
+                "peak MiB": self.resources.peak_mib,
+                "activations MiB": self.resources.activations_mib,
+            }
         energy = self.watt_hours
-        return {
-            "minutes": self.seconds / 60,
-            "ms a step": self.resources.step_ms,
-            "peak MiB": self.resources.peak_mib,
-            "activations MiB": self.resources.activations_mib,
-            "energy Wh": "not measured" if energy is None else energy,
-        }
+        return cost | {"energy Wh": "not measured" if energy is None else energy}
 
     @torch.no_grad()
     def reconstruct(
@@ -64,9 +66,14 @@ class Pretraining:
         Returns:
             What is hidden, (B, H, W) bool, and the painted images, (B, C, H, W)
             reflectance: all of them painted, the visible cells too.
+
+        Raises:
+            ValueError: `mask_ratio` is no share.
         """
         task, backbone = self.task, self.task.backbone
         ratio = task.objective.mask_ratio if mask_ratio is None else mask_ratio
+        if not 0 <= ratio <= 1:
+            raise ValueError(f"mask_ratio is {ratio}; it is a share from 0 to 1.")
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             cells = draw_cells(image, task.unit, ratio)
@@ -79,6 +86,10 @@ class Pretraining:
 
 def save_weights(backbone: Backbone, path: str | Path, half: bool = True) -> Path:
     """Write the backbone's plain weights as safetensors that `load_backbone` reads.
+
+    The file knows its bands: load it with the same `bands` and options. One for all
+    bands of the card serves any subset where the network keeps its upstream's names
+    (Prithvi, Swin, timm's), else it is refused.
 
     Args:
         backbone: Any backbone; no adapter may be active.
@@ -100,7 +111,10 @@ def save_weights(backbone: Backbone, path: str | Path, half: bool = True) -> Pat
         )
     path = Path(path)
     dtype = torch.float16 if half else torch.float32
-    state = backbone.model.state_dict()
+    state = {}
+    for name, tensor in backbone.weights().items():
+        kind = dtype if tensor.is_floating_point() else tensor.dtype
+        state[name] = tensor.to(kind).contiguous()
     with whole_file(path) as part:
-        save_file({k: v.to(dtype).contiguous() for k, v in state.items()}, part)
+        save_file(state, part, {"bands": ",".join(backbone.bands)})
     return path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,9 @@ def pretrain(
         strategy: Lightning's name of how they share the work; "auto" is DDP.
         seed: Start of the heads, order of the samples, hidden cells.
         folder: Where a checkpoint is written after each epoch, and weights at the end.
-        resume: Go on from it, with the same schedule. On a CPU, at an equal number of
-            threads, the weights are those of a run never interrupted.
+        resume: Go on from it, with the same schedule; epochs on top of it keep its last
+            rate. On a CPU, at an equal number of threads, the weights are those of a
+            run never interrupted.
         minutes: Stop after the epoch in which they are over, for a long run in
             stretches; None goes on to the end.
         progress: Print a line an epoch.
@@ -103,9 +105,20 @@ def pretrain(
         The `Pretraining`: history, cost, and the task for a look at reconstructions.
 
     Raises:
-        ValueError: Backbone, teacher, images or options do not fit.
+        TypeError: `data` is something else.
+        ValueError: Backbone, teacher, images or options do not fit, or are not those of
+            the run to resume.
         FileNotFoundError: `resume=True` without a checkpoint.
     """
+    _check_counts(
+        epochs=epochs,
+        steps_per_epoch=steps_per_epoch,
+        batch_size=batch_size,
+        devices=devices,
+        crop=crop,
+    )
+    if not learning_rate > 0:
+        raise ValueError(f"learning_rate is {learning_rate}; it must be above 0.")
     checkpoint = _checkpoint(folder, resume)
     place = choose_device(device)
     _check_adapter(backbone, teacher)
@@ -144,7 +157,7 @@ def pretrain(
     run = Pretraining(
         task,
         pd.DataFrame(log.rows),
-        tracker.resources(),
+        tracker.resources() if tracker.times else None,
         seconds,
         meter.watt_hours(),
     )
@@ -195,14 +208,25 @@ def _checkpoint(folder: str | Path | None, resume: bool) -> Path | None:
     return checkpoint
 
 
+def _check_counts(**counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None and (not isinstance(count, Integral) or count < 1):
+            raise ValueError(f"{name} is {count!r}; it is a whole number, 1 or more.")
+
+
 def _check_adapter(backbone: Backbone, teacher: Backbone | None) -> None:
-    """Errors for a teacher that would train, and methods with a rule of their own."""
+    """Errors for a teacher that would train, and for a student that would not."""
     if teacher is backbone:
         raise ValueError(
             "the teacher is the backbone itself, so it would change with it. Load it a "
             "second time: teacher = gk.load_backbone(...)."
         )
     adapter = getattr(backbone, "adapter", None)
+    if adapter is None and not any(p.requires_grad for p in backbone.parameters()):
+        raise ValueError(
+            "nothing trains in the backbone: an adapter froze it and was deactivated. "
+            "Call its activate() or detach(); attach 'frozen' to train the heads alone."
+        )
     if adapter is not None and adapter.method.training_rule(adapter, 1) is not None:
         raise ValueError(
             f"{adapter.name!r} changes its own form while it trains, which only `fit` "
@@ -244,10 +268,14 @@ class _Log(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         row: dict[str, float] = {"epoch": trainer.current_epoch + 1}
-        row["samples"] = self.samples * row["epoch"]
+        row["samples"] = self.samples + (self.rows[-1]["samples"] if self.rows else 0)
         for name in self.losses[0]:
             row[name] = float(torch.stack([step[name] for step in self.losses]).mean())
         self.rows.append(row)
-        trainer.should_stop = trainer.should_stop or time.monotonic() > self.until
+        # one process that stops alone would leave the others waiting
+        over = trainer.strategy.reduce_boolean_decision(
+            time.monotonic() > self.until, all=False
+        )
+        trainer.should_stop = trainer.should_stop or over
         if self.progress and trainer.is_global_zero:
             print("  ".join(f"{k} {v:.4g}" for k, v in row.items()), flush=True)

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from geopeft_kit.data.chips import ChipData
+from geopeft_kit.data.chips import ChipData, ChipDataset
 
 KEYS = ("image", "physical", "scene")
 
@@ -23,6 +24,16 @@ class SizedSamples(Protocol):
     def __getitem__(self, index: int, /) -> Mapping[str, Tensor]: ...
 
 
+def corpus(data: ChipData) -> ChipDataset:
+    """The training chips, or all chips of a data set without labels.
+
+    Raises:
+        ValueError: There are labels, and no training chips.
+    """
+    alone = "unlabelled" in data.splits and "train" not in data.splits
+    return data.dataset("unlabelled" if alone else "train")
+
+
 class Samples(Dataset):
     """The images of a data set, and dense maps and scene facts where it has them.
 
@@ -32,14 +43,28 @@ class Samples(Dataset):
             3:4 to 4:3, flipped half of the time; None leaves images as they are.
 
     Raises:
-        ValueError: Images of several dates, or crops of samples with dense maps.
+        TypeError: Something else.
+        ValueError: No samples, no training chips, images of several dates, or crops of
+            samples with dense maps; later an image that is not finite, or a sample
+            without what the first one has.
     """
 
     def __init__(self, data: ChipData | SizedSamples, crop: int | None = None) -> None:
         if isinstance(data, ChipData):
-            data = data.dataset(data.splits[0])  # "train", or all without labels
+            data = corpus(data)
         self.data: Any = data
+        if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+            raise TypeError(
+                f"data is a {type(data).__name__}; pretrain takes a ChipData, or "
+                'samples: len(data), and data[i] a dict with "image" (C, H, W).'
+            )
+        if not len(self.data):
+            raise ValueError("data holds no sample. Give it one image at least.")
         self.first = self.data[0]
+        if not isinstance(self.first, Mapping) or "image" not in self.first:
+            raise TypeError(
+                f'data[0] is no dict with "image" (C, H, W): {type(self.first)}.'
+            )
         if self.first["image"].ndim != 3:
             raise ValueError(
                 f"images have shape {tuple(self.first['image'].shape)}; pretraining "
@@ -57,7 +82,19 @@ class Samples(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         sample = self.data[index]
-        kept = {key: sample[key] for key in KEYS if key in sample}
+        keys = [key for key in KEYS if key in self.first]
+        lacking = [key for key in keys if key not in sample]
+        if lacking:
+            raise ValueError(
+                f"sample {index} has no {lacking[0]!r}, and the first one has. Fill it "
+                "with NaN where nothing is known."
+            )
+        kept = {key: sample[key] for key in keys}
+        if not torch.isfinite(kept["image"]).all():
+            raise ValueError(
+                f"image {index} holds NaN or infinite values, which would spread to "
+                "every weight. Fill them, or leave the image out."
+            )
         if self.view is not None:
             kept["image"] = self.view(kept["image"])
         return kept
@@ -94,7 +131,7 @@ class Draws(Sampler):
         self.again = steps is not None
         whole = max(1, size // (batch * ranks))
         self.steps = whole if steps is None else steps
-        self.count = self.steps * batch if size >= batch * ranks or self.again else size
+        self.count = self.steps * (batch if self.again else min(batch, size))
 
     def set_epoch(self, epoch: int) -> None:
         """Lightning calls this before each epoch."""

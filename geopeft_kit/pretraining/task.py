@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import lightning as L
@@ -56,6 +56,10 @@ class Objective:
     stage: int = 3
 
     def __post_init__(self) -> None:
+        for name in ("masked", "alpha", "physical", "scene"):
+            weight = getattr(self, name)
+            if not weight >= 0:
+                raise ValueError(f"{name} is {weight}; a weight is 0 or more.")
         if not 0 < self.mask_ratio < 1:
             raise ValueError(
                 f"mask_ratio is {self.mask_ratio}; it is a share between 0 and 1 "
@@ -96,15 +100,16 @@ class PretextTask(L.LightningModule):
         total_steps: int = 1,
     ) -> None:
         super().__init__()
-        if not (objective.masked or teacher or physical or scene):
+        there = {"masked": 1, "teacher": teacher, "physical": physical, "scene": scene}
+        if not any(part and objective.weight(name) for name, part in there.items()):
             raise ValueError(
-                "there is nothing to learn: masked=0 and no teacher. Pass a teacher, "
-                "or leave masked at 1."
+                "there is nothing to learn: masked=0, and no teacher or alpha=0. Pass "
+                "a teacher with alpha=1, or leave masked at 1."
             )
         width, coarse = embedding_width(backbone), backbone.channels[-1]
         self.backbone = backbone
         self.objective = objective
-        self.learning_rate = learning_rate
+        self.learning_rate = float(learning_rate)
         self.total_steps = total_steps
         self.stride = backbone.strides[-1]
         self.unit = _unit(backbone, objective)
@@ -123,6 +128,32 @@ class PretextTask(L.LightningModule):
         # 2 x 2 cells of every dense map for each token
         self.physical = nn.Linear(coarse, 4 * physical) if physical else None
         self.scene = nn.Linear(coarse, scene) if scene else None
+        adapter = getattr(backbone, "adapter", None)
+        numbers = asdict(objective) | {"learning_rate": learning_rate}
+        self.recipe: dict[str, str | float | None] = {
+            **{k: None if v is None else float(v) for k, v in numbers.items()},
+            "backbone": backbone.card.name,
+            "bands": ", ".join(backbone.bands),
+            "adapter": None if adapter is None else adapter.name,
+            "teacher": None if teacher is None else teacher.backbone.card.name,
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["recipe"] = self.recipe
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to go on with another recipe: a part of it would be ignored."""
+        then = checkpoint.get("recipe", self.recipe)  # older checkpoints have none
+        changed = [
+            f"{name}={then[name]!r} (now {now!r})"
+            for name, now in self.recipe.items()
+            if then[name] != now
+        ]
+        if changed:
+            raise ValueError(
+                f"the run to go on with had {', '.join(changed)}. Resume it with the "
+                "arguments it had, or start another one in another folder."
+            )
 
     def on_fit_start(self) -> None:
         for teacher in self.teachers:
@@ -192,7 +223,8 @@ class PretextTask(L.LightningModule):
         groups: dict[float, list[nn.Parameter]] = {0.05: [], 0.0: []}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                still = parameter.ndim <= 1 or "relative_position_bias_table" in name
+                table = "relative_position_bias_table" in name or "pos_embed" in name
+                still = parameter.ndim <= 1 or table
                 groups[0.0 if still else 0.05].append(parameter)
         optimiser = torch.optim.AdamW(
             [{"params": p, "weight_decay": d} for d, p in groups.items()],

@@ -44,7 +44,7 @@ def compute_loss(
         A scalar; 0 (with a gradient of 0) for a batch without a single label.
 
     Raises:
-        ValueError: `task` is none of the six.
+        ValueError: `task` is none of the six, or the shapes of super-resolution differ.
     """
     if task == "regression":
         output = output.squeeze(1)  # (B,H,W)
@@ -52,6 +52,12 @@ def compute_loss(
         error = torch.where(valid, output - target, 0.0)
         return error.square().sum() / valid.sum().clamp(min=1)
     if task == "super_resolution":
+        if output.shape != target.shape:  # it would be repeated to fit, silently
+            raise ValueError(
+                f"the model answers {tuple(output.shape[1:])} and the finer image is "
+                f"{tuple(target.shape[1:])}: (bands, H, W). Build the model with "
+                "num_classes=data.num_classes and factor=data.factor."
+            )
         return F.mse_loss(output, target)
     if task == "multilabel":
         return F.binary_cross_entropy_with_logits(output, target.to(output.dtype))
