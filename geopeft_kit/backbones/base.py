@@ -265,7 +265,7 @@ class Backbone(nn.Module):
         for name, tensor in self.weights().items():
             digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
             flat = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy())
+            digest.update(flat.view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def train(self, mode: bool = True) -> Backbone:
