@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import socket
@@ -35,6 +36,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     items.sort(key=lambda item: not _takes_minutes(item))
     _skip_gpu(items)
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what lives as long as the process: modules, tests.
+
+    Every `fit` collects before it measures, and would look at a million objects.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def _group(item: pytest.Item) -> str:

@@ -86,11 +86,14 @@ class Executed:
 def with_solutions(notebook: NotebookNode) -> tuple[NotebookNode, list[NotebookNode]]:
     """Copy of a notebook in which each collapsed solution follows as a code cell.
 
-    A solution may fail without ending the run; its own test then says so.
+    A solution may fail without ending the run; its own test then says so. The cell to
+    copy, the last one, is left out: `test_copyme.py` runs it, and alone.
     """
     added: list[NotebookNode] = []
     cells: list[NotebookNode] = []
     for cell in notebook.cells:
+        if "copyme" in tags(cell):
+            continue
         cells.append(cell)
         for code in solutions(cell.source) if cell.cell_type == "markdown" else []:
             added.append(new_code_cell(code))
