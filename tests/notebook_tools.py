@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 import time
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -133,8 +132,3 @@ def error_outputs(cell: NotebookNode) -> list[str]:
         for output in cell.get("outputs", [])
         if output.output_type == "error"
     ]
-
-
-def python_command(script: Path) -> list[str]:
-    """Command that runs a script in this interpreter."""
-    return [sys.executable, str(script)]
