@@ -32,8 +32,10 @@ class PatchTranspose2d(nn.ConvTranspose2d):
         plain = x.is_cpu and not torch.is_autocast_enabled("cpu")
         if not (self.training and plain) or output_size is not None:
             return super().forward(x, output_size)
-        own = torch.ops.aten.slow_conv_transpose2d
-        return own(x, self.weight, self.kernel_size, self.bias, self.stride)
+        painted: Tensor = torch.ops.aten.slow_conv_transpose2d(
+            x, self.weight, self.kernel_size, self.bias, self.stride
+        )
+        return painted
 
 
 class LinearDecoder(Decoder):
