@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import socket
@@ -31,10 +32,21 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put what takes minutes first, and skip `gpu` tests without a CUDA device.
 
-    A notebook that starts last, alone on its core, would keep the others waiting.
+    What starts last, alone on its core, keeps the others waiting: first notebooks and
+    browsers, then files with a slow test, and the quick ones fill up the end.
     """
-    items.sort(key=lambda item: not _takes_minutes(item))
+    slow = {_named(item) for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda i: (not _takes_minutes(i), _named(i) not in slow))
     _skip_gpu(items)
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what lives as long as the process: modules, tests.
+
+    Every `fit` collects before it measures, and would look at a million objects.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def _group(item: pytest.Item) -> str:
@@ -49,9 +61,13 @@ def _group(item: pytest.Item) -> str:
     return item.path.stem
 
 
+def _named(item: pytest.Item) -> str:
+    """The group of an item, once it has one."""
+    return item.get_closest_marker("xdist_group").args[0]
+
+
 def _takes_minutes(item: pytest.Item) -> bool:
-    name = item.get_closest_marker("xdist_group").args[0]
-    return name[:2].isdigit() or "browser" in name
+    return _named(item)[:2].isdigit() or "browser" in _named(item)
 
 
 def _skip_gpu(items: list[pytest.Item]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 import time
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -86,11 +85,14 @@ class Executed:
 def with_solutions(notebook: NotebookNode) -> tuple[NotebookNode, list[NotebookNode]]:
     """Copy of a notebook in which each collapsed solution follows as a code cell.
 
-    A solution may fail without ending the run; its own test then says so.
+    A solution may fail without ending the run; its own test then says so. The cell to
+    copy, the last one, is left out: `test_copyme.py` runs it, and alone.
     """
     added: list[NotebookNode] = []
     cells: list[NotebookNode] = []
     for cell in notebook.cells:
+        if "copyme" in tags(cell):
+            continue
         cells.append(cell)
         for code in solutions(cell.source) if cell.cell_type == "markdown" else []:
             added.append(new_code_cell(code))
@@ -130,8 +132,3 @@ def error_outputs(cell: NotebookNode) -> list[str]:
         for output in cell.get("outputs", [])
         if output.output_type == "error"
     ]
-
-
-def python_command(script: Path) -> list[str]:
-    """Command that runs a script in this interpreter."""
-    return [sys.executable, str(script)]

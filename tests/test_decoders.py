@@ -15,6 +15,7 @@ from geopeft_kit.decoders.neck import (
     group_norm,
     pad_to_multiple,
 )
+from geopeft_kit.decoders.plain import PatchTranspose2d
 
 NAMES = sorted(DECODERS)
 # Channels and strides of a plain ViT with patch 8, and of a network with four stages.
@@ -133,6 +134,23 @@ def test_linear_paints_each_token_into_its_own_patch_only():
     expected = torch.zeros(32, 32, dtype=torch.bool)
     expected[8:16, 16:24] = True
     assert torch.equal(touched, expected)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_painter_is_a_transposed_convolution(autocast):
+    """In training too, where it takes another kernel."""
+    torch.manual_seed(0)
+    ours, maps = PatchTranspose2d(6, 3, 4, 4), torch.randn(2, 6, 3, 5)
+    plain = nn.ConvTranspose2d(6, 3, 4, 4)
+    plain.load_state_dict(ours.state_dict())
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        ones, others = ours(maps), plain(maps)
+        assert torch.equal(ours.eval()(maps), others)
+    torch.testing.assert_close(ones, others)
+    ones.square().sum().backward()
+    others.square().sum().backward()
+    for mine, theirs in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
 
 
 def test_pyramid_scales_and_channels():

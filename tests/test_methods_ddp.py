@@ -16,7 +16,7 @@ import geopeft_kit as gk
 from geopeft_kit.backbones import Backbone
 
 TRAINED = [row for row in ROWS if row.name != "frozen"]
-STEPS = 3
+STEPS = 2  # DDP sorts its buckets anew after the first
 
 
 class Loss(nn.Module):
@@ -84,8 +84,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 def test_two_processes_train_as_one(trained: list[dict], kind: str, row: Row) -> None:
     """Equal weights in both, and those of one process that sees both batches."""
     first, second = (results[f"{kind}-{row}"] for results in trained)
-    alone = train(attached(kind, row), [0, 1], wrap=False)
-    start = list(attached(kind, row).adapter.parameters())
+    backbone = attached(kind, row)
+    start = [parameter.detach().clone() for parameter in backbone.adapter.parameters()]
+    alone = train(backbone, [0, 1], wrap=False)
     assert any(not torch.equal(a, b) for a, b in zip(first, start, strict=True))
     for ours, theirs, single in zip(first, second, alone, strict=True):
         assert torch.equal(ours, theirs)
