@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument(
         "--chips", type=int, default=1000, help="EuroSAT training images"
     )
+    parser.add_argument("--tested", type=int, help="chips of other splits; else all")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--trials", type=int, default=3, help="learning rates tried")
     parser.add_argument(
@@ -63,7 +64,7 @@ def main() -> None:
 def eurosat(arguments: argparse.Namespace, seeds: Sequence[int]) -> str:
     """Classification across longitudes with Galileo nano."""
     folder = convert("eurosat_rgb", arguments, "--in-region", "0.2")
-    data = gk.ChipData(folder, split="index", batch_size=32)
+    data = fewer(gk.ChipData(folder, split="index", batch_size=32), arguments.tested)
     random = {"weights": None}
     rates = {method: all_[: arguments.trials] for method, all_ in RATES.items()}
     candidates = [
@@ -109,6 +110,7 @@ def amazon(arguments: argparse.Namespace, seeds: Sequence[int]) -> str:
     """Forest segmentation: west for training, east unseen."""
     folder = convert("amazon_forest", arguments)
     data = gk.ChipData(folder, test_regions=["east"], batch_size=16)
+    data = fewer(data, arguments.tested)
     scratch = {"name": "timm:resnet18", "weights": None}
     candidates = [
         gk.Candidate("probe", "frozen"),
@@ -165,6 +167,14 @@ GALILEO_BANDS = (
     "BLUE", "GREEN", "RED", "RED_EDGE_1", "RED_EDGE_2", "RED_EDGE_3", "NIR_BROAD",
     "NIR_NARROW", "SWIR_1", "SWIR_2",
 )  # fmt: skip
+
+
+def fewer(data: gk.ChipData, tested: int | None) -> gk.ChipData:
+    """At most so many chips of each split that is not trained on; None takes all."""
+    for split in data.splits:
+        if tested is not None and split != "train":
+            data = data.subset(min(tested, len(data.dataset(split))), split=split)
+    return data
 
 
 def compare_on_galileo(

@@ -135,6 +135,11 @@ class _Grid:
             self.box[0] + column * wide, self.box[3] - row * tall, wide, tall
         )
 
+    def holds(self, x: float, y: float) -> bool:
+        """Whether a point of EPSG:3857 lies in it."""
+        west, south, east, north = self.box
+        return west <= x <= east and south <= y <= north
+
     def degrees(self) -> tuple[tuple[float, float], tuple[float, float]]:
         west, south, east, north = transform_bounds(MERCATOR, "EPSG:4326", *self.box)
         return (south, west), (north, east)
@@ -217,9 +222,7 @@ def _near(a: Box, b: Box) -> bool:
 
 
 def _draw_layer(layer: MapLayer, grids: Sequence[_Grid]) -> DrawnLayer:
-    sources = sources_of(layer.source)
-    held = [(grid, [s for s in sources if _within(s, grid)]) for grid in grids]
-    held = [(grid, inside) for grid, inside in held if inside]
+    held = _held(sources_of(layer.source), grids)
     if layer.kind == "image":
         painted, legend = _paint_images(layer, held), None
     elif layer.kind == "values":
@@ -233,10 +236,19 @@ def _draw_layer(layer: MapLayer, grids: Sequence[_Grid]) -> DrawnLayer:
     return DrawnLayer(layer.name, pictures, legend, layer.visible, layer.opacity)
 
 
-def _within(source: Source, grid: _Grid) -> bool:
-    west, south, east, north = _footprint(source).box
-    x, y = (west + east) / 2, (south + north) / 2
-    return grid.box[0] <= x <= grid.box[2] and grid.box[1] <= y <= grid.box[3]
+def _held(
+    sources: Sequence[Source], grids: Sequence[_Grid]
+) -> list[tuple[_Grid, list[Source]]]:
+    """The grids that hold sources, each with its own: their middles lie in it."""
+    boxes = [_footprint(source).box for source in sources]
+    middles = [((b[0] + b[2]) / 2, (b[1] + b[3]) / 2) for b in boxes]
+    held = []
+    for grid in grids:
+        pairs = zip(sources, middles, strict=True)
+        inside = [source for source, middle in pairs if grid.holds(*middle)]
+        if inside:
+            held.append((grid, inside))
+    return held
 
 
 def _paint_images(layer: MapLayer, held: Sequence[tuple]) -> list[np.ndarray]:
@@ -283,11 +295,8 @@ def _paint_classes(layer: MapLayer, held: Sequence[tuple]) -> tuple[list, Legend
     _check_values(layer.name, canvases, classes)
     if layer.kind == "errors":
         assert layer.truth is not None
-        truths = sources_of(layer.truth)
-        references = [
-            _canvas([s for s in truths if _within(s, grid)], grid, layer)[0]
-            for grid, _ in held
-        ]
+        truths = dict(_held(sources_of(layer.truth), [grid for grid, _ in held]))
+        references = [_canvas(truths.get(grid, []), grid, layer)[0] for grid, _ in held]
         _check_values(layer.name, references, classes)
         canvases, classes, colours = _errors(canvases, references, classes)
     table = np.array([list(bytes.fromhex(c[1:])) for c in colours]) / 255

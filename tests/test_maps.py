@@ -18,6 +18,7 @@ from PIL import Image
 from rasterio.transform import Affine, from_bounds
 from rasterio.warp import transform as to_crs
 
+from geopeft_kit import overlays
 from geopeft_kit.maps import (
     MapLayer,
     Raster,
@@ -156,6 +157,33 @@ def test_neighbours_become_one_mosaic_and_distant_places_stay_apart():
         assert len(layer.pictures) == 2
         high, wide = pixels(layer.pictures[0]).shape[:2]
         assert abs(high - 2 * SIZE) < 8 and abs(wide - 2 * SIZE) < 8
+
+
+def test_work_grows_with_the_chips_not_with_their_square(monkeypatch):
+    """Scattered chips, each a place of its own: twice as many are located as often."""
+    located, counts = [], []
+    plain = overlays.transform_bounds
+
+    def count(*arguments, **options):
+        located.append(1)
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(overlays, "transform_bounds", count)
+    for chips_of_a_layer in (5, 10):
+        located.clear()
+        boxes = [(5 * i, 0, 5 * i + 1, 1) for i in range(chips_of_a_layer)]
+        truth = [raster_of(i % 2, box=box) for i, box in enumerate(boxes)]
+        guess = [raster_of(0, box=box) for box in boxes]
+        names = {"classes": ["a", "b"], "colours": ["#000000", "#ffffff"]}
+        errors = MapLayer("errors", guess, "errors", truth=truth, **names)
+        drawing = draw([MapLayer("truth", truth, "classes", **names), errors])
+        wrong = [pixels(p)[4, 4] for p in drawing.layers[1].pictures]
+        assert len(wrong) == chips_of_a_layer
+        right, missed = np.array(wrong[::2]), np.array(wrong[1::2])
+        assert (right == right[0]).all() and (missed == missed[0]).all()
+        assert (right[0] != missed[0]).any()
+        counts.append(len(located))
+    assert counts[1] == 2 * counts[0]
 
 
 def test_large_scenes_are_thinned_out_and_it_is_said(capsys):
