@@ -36,7 +36,7 @@ from methods import spread
 from paired import difference
 from probing import probe
 from rows import Rows
-from shared import convert, pixel_rows, setting, table
+from shared import open_eurosat, pixel_rows, setting, table
 from torch import Tensor
 
 import geopeft_kit as gk
@@ -44,7 +44,6 @@ from geopeft_kit.backbones.base import Backbone
 from geopeft_kit.training.evaluate import HEADLINE
 
 SIDE, BATCH = 32, 64  # small crops, so that five seeds take minutes
-RGB = ("BLUE", "GREEN", "RED")
 CHIPS, TESTED = 300, 400  # labelled images of EuroSAT: training, unseen block
 # Label -> start ("random" or "warm"), weight of masked modelling, with a teacher or not
 OBJECTIVES: dict[str, tuple[str, float, bool] | str] = {
@@ -303,11 +302,7 @@ def _real(arguments: argparse.Namespace) -> tuple[gk.ChipData, Crops]:
 
 
 def _eurosat(arguments: argparse.Namespace) -> gk.ChipData:
-    folder = arguments.out / "data" / "eurosat_rgb"
-    if not folder.exists():
-        folder = convert("eurosat_rgb", arguments)
-    data = gk.ChipData(folder, RGB, split="index", batch_size=32)
-    return data.subset(TESTED, split="test")
+    return open_eurosat(arguments).subset(TESTED, split="test")
 
 
 def _weights(arguments: argparse.Namespace, label: str, seed: int) -> Path:

@@ -32,7 +32,7 @@ import torch
 from probing import probe
 from rasterio.windows import Window
 from rows import Rows
-from shared import convert, table, write_page
+from shared import RGB, open_eurosat, table, write_page
 
 import geopeft_kit as gk
 from geopeft_kit.backbones.base import Backbone
@@ -44,7 +44,6 @@ SMALL = {"size": SIDE, "scene_size": 128}
 UNIT, LABELLED = 40, 24  # simulated chips: of the 1x corpus, of a task's region
 CORPUS_SEED = 7  # other places than those of the tasks
 BATCH = 16
-RGB = ("BLUE", "GREEN", "RED")
 
 
 @dataclass(frozen=True)
@@ -136,9 +135,7 @@ def real(arguments: argparse.Namespace) -> Study:
         facts |= {"bands": RGB, "scale": 1e-4}  # no chip has a label
         write_chip_folder(folder, chips, facts)
     corpus = gk.ChipData(folder)
-    images = convert("eurosat_rgb", arguments)
-    data = gk.ChipData(images, RGB, split="index", batch_size=32)
-    data = data.subset(400, split="test")
+    data = open_eurosat(arguments).subset(400, split="test")
 
     def score(backbone: Backbone, seed: int) -> dict[str, float]:
         few = data.n_shot(5, seed, "label")
@@ -192,7 +189,7 @@ def measure(study: Study, steps: int, factor: int, seed: int) -> list[dict[str, 
 
 
 def report(rows: pd.DataFrame) -> str:
-    """Mean with its 95 % interval over seeds, and the paired gain over 1x."""
+    """Mean with its 95 % interval over seeds, and the paired gains over 0x and 1x."""
     parts, plain = [], rows[rows["factor"] == 0]
     trained = rows[rows["factor"] > 0]
     for names, own in trained.groupby(["corpus", "steps", "labels"], sort=False):

@@ -26,12 +26,11 @@ import pandas as pd
 import torch
 from probing import probe
 from rows import Rows
-from shared import convert, pixel_rows, setting, table
+from shared import RGB, open_eurosat, pixel_rows, setting, table
 
 import geopeft_kit as gk
 from geopeft_kit.comparison import half_width
 
-RGB = ("BLUE", "GREEN", "RED")
 IMAGES = 500  # labelled training images of EuroSAT
 RANDOM = {"weights": None}  # the same architecture, drawn anew for each seed
 CANDIDATES = (
@@ -170,10 +169,7 @@ def simulated(arguments: argparse.Namespace, task: str, rgb: bool = False) -> Ru
 
 def eurosat(arguments: argparse.Namespace) -> Runs:
     """Probes on real pixels, and the rival without a network."""
-    folder = arguments.out / "data" / "eurosat_rgb"
-    if not folder.exists():
-        folder = convert("eurosat_rgb", arguments)
-    data = gk.ChipData(folder, RGB, split="index", batch_size=32)
+    data = open_eurosat(arguments)
 
     def random_probe(seed: int) -> dict[str, Any]:
         torch.manual_seed(seed)

@@ -30,13 +30,12 @@ from paired import (
     final_rows,
     mark_searches,
 )
-from shared import convert, pixel_rows, search_table, table, write_page
+from shared import RGB, convert, pixel_rows, search_table, table, write_page
 
 import geopeft_kit as gk
 from geopeft_kit.comparison import half_width
 from geopeft_kit.training.fit import DECODER_LEARNING_RATE
 
-RGB = ("BLUE", "GREEN", "RED")
 # A trial is the default of the method's card times one of these.
 FACTORS = (0.25, 1.0, 4.0, 16.0)
 # Sizes other than the card's defaults, and why.

@@ -16,6 +16,7 @@ import torch
 import geopeft_kit as gk
 from geopeft_kit.training.evaluate import HEADLINE
 
+RGB = ("BLUE", "GREEN", "RED")
 SCRIPTS = Path(__file__).resolve().parents[1] / "data_scripts"
 
 
@@ -25,6 +26,14 @@ def convert(name: str, arguments: argparse.Namespace, *options: str) -> Path:
     command = [sys.executable, str(SCRIPTS / f"{name}.py"), "--from", str(source)]
     subprocess.run([*command, "--root", str(root), *options], check=True)
     return root / name
+
+
+def open_eurosat(arguments: argparse.Namespace) -> gk.ChipData:
+    """EuroSAT's visible bands, split by longitude; converted where it is not yet."""
+    folder = arguments.out / "data" / "eurosat_rgb"
+    if not folder.exists():
+        folder = convert("eurosat_rgb", arguments)
+    return gk.ChipData(folder, RGB, split="index", batch_size=32)
 
 
 def epochs_of(data: gk.ChipData, steps: int) -> int:
