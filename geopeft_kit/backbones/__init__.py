@@ -115,12 +115,7 @@ def list_backbones(
 
 
 def _known_licences(names: Sequence[str]) -> set[str]:
-    """Licences in lower case.
-
-    Raises:
-        ValueError: for one that no card has.
-        TypeError: if one is not text.
-    """
+    """Licences in lower case; an error for one that no card has."""
     known = {card.licence.casefold(): card.licence for card in _CARDS.values()}
     for name in names:
         if not isinstance(name, str):
@@ -219,11 +214,8 @@ def _filled(
     """Build a backbone with the weights of a file.
 
     A file of `save_weights` has the network's own names, and kernels for its own bands:
-    it is copied as it is. Builders read the upstream's names in all other files, and
-    resize tables.
-
-    Raises:
-        ValueError: for a checkpoint that does not fit, or was saved for other bands.
+    it is copied as it is. All other files have the upstream's names, which builders
+    read.
     """
     state, saved = read_checkpoint(path), saved_bands(path)
     if saved not in (None, card.bands, plan.bands):

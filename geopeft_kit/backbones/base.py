@@ -26,13 +26,10 @@ _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 
 
 class SelectBands(nn.Module):
-    """Hand on the channels that the patch embedding reads.
+    """Hand on only the channels (`positions`) that the patch embedding reads.
 
-    Only used with ``new_bands="ignore"``; a method that reads the other bands
-    replaces this module and the embedding behind it.
-
-    Args:
-        positions: channels to keep, in order.
+    Used with ``new_bands="ignore"``; a method that reads the other bands replaces this
+    module and the embedding behind it.
     """
 
     def __init__(self, positions: Sequence[int]) -> None:
@@ -50,16 +47,11 @@ class SelectBands(nn.Module):
 
 @dataclass
 class TokenGrid:
-    """Where the patch tokens of the last forward pass lie, for methods that need it.
+    """The grid of the patch tokens in the last forward pass, for methods that need it.
 
-    A transformer block sees a sequence only; a convolution over its tokens must know
-    the rows and columns behind it. The patch tokens are the last `cells * groups` of
-    the sequence, in the order row, column, group.
-
-    Attributes:
-        height: rows h of patches.
-        width: columns w of patches.
-        groups: tokens N per patch (Galileo: one per channel group).
+    The patch tokens are the last `height * width * groups` of the sequence, in the
+    order row, column, group. `groups` is the number of tokens per patch (Galileo: one
+    per channel group).
     """
 
     height: int = 0
@@ -296,16 +288,9 @@ def tap_points(depth: int) -> tuple[int, ...]:
 
 
 def tapped_tokens(model: Any, tokens: Tensor, taps: Sequence[int]) -> Iterator[Tensor]:
-    """Run the blocks one by one, and hand out the tokens of four depths.
+    """Run the blocks of a ViT, and yield the tokens (B, N, D) after the tapped ones.
 
-    Args:
-        model: a network with `blocks` and `norm`.
-        tokens: (B, N, D) with their positions.
-        taps: from `tap_points`.
-
-    Yields:
-        Tokens (B, N, D), the last ones normed. Fewer than four blocks give the same
-        tokens more than once.
+    The last are normed. Fewer than four blocks yield the same tokens more than once.
     """
     for index, block in enumerate(model.blocks):
         tokens = block(tokens)
@@ -315,15 +300,11 @@ def tapped_tokens(model: Any, tokens: Tensor, taps: Sequence[int]) -> Iterator[T
 
 
 def adapt_kernels(layer: nn.Module, kernels: Sequence[int | None]) -> None:
-    """Rearrange a convolution's input kernels in place.
+    """Rearrange the input kernels (D, C, kh, kw) of a convolution in place.
 
-    Args:
-        layer: the first convolution, weight (D, C, kh, kw).
-        kernels: one entry per new input channel: the index of the old kernel, or
-            None for a random one, drawn with the spread of the old ones.
-
-    Raises:
-        TypeError: if the layer is not an ungrouped `nn.Conv2d`.
+    `kernels` has one entry per new channel: the index of the old kernel, or None for a
+    random one with the spread of the old ones. Raises TypeError for a layer that is not
+    an ungrouped `nn.Conv2d`.
     """
     if not isinstance(layer, nn.Conv2d) or layer.groups != 1:
         raise TypeError(f"bands can be changed on a plain Conv2d, not on {layer!r}")

@@ -23,12 +23,9 @@ NEW_BANDS: tuple[str, ...] = ("error", "random", "copy_nearest", "ignore")
 
 @dataclass(frozen=True)
 class Normalisation:
-    """``(image * scale - mean) / std`` per band, image as reflectance 0-1.
+    """``(image * scale - mean) / std`` per band of the card, image as reflectance 0-1.
 
-    Args:
-        scale: factor from reflectance to the unit of ``mean`` and ``std``.
-        mean: one value per band of the card.
-        std: one value per band of the card.
+    `scale` is the factor from reflectance to the unit of `mean` and `std`.
     """
 
     scale: float

@@ -45,17 +45,9 @@ _METADATA = 8  # of the token width: four numbers for the time, four for the pla
 def place_code(
     height: int, breadth: int, size: int, resolution: float, device: torch.device
 ) -> Tensor:
-    """Clay's position code: sines and cosines of columns, then of rows.
+    """Clay's position code (height, breadth, size): sines and cosines, columns first.
 
-    Args:
-        height: patches along y.
-        breadth: patches along x.
-        size: length of the code, a multiple of 4.
-        resolution: ground size of a pixel in metres.
-        device: where to compute.
-
-    Returns:
-        (height, breadth, size).
+    `resolution` is the ground size of a pixel in metres.
     """
     steps = torch.arange(size // 4, device=device) / (size // 4 - 1)
     rates = 10000.0 ** -(2 * steps / size) * resolution
@@ -104,12 +96,9 @@ class ClayBackbone(ViTBackbone):
         return self.read_blocks(tokens, height, breadth)
 
     def metadata_code(self, image: Tensor, meta: Meta | None) -> Tensor:
-        """Week, hour, latitude and longitude as angles; zeros where not known.
+        """Sine and cosine of week, hour, latitude, longitude (B, 8); 0 if unknown.
 
-        Zeros are what Clay saw for a fifth of its pretraining chips.
-
-        Returns:
-            (B, 8): sine and cosine of each.
+        Clay saw zeros for a fifth of its pretraining chips.
         """
         code = torch.zeros(len(image), _METADATA, device=image.device)
         date = dates_of(meta, image)  # (B, 1, 2)
@@ -137,17 +126,14 @@ def build(
     resolution: float = 10.0,
     hour: float = 0.0,
 ) -> ClayBackbone:
-    """Build Clay's encoder; the teacher that its training needed is never built.
+    """Build Clay's encoder, without the teacher of its pretraining.
 
     Args:
         card: sizes and bands.
         plan: the bands of the user's images.
         state: checkpoint in the upstream's key layout, or None for random weights.
-        image_size: not needed: positions are computed for each image.
-        normalise: see `load_backbone`.
         resolution: ground size of a pixel in metres (Clay's "gsd").
-        hour: hour of the day in UTC, 0 to 24, that goes with the dates of `meta`,
-            which have none; 0 is what a date without a time gives.
+        hour: hour of the day in UTC, 0 to 24, for dates of `meta`, which have no time.
 
     Raises:
         ValueError: for an option out of range, a band without a wavelength, or a
@@ -220,14 +206,10 @@ _RENAMED = (
 
 
 def encoder_state(state: Mapping[str, Tensor]) -> State:
-    """Turn a Clay checkpoint into the names used here.
+    """A Clay checkpoint in timm's names; decoder, teacher and projection dropped.
 
-    Args:
-        state: keys ``model.encoder.*`` of the published file; its decoder, teacher and
-            projection are dropped. Without any such key, those of the encoder alone.
-
-    Returns:
-        Weights by timm's names for the blocks, Clay's for the patch embedding.
+    Keys start with ``model.encoder.`` in the published file; a file of the encoder
+    alone has no prefix.
     """
     prefix = "model.encoder."
     own = {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}

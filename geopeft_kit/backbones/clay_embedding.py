@@ -30,13 +30,10 @@ class ResidualMlp(nn.Module):
 
 
 class WeightGenerator(nn.Module):
-    """A transformer over one token per band, which gives the kernel of each.
+    """A transformer over one token per band, which computes the kernel of each.
 
-    Args:
-        width: numbers in a wavelength's code.
-        latents: learned tokens in front of the bands.
-        outputs: numbers in a kernel.
-        tokens: token width D, the length of the bias.
+    `width` is the length of a wavelength's code, `outputs` that of a kernel, `tokens`
+    that of the bias (D); `latents` learned tokens precede the bands.
     """
 
     def __init__(self, width: int, latents: int, outputs: int, tokens: int) -> None:
@@ -59,13 +56,7 @@ class WeightGenerator(nn.Module):
 
 
 class WavelengthEmbedding(nn.Module):
-    """Patches to tokens, with kernels made from the wavelengths of the bands.
-
-    Args:
-        waves: wavelength of each channel in micrometres.
-        patch: patch size in pixels.
-        width: token width D.
-    """
+    """Patches to tokens; kernels are made from wavelengths in micrometres."""
 
     waves: Tensor
 

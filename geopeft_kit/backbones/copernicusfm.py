@@ -90,14 +90,9 @@ class CopernicusBackbone(ViTBackbone):
         return self.read_blocks(tokens + added, *patches.shape[1:3])
 
     def metadata(self, meta: Meta, count: int) -> Tensor:
-        """Codes of place, area and time; learnt tokens stand for what is not known.
+        """Codes of place, area and time (B, 1, D); (1, 1, D) if all are unknown.
 
-        Args:
-            meta: ``lonlat`` (B, 2) in degrees and ``date`` (B, 1, 2), both optional.
-            count: number of images B.
-
-        Returns:
-            (B, 1, D), or (1, 1, D) where nothing is known.
+        Learned tokens replace what is unknown.
         """
         model: Any = self.model
         place, area, time = model.coord_token, model.scale_token, model.time_token
@@ -144,7 +139,7 @@ def build(
     patch: int = 16,
     resolution: float | None = None,
 ) -> CopernicusBackbone:
-    """Build Copernicus-FM's encoder for images (its way for named variables is unused).
+    """Build Copernicus-FM's encoder for images, without its branch for named variables.
 
     Layer norms have eps 1e-5, as in torchgeo's class; the authors' own code has 1e-6.
 
@@ -153,11 +148,9 @@ def build(
         plan: the bands of the user's images; each needs a wavelength, or is radar.
         state: checkpoint in torchgeo's key layout, or None for random weights, which
             get the sine-cosine positions that torchgeo leaves at zero.
-        image_size: not needed: the table is resized to each image.
-        normalise: see `load_backbone`.
         patch: patch size in pixels, 3 to 64; kernels are resized from 16.
-        resolution: ground size of a pixel in metres, from which the area of a patch
-            follows; None: not told, and a learnt token stands for it.
+        resolution: ground size of a pixel in metres, which gives the area of a patch;
+            None leaves it unknown.
 
     Raises:
         ValueError: for a band without a wavelength, an option out of range, or a

@@ -56,12 +56,7 @@ _BLOCK = re.compile(r"transformer\.layers\.(\d+)\.(.+)\.(weight|bias)")
 
 
 class DistanceBias:
-    """What is added to the attention scores; made once per grid, shared by all blocks.
-
-    Args:
-        heads: attention heads, each with a slope of its own.
-        grid: where the patches lie; the backbone's own object.
-    """
+    """The distance term of the attention scores, made once per grid for all blocks."""
 
     def __init__(self, heads: int, grid: TokenGrid) -> None:
         self.slopes = alibi_slopes(heads)
@@ -120,18 +115,9 @@ def build(
     image_size: int | None = None,
     normalise: bool = True,
 ) -> ViTBackbone:
-    """Build one of CROMA's encoders.
+    """Build CROMA's optical encoder, or the radar one for the radar cards.
 
-    Args:
-        card: sizes and bands; the radar cards take the radar encoder.
-        plan: the bands of the user's images.
-        state: checkpoint in the authors' or in torchgeo's key layout, or None for
-            random weights.
-        image_size: not needed: distances are computed for each image.
-        normalise: see `load_backbone`.
-
-    Raises:
-        ValueError: for a checkpoint that does not fit.
+    `state` is in the authors' or torchgeo's key layout, or None for random weights.
     """
     model = network(
         card,
@@ -157,13 +143,9 @@ def build(
 
 
 def encoder_state(state: Mapping[str, Tensor], encoder: str, patch: int) -> State:
-    """One encoder of a CROMA file under timm's names.
+    """One encoder of a CROMA file, s1_encoder or s2_encoder, in timm's names.
 
-    Args:
-        state: the checkpoint; its other encoders and the layers behind the mean over
-            all patches (``..._GAP_FFN``) are left out.
-        encoder: ``"s1_encoder"`` or ``"s2_encoder"``.
-        patch: patch size in pixels.
+    The layers behind the mean over all patches (``..._GAP_FFN``) are left out.
     """
     kept = {}
     for key, tensor in strip_prefixes(state, ("module.",)).items():

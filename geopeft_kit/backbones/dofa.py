@@ -52,18 +52,10 @@ def build(
     image_size: int | None = None,
     normalise: bool = True,
 ) -> ViTBackbone:
-    """Build DOFA's encoder.
+    """Build DOFA's encoder; each band needs a wavelength, or is radar.
 
-    Args:
-        card: sizes.
-        plan: the bands of the user's images; each needs a wavelength, or is radar.
-        state: checkpoint in torchgeo's or the authors' key layout, or None for random
-            weights, which get the sine-cosine positions that torchgeo leaves at zero.
-        image_size: not needed: the table is resized to each image, as timm does.
-        normalise: see `load_backbone`.
-
-    Raises:
-        ValueError: for a band without a wavelength, or a checkpoint that does not fit.
+    `state` is in torchgeo's or the authors' key layout. None gives random weights, with
+    the sine-cosine positions that torchgeo leaves at zero.
     """
 
     def patches() -> DofaPatches:

@@ -49,16 +49,10 @@ _OTHER = (
 
 
 class GalileoBackbone(GroupedViTBackbone):
-    """Galileo with the channel groups at hand.
+    """Galileo with the channel groups that the image covers.
 
-    Args:
-        card: what the model is.
-        model: the encoder, with the groups at hand only.
-        plan: the bands of the user's images.
-        normalise: see `load_backbone`.
-        patch: patch size in pixels.
-        month: month from 0, for images without a date.
-        resolution: ground size of a pixel in metres.
+    `patch` is in pixels, `month` (from 0) is for images without a date, `resolution` is
+    the ground size of a pixel in metres.
     """
 
     model: Galileo
@@ -108,15 +102,7 @@ class GalileoBackbone(GroupedViTBackbone):
 
 
 def month_of(year: Tensor, day: Tensor) -> Tensor:
-    """Month from 0.
-
-    Args:
-        year: (B,) as 2020.
-        day: (B,) day of the year, counted from 0.
-
-    Returns:
-        (B,) long, 0 to 11.
-    """
+    """Month 0 to 11 of a year and a day of the year counted from 0, all (B,)."""
     leap = (year % 4 == 0) & ((year % 100 != 0) | (year % 400 == 0))
     day = torch.where(leap & (day >= 59), day - 1, day)  # 29 February is day 59
     starts = torch.tensor(_MONTH_STARTS[1:], device=day.device, dtype=day.dtype)
@@ -139,8 +125,6 @@ def build(
         card: sizes and bands.
         plan: the bands of the user's images.
         state: checkpoint in the upstream's key layout, or None for random weights.
-        image_size: not needed: positions are computed for each image.
-        normalise: see `load_backbone`.
         patch: patch size in pixels, 1 to 8; 4 makes four times the tokens of 8.
         month: month from 0, for images that come without a date (6 is July).
         resolution: ground size of a pixel in metres.

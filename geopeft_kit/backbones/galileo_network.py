@@ -34,12 +34,7 @@ _DATES = 24
 
 
 class Attention(nn.Module):
-    """Multi-head attention with separate query, key and value layers.
-
-    Args:
-        width: token width D.
-        heads: number of heads; D must be divisible by it.
-    """
+    """Multi-head attention with separate query, key and value layers."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -60,13 +55,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block, with timm's attribute names.
-
-    Args:
-        width: token width D.
-        heads: number of heads.
-        eps: of the layer norms.
-    """
+    """Pre-norm transformer block, with timm's attribute names."""
 
     def __init__(self, width: int, heads: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -82,13 +71,7 @@ class Block(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """Patches of one channel group to tokens, at any patch size up to 8.
-
-    Args:
-        channels: bands of the group.
-        width: token width D.
-        patch: patch size in pixels.
-    """
+    """Patches of one channel group to tokens, at any patch size up to 8 pixels."""
 
     def __init__(self, channels: int, width: int, patch: int) -> None:
         super().__init__()
@@ -116,15 +99,7 @@ class _Table(nn.Module):
 
 
 class Galileo(nn.Module):
-    """The part of Galileo's encoder that single Sentinel-2 dates go through.
-
-    Args:
-        width: token width D.
-        depth: number of blocks.
-        heads: attention heads.
-        groups: channel groups to build.
-        patch: patch size in pixels.
-    """
+    """The part of Galileo's encoder that processes single Sentinel-2 dates."""
 
     pos_embed: Tensor
 
@@ -145,16 +120,10 @@ class Galileo(nn.Module):
     def encodings(
         self, height: int, breadth: int, month: Tensor, step: float
     ) -> Tensor:
-        """What is added to the tokens: four quarters of the width.
+        """What is added to the tokens, (B, h, w, N, D) for N channel groups.
 
-        Args:
-            height: patches along y.
-            breadth: patches along x.
-            month: (B,) month of each image, from 0.
-            step: distance of two patches, in units of 10 m.
-
-        Returns:
-            (B, h, w, N, D) for N channel groups.
+        Each encoding has a quarter of the width. `month` is (B,), from 0; `step` is the
+        distance of two patches in units of 10 m.
         """
         rows = [list(GROUPS).index(name) for name in self.space_time_embed]
         group = self.s_t_channel_embed[rows]  # (N, D/4)
@@ -175,15 +144,7 @@ class Galileo(nn.Module):
 
 
 def fixed_code(size: int, places: Tensor) -> Tensor:
-    """Sines, then cosines, with Galileo's frequencies 10000^(-i / (2 size)).
-
-    Args:
-        size: length of the code.
-        places: (n,) positions.
-
-    Returns:
-        (n, size) float32.
-    """
+    """Sines, then cosines (n, size), at frequencies 10000^(-i / (2 size))."""
     steps = torch.arange(size // 2, device=places.device, dtype=torch.float32)
     angles = torch.outer(places.float(), 10000 ** (-steps / (2 * size)))
     return torch.cat([angles.sin(), angles.cos()], dim=1)
@@ -196,17 +157,10 @@ def _month_table(size: int) -> Tensor:
 
 
 def kernel_resize(old: int, new: int) -> Tensor:
-    """Matrix that resizes patch kernels: flat kernels times it.
+    """Matrix (old * old, new * new) that resizes flat patch kernels.
 
-    If B resizes a patch, tokens stay what they were when the kernel is multiplied by
-    the pseudo-inverse of B transposed.
-
-    Args:
-        old: side of the kernels as trained.
-        new: side of the kernels wanted.
-
-    Returns:
-        (old * old, new * new).
+    If B resizes a patch, tokens stay the same when the kernel is multiplied by the
+    pseudo-inverse of B transposed.
 
     Source: FlexiViT, arXiv 2212.08013, section 3.4.
     """

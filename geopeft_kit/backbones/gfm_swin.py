@@ -54,8 +54,7 @@ def build(
         card: sizes and bands.
         plan: the bands of the user's images.
         state: `gfm.pth` or an encoder in the same key layout; None for random weights.
-        image_size: decides about the windows, see `window`. Other sizes run, padded.
-        normalise: see `load_backbone`.
+        image_size: determines the windows, see `window`. Other sizes run, padded.
         window: side of the attention windows in cells; the bias tables are resized.
             None: a 32nd of the image from 128 to 256 px, as the authors fine-tune (no
             padding), else that of pretraining, 6.

@@ -25,13 +25,6 @@ class GroupedViTBackbone(Backbone):
     The sequence is prefix, then row, column, group, as `TokenGrid` says. Attention does
     not depend on the order of its tokens, so this equals upstreams that put the groups
     first.
-
-    Args:
-        card: what the model is.
-        model: a network with `blocks` and `norm`.
-        plan: the bands of the user's images.
-        normalise: see `load_backbone`.
-        patch: patch size in pixels.
     """
 
     layout = "vit"
@@ -84,22 +77,11 @@ class GroupedViTBackbone(Backbone):
 def group_slots(
     card: BackboneCard, plan: BandPlan, groups: list[tuple[int, ...]]
 ) -> list[list[tuple[int, int]]]:
-    """Which channels of the image a group reads, and with which of its kernels.
+    """For each group, its pairs (channel among those read, kernel of the group).
 
-    A band that is left out is a kernel that is left out, as in any other backbone;
-    under ``new_bands="copy_nearest"`` two channels may share a kernel.
-
-    Args:
-        card: the backbone's card.
-        plan: the bands of the user's images.
-        groups: indices of the card's bands, one tuple a group.
-
-    Returns:
-        For each group its (channel among those read, kernel of the group) pairs; empty
-        where the image has no band of the group.
-
-    Raises:
-        ValueError: for a random kernel, which belongs to no group.
+    `groups` holds indices of the card's bands. A band that is missing is a kernel that
+    is left out; under ``new_bands="copy_nearest"`` two channels may share a kernel.
+    Raises ValueError for a random kernel, which belongs to no group.
     """
     if None in plan.kernels:
         raise ValueError(

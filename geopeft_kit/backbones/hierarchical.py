@@ -41,14 +41,6 @@ class HierarchicalBackbone(Backbone):
 
     Swin's final norm is applied to its last map, as timm does; the norm in the
     classifier of a ConvNeXt belongs to the classifier and is left out.
-
-    Args:
-        card: what the model is.
-        model: timm's network with `forward_intermediates`.
-        plan: which kernel each band meets.
-        normalise: see `load_backbone`.
-        layout: ``"convnext"``, ``"resnet"``, ``"swin"``, ``"mambaout"`` or
-            ``"efficientvim"``.
     """
 
     model: Any
@@ -82,16 +74,8 @@ class HierarchicalBackbone(Backbone):
 class EfficientViMBackbone(HierarchicalBackbone):
     """EfficientViM: maps of its stem and its three stages, at strides 8, 16, 32, 64.
 
-    The stem's four convolutions halve the image each. The first map is what the third
-    one gives, at stride 8; the others are the stages' own maps. That use of the stem is
-    ours; timm offers the three.
-
-    Args:
-        card: what the model is.
-        model: timm's EfficientViM.
-        plan: which kernel each band meets.
-        normalise: see `load_backbone`.
-        layout: ``"efficientvim"``.
+    The stem's four convolutions halve the image each; the first map is the output of
+    the third. That use of the stem is the kit's own; timm offers the three stages.
     """
 
     def __init__(

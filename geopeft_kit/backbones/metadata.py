@@ -21,19 +21,10 @@ _LONGITUDES, _LATITUDES = (-180, 180), (-90, 90)
 def dates_of(
     meta: Mapping[str, Tensor] | None, image: Tensor, dates: int = 1
 ) -> Tensor | None:
-    """Year and day of the year of each date.
+    """Year and day of the year (B, T, 2) float32; None where `meta` has no date.
 
-    Args:
-        meta: what the backbone was called with.
-        image: tells the device, and with its first axis B * T the batch size.
-        dates: dates T that the backbone reads.
-
-    Returns:
-        (B, T, 2) float32, or None where `meta` has no date.
-
-    Raises:
-        ValueError: if the shape does not fit, a year is outside 1900 to 2100 or a day
-            outside 0 to 365.
+    The image (B * T, ...) gives device and batch size. Raises ValueError for another
+    shape, a year outside 1900 to 2100, or a day outside 0 to 365.
     """
     if meta is None or meta.get("date") is None:
         return None
@@ -46,18 +37,10 @@ def dates_of(
 def lonlat_of(
     meta: Mapping[str, Tensor] | None, image: Tensor, dates: int = 1
 ) -> Tensor | None:
-    """Longitude and latitude of each image.
+    """Longitude and latitude (B, 2) float32 in degrees; None where `meta` has none.
 
-    Args:
-        meta: what the backbone was called with.
-        image: tells the device, and with its first axis B * T the batch size.
-        dates: dates T that the backbone reads.
-
-    Returns:
-        (B, 2) float32 degrees, or None where `meta` has no place.
-
-    Raises:
-        ValueError: if the shape does not fit, or a value is out of range.
+    The image (B * T, ...) gives device and batch size. Raises ValueError for another
+    shape or a value out of range.
     """
     if meta is None or meta.get("lonlat") is None:
         return None

@@ -56,16 +56,8 @@ def build(
 ) -> ViTBackbone:
     """Build Panopticon's encoder, with the table of its file (37 x 37 patches).
 
-    Args:
-        card: sizes.
-        plan: the bands of the user's images; each needs a wavelength, or is radar.
-        state: checkpoint in the authors' key layout, with or without torchgeo's prefix
-            ``model.``, or None for random weights.
-        image_size: not needed: the table is resized to each image, as timm does.
-        normalise: see `load_backbone`.
-
-    Raises:
-        ValueError: for a band without a wavelength, or a checkpoint that does not fit.
+    Each band needs a wavelength, or is radar. `state` is in the authors' key layout,
+    with or without torchgeo's prefix ``model.``; None gives random weights.
     """
 
     def nanometres(names: Sequence[str]) -> list[int]:

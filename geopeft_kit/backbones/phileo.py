@@ -25,14 +25,7 @@ from geopeft_kit.backbones.weights import load_strictly, strip_prefixes
 
 
 class PhilEOUNetBackbone(Backbone):
-    """The four finest maps of the decoder, at strides 1, 2, 4 and 8.
-
-    Args:
-        card: what the model is.
-        model: the whole network.
-        plan: the bands of the user's images.
-        normalise: see `load_backbone`.
-    """
+    """The four finest maps of the decoder, at strides 1, 2, 4 and 8."""
 
     layout = "unet"
     model: GeoAwareUNet
@@ -65,17 +58,10 @@ def build(
     image_size: int | None = None,
     normalise: bool = True,
 ) -> PhilEOUNetBackbone:
-    """Build the Geo-Aware U-Net whole.
+    """Build the whole Geo-Aware U-Net.
 
-    Args:
-        card: sizes and bands.
-        plan: the bands of the user's images.
-        state: checkpoint in the upstream's key layout, or None for random weights.
-        image_size: the card's own or None; it takes no other.
-        normalise: see `load_backbone`.
-
-    Raises:
-        ValueError: for another image size, or a checkpoint that does not fit.
+    `state` is in the upstream's key layout, or None for random weights. The network
+    takes the card's image size only; another one raises ValueError.
     """
     if image_size not in (None, card.image_size):
         raise ValueError(locked(card, f"image_size={image_size}"))

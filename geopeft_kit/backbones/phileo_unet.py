@@ -55,12 +55,7 @@ class SqueezeExcite(nn.Module):
 class CNNBlock(nn.Module):
     """1x1, 3x3 and 1x1 convolution with spatial layer norms, and a scaled shortcut.
 
-    Args:
-        inputs: channels that come in.
-        outputs: channels that go out.
-        size: height and width in cells.
-        act: activation.
-        last_act: activation behind the sum; None for `act`.
+    `size` is height and width in cells; `last_act` (None for `act`) follows the sum.
     """
 
     def __init__(
@@ -94,14 +89,9 @@ class CNNBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The way down, and the bottleneck's vector.
+    """The contracting path, and the bottleneck's vector of length `latent`.
 
-    Args:
-        dims: channels per level.
-        depths: blocks per level.
-        size: image size in pixels.
-        latent: length of the bottleneck's vector.
-        act: activation.
+    `dims` and `depths` are channels and blocks per level, `size` is in pixels.
     """
 
     def __init__(

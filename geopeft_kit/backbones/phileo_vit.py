@@ -71,12 +71,7 @@ class ConvUnit(nn.Module):
 
 
 class UPerHead(nn.Module):
-    """Pooling at four sizes on the coarsest map, a way up, and their fusion.
-
-    Args:
-        channels: of the four maps that come in.
-        width: of the maps that go out.
-    """
+    """Pooling at four sizes on the coarsest map, a top-down path, and their fusion."""
 
     def __init__(self, channels: Sequence[int], width: int) -> None:
         super().__init__()
@@ -108,13 +103,7 @@ class UPerHead(nn.Module):
 
 
 class ViTUPerNet(nn.Module):
-    """ViT, neck and head.
-
-    Args:
-        card: sizes.
-        patch: patch size in pixels.
-        stem: put the convolutional block of the pretraining code before the ViT.
-    """
+    """ViT, neck and head; `stem` puts the pretraining code's convolutions first."""
 
     def __init__(self, card: BackboneCard, patch: int, stem: bool) -> None:
         super().__init__()
@@ -151,15 +140,7 @@ class ViTUPerNet(nn.Module):
 
 
 class PhilEOViTBackbone(Backbone):
-    """The head's maps at patch / 4, patch / 2, patch and 2 patch; the first is fused.
-
-    Args:
-        card: what the model is.
-        model: ViT, neck and head.
-        plan: the bands of the user's images.
-        normalise: see `load_backbone`.
-        patch: patch size in pixels.
-    """
+    """The head's maps at patch / 4, / 2, x 1 and x 2; the first is fused."""
 
     layout = "vit"
     num_prefix_tokens = 1
@@ -215,11 +196,10 @@ def build(
         plan: the bands of the user's images.
         state: checkpoint of the pretraining code, or None for random weights.
         image_size: the card's own where there is a stem; else any.
-        normalise: see `load_backbone`.
         patch: 4 or 16 pixels: equal in size, 19 times apart in computation.
-        stem: the convolutional block before the ViT, which locks the network to one
-            image size and needs all bands. None: as the checkpoint has it; without a
-            checkpoint there is none, as in the counts of the card.
+        stem: the convolutional block before the ViT, which ties the network to one
+            image size and needs all bands. None: as the checkpoint has it, and none
+            without a checkpoint, as in the counts of the card.
 
     Raises:
         ValueError: for another patch size, a band set or image size that the stem does

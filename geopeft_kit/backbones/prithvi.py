@@ -37,17 +37,9 @@ _NOT_ENCODER = ("decoder.", "decoder_", "mask_token", "neck.", "head.", "aux_hea
 class PrithviBackbone(ViTBackbone):
     """A ViT with Prithvi's fixed position table, for one date or several.
 
-    Tokens stand in the order row, column, date: attention does not mind, since each
-    token carries its position, and methods on the token grid see each date as a grid.
-
-    Args:
-        card: what the model is.
-        model: the plain ViT.
-        plan: the bands of the user's images.
-        normalise: see `load_backbone`.
-        dates: dates T of an image.
-        scales: by key, the numbers that a TL model learned for date and place; none:
-            metadata is not looked at.
+    Tokens are in the order row, column, date. Attention does not depend on the order,
+    and methods on the token grid see each date as a grid. `scales` are the numbers that
+    a TL model learned for date and place; without them metadata is ignored.
     """
 
     model: Any  # a VisionTransformer that does have a class token and a table
@@ -99,18 +91,10 @@ class PrithviBackbone(ViTBackbone):
         return table.unflatten(1, size).permute(1, 2, 0, 3)
 
     def metadata_terms(self, image: Tensor, meta: Meta | None) -> list[Tensor]:
-        """What date and place add to each token, as far as `meta` tells them.
+        """What date and place add to each token, broadcast to (B, h, w, T, D).
 
         Half of the width codes the year or the latitude, the other half the day of the
-        year or the longitude.
-
-        Args:
-            image: (B * T, C, H, W).
-            meta: as for `forward`; the longitude that comes first there comes second
-                in Prithvi.
-
-        Returns:
-            Tensors that broadcast to (B, h, w, T, D).
+        year or the longitude, which comes first in `meta` and second in Prithvi.
 
         Source: Prithvi-EO 2.0, arXiv 2412.02732; formulas as in TerraTorch.
         """
@@ -148,22 +132,11 @@ def _pair_code(pairs: Tensor, width: int | None) -> Tensor:
 
 
 def sine_cosine_table(width: int, height: int, breadth: int, dates: int = 1) -> Tensor:
-    """Prithvi's fixed position table.
+    """Prithvi's fixed position table, (T * height * breadth, D): dates, rows, columns.
 
     Each axis has a one-dimensional code: all sines, then all cosines, base 10000. The
-    codes stand side by side: x (6/16 of the width), y (6/16), time (4/16).
-
-    Args:
-        width: token width D, a multiple of 16.
-        height: patches along y.
-        breadth: patches along x.
-        dates: dates T.
-
-    Returns:
-        (T * height * breadth, D): dates, then rows, then columns.
-
-    Raises:
-        ValueError: if the width is not a multiple of 16.
+    codes are concatenated: x (6/16 of the width), y (6/16), time (4/16). The width must
+    be a multiple of 16.
 
     Source: Prithvi-EO 2.0, arXiv 2412.02732.
     """
@@ -185,16 +158,7 @@ def _code(size: int, count: int) -> Tensor:
 
 
 def resize_table(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Resize a position table as Prithvi does: bicubic, corners aligned.
-
-    Args:
-        table: (T, h*w, D) on the grid ``old``.
-        old: (h, w) in patches.
-        new: (h', w') in patches.
-
-    Returns:
-        (T, h'*w', D).
-    """
+    """Resize a position table (T, h*w, D) as Prithvi does: bicubic, corners aligned."""
     grid = table.transpose(1, 2).unflatten(2, old)  # (T, D, h, w)
     grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=True)
     return grid.flatten(2).transpose(1, 2)  # (T, h'*w', D)
@@ -215,8 +179,6 @@ def build(
         card: sizes and bands.
         plan: the bands of the user's images.
         state: checkpoint in the upstream's key layout, or None for random weights.
-        image_size: not needed: the table is resized to each image.
-        normalise: see `load_backbone`.
         dates: dates T of an image, 1 or more, whatever the pretraining had: positions
             are computed. The maps have T times the channels.
         metadata: whether date and place of `meta` are added to the tokens; None for
@@ -282,20 +244,11 @@ def _initialise(model: Any) -> None:
 def encoder_state(
     state: Mapping[str, Tensor], metadata: Sequence[str] = ()
 ) -> tuple[State, State]:
-    """Turn a Prithvi checkpoint into timm's keys, and keep the scalars apart.
+    """A Prithvi checkpoint as (weights in timm's names, metadata scalars).
 
     Files of 2.0 prefix ``encoder.`` and ``decoder.``, the file of 1.0 is flat, old
     fine-tuned ones carry ``_timm_module.``. Decoder and position table are dropped.
-
-    Args:
-        state: the checkpoint.
-        metadata: keys of the scalars that this model must have.
-
-    Returns:
-        (weights for timm's VisionTransformer, metadata scalars).
-
-    Raises:
-        ValueError: if a scalar is missing or the patch embedding spans several dates.
+    Raises ValueError if a scalar is missing or the patch embedding spans several dates.
     """
     kept = {
         key: tensor

@@ -53,8 +53,6 @@ def build_dino_mc(
         card: sizes and bands.
         plan: the bands of the user's images.
         state: checkpoint in the upstream's key layout, or None for random weights.
-        image_size: not needed: the table is resized to each image, as timm does.
-        normalise: see `load_backbone`.
         patch: patch size in pixels. The authors' training script says 8, the table in
             their README 16; a file of the other size is refused and says which it is.
 
@@ -87,16 +85,8 @@ def build_mae(
 ) -> ViTBackbone:
     """Build a masked autoencoder's encoder with its fixed position table.
 
-    Args:
-        card: sizes and bands.
-        plan: the bands of the user's images.
-        state: checkpoint in the upstream's or in MAE's key layout; None for random
-            weights. Its position table is taken over, whatever its grid.
-        image_size: not needed: the table is resized to each image, as timm does.
-        normalise: see `load_backbone`.
-
-    Raises:
-        ValueError: for a checkpoint that does not fit.
+    `state` is in the upstream's or in MAE's key layout, or None for random weights. The
+    position table of the file is used, whatever its grid.
     """
     kept = None if state is None else mae_state(state, card.name)
     side = card.image_size // card.patch
@@ -124,16 +114,9 @@ def network(
     epsilon: float = 1e-6,
     **options: Any,
 ) -> Any:
-    """A ViT without a head: on the meta device where a checkpoint will fill it.
+    """A ViT without a head, on the meta device where a checkpoint will fill it.
 
-    Args:
-        card: sizes.
-        state: the checkpoint, or None for random weights.
-        patch: patch size in pixels.
-        image_size: image size of the position table, pixels.
-        kind: timm's class or one of its children.
-        epsilon: of the layer norms.
-        **options: of that class.
+    `image_size` in pixels is that of the position table; `options` are those of `kind`.
     """
 
     def make() -> VisionTransformer:
@@ -157,13 +140,10 @@ def network(
 
 
 def mae_state(state: Mapping[str, Tensor], name: str) -> State:
-    """A masked autoencoder's keys as timm's; decoder and predictor dropped.
+    """A masked autoencoder's keys in timm's names; decoder and predictor dropped.
 
-    MAE's own names (SatMAE) pass unchanged. Cross-Scale MAE calls its blocks
-    ``encoder.N`` and two more tensors ``encoder_...``.
-
-    Raises:
-        ValueError: if the encoder is one of xformers, whose blocks are other ones.
+    MAE's own names (SatMAE) are timm's. Cross-Scale MAE calls its blocks ``encoder.N``
+    and two more tensors ``encoder_...``. Raises ValueError for an encoder of xformers.
     """
     if any("wrap_att" in key for key in state):
         raise ValueError(
@@ -189,19 +169,10 @@ def fixed_table(
     spacing: float = 1.0,
     device: torch.device | None = None,
 ) -> Tensor:
-    """MAE's position table: columns in the first half of the width, rows in the other.
+    """MAE's position table (height * breadth, D): half columns, half rows.
 
-    Each half has all sines, then all cosines, base 10000.
-
-    Args:
-        width: token width D, a multiple of 4.
-        height: patches along y.
-        breadth: patches along x.
-        spacing: distance of two patches, in units of the code.
-        device: where to compute.
-
-    Returns:
-        (height * breadth, D) float32, row by row.
+    Each half has all sines, then all cosines, base 10000. `spacing` is the distance of
+    two patches in units of the code.
     """
 
     def code(count: int) -> Tensor:

@@ -69,14 +69,7 @@ class Stage(nn.Module):
 
 
 class SwinV2(nn.Module):
-    """torchvision's Swin V2 in four stages, without a classifier.
-
-    Args:
-        bands: input channels.
-        width: channels of the first stage.
-        depths: blocks of each stage.
-        heads: attention heads of each stage.
-    """
+    """torchvision's Swin V2 in four stages, without a classifier."""
 
     def __init__(
         self, bands: int, width: int, depths: list[int], heads: list[int]
@@ -130,18 +123,10 @@ def build(
     image_size: int | None = None,
     normalise: bool = True,
 ) -> SatlasBackbone:
-    """Build SatlasPretrain's Swin V2.
+    """Build SatlasPretrain's Swin V2; maps are padded to its windows of 8 cells.
 
-    Args:
-        card: sizes and bands.
-        plan: the bands of the user's images.
-        state: checkpoint in torchvision's key layout, as torchgeo's files have it, with
-            or without the prefix ``backbone.``; None for random weights.
-        image_size: not needed: windows have 8 cells, and maps are padded to them.
-        normalise: see `load_backbone`.
-
-    Raises:
-        ValueError: for a checkpoint that does not fit.
+    `state` is in torchvision's key layout, as in torchgeo's files, with or without the
+    prefix ``backbone.``; None gives random weights.
     """
     sizes = card.architecture
     made: dict[str, Any] = {

@@ -39,15 +39,10 @@ _TABLES = ("pos_embed", "channel_embed", "channel_cls_embed")
 
 
 class GroupedViT(nn.Module):
-    """The encoder: a patch embedding a group, a class token, blocks, a final norm.
+    """The encoder: one patch embedding per group, a class token, blocks, a final norm.
 
-    Args:
-        width: token width D.
-        depth: number of blocks.
-        heads: attention heads.
-        patch: patch size in pixels.
-        groups: number of each group at hand -> its bands; the number is its name in
-            the checkpoint and its row in the channel table.
+    `groups` maps the number of each group to its bands. The number is its name in the
+    checkpoint and its row in the channel table.
     """
 
     def __init__(
@@ -69,15 +64,10 @@ class GroupedViT(nn.Module):
 
 
 class SatMAEBackbone(GroupedViTBackbone):
-    """SatMAE with the groups at hand; the position table is resized to each image.
+    """SatMAE with the groups that the image has; positions are resized to each image.
 
-    Args:
-        card: what the model is.
-        model: the encoder, its kernels as published.
-        plan: the bands of the user's images.
-        normalise: see `load_backbone`.
-        tables: position (1, 1 + N, D - E), channel (1, G, E) and class-token (1, 1, E)
-            codes.
+    `tables` are position (1, 1 + N, D - E), channel (1, G, E) and class-token (1, 1, E)
+    codes.
     """
 
     num_prefix_tokens = 1
@@ -144,17 +134,9 @@ def build(
 ) -> SatMAEBackbone:
     """Build SatMAE for the groups of which the image has a band.
 
-    Args:
-        card: sizes and bands.
-        plan: the bands of the user's images.
-        state: pretraining checkpoint in the upstream's key layout, or None for random
-            weights. Its codes are taken over, whatever their grid.
-        image_size: not needed: the table is resized to each image, as timm does.
-        normalise: see `load_backbone`.
-
-    Raises:
-        ValueError: for a new band with a random kernel, or a checkpoint that does not
-            fit.
+    `state` is a pretraining checkpoint in the upstream's key layout, or None for random
+    weights; the codes of the file are used, whatever their grid. Raises ValueError for
+    a new band with a random kernel, or a checkpoint that does not fit.
     """
     slots = group_slots(card, plan, GROUPS)
     groups = {i: len(GROUPS[i]) for i, pairs in enumerate(slots) if pairs}

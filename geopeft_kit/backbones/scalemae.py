@@ -76,15 +76,13 @@ def build_scalemae(
         plan: the bands of the user's images.
         state: checkpoint in torchgeo's or the authors' key layout, or None for random
             weights.
-        image_size: not needed: positions are computed for each image.
-        normalise: see `load_backbone`.
         resolution: ground size of a pixel in metres; 1 is torchgeo's default, and
-            Sentinel-2 has 10. A user found EuroSAT better told apart with 1 than with
-            10 (issue 1 of bair-climate-initiative/scale-mae), so it is worth a try.
+            Sentinel-2 has 10. A user separated EuroSAT better with 1 than with 10
+            (issue 1 of bair-climate-initiative/scale-mae), so try both.
 
     Raises:
-        ValueError: for a resolution that is no number above 0, or a checkpoint that
-            does not fit.
+        ValueError: for a resolution that is not above 0, or a checkpoint that does not
+            fit.
     """
     from torchgeo.models.scale_mae import ScaleMAE
 

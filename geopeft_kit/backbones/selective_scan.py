@@ -139,17 +139,10 @@ class SelectiveScanBlock(nn.Module):
 
 
 def scan_image(block: nn.Module, image: Tensor) -> Tensor:
-    """Scan a map along its rows and columns, forwards and backwards, and average.
+    """Scan a map (B, D, h, w) in four directions with `block`, and average.
 
-    Every cell so sees every other one. VMamba has weights of its own for each
+    `block` maps (B, L, D) to (B, L, D). VMamba has weights of its own for each
     direction; here all four share the block's.
-
-    Args:
-        block: (B, L, D) -> (B, L, D).
-        image: (B, D, h, w).
-
-    Returns:
-        (B, D, h, w).
     """
     total = torch.zeros_like(image)
     for turned in (False, True):  # along rows, along columns

@@ -37,12 +37,9 @@ NOT_SEEN = (
 
 
 class SpectralPatches(nn.Module):
-    """torchgeo's patch embedding in the place of timm's: (B, C, H, W) -> (B, h, w, D).
+    """torchgeo's patch embedding in place of timm's: (B, C, H, W) -> (B, h, w, D).
 
-    Args:
-        embed: torchgeo's module.
-        patch: patch size in pixels.
-        side: rows and columns of the position table.
+    `side` is the number of rows and columns of the position table.
     """
 
     def __init__(self, embed: nn.Module, patch: int, side: int) -> None:
@@ -66,11 +63,7 @@ def described(
     radar: Mapping[str, Any],
     optical: Callable[[Sequence[str]], Sequence[Any]],
 ) -> list[Any]:
-    """The number that stands for each band that is read.
-
-    Raises:
-        ValueError: for a band that is neither known radar nor has a wavelength.
-    """
+    """The number that describes each band; an error for a band without one."""
     return [
         radar[name] if name in radar else optical([name])[0] for name in plan.read_bands
     ]
@@ -85,12 +78,8 @@ def spectral_network(
 ) -> Any:
     """A ViT of timm with another patch embedding, filled from a checkpoint if given.
 
-    Args:
-        card: sizes.
-        state: the checkpoint, or None.
-        patches: makes the patch embedding.
-        dropped: beginnings of the keys that do not belong to the encoder.
-        **options: of `network`.
+    `dropped` are prefixes of keys outside the encoder; `options` are those of
+    `network`.
     """
     learnt = "side" in card.architecture
     side = card.architecture.get("side", card.image_size // card.patch)

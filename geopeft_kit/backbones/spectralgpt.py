@@ -35,12 +35,7 @@ GROUPS = [
 
 
 class CubeEmbedding(nn.Module):
-    """Blocks of patch x patch pixels and three bands to tokens.
-
-    Args:
-        width: token width D.
-        patch: patch size in pixels.
-    """
+    """Cubes of patch x patch pixels and three bands to tokens of width D."""
 
     def __init__(self, width: int, patch: int) -> None:
         super().__init__()
@@ -53,15 +48,7 @@ class CubeEmbedding(nn.Module):
 
 
 class SpectralGPT(nn.Module):
-    """The encoder.
-
-    Args:
-        width: token width D.
-        depth: number of blocks.
-        heads: attention heads.
-        patch: patch size in pixels.
-        side: patches along each side of the position table.
-    """
+    """The encoder; `side` is the number of patches along the position table's side."""
 
     def __init__(
         self, width: int, depth: int, heads: int, patch: int, side: int
@@ -81,14 +68,8 @@ class SpectralGPT(nn.Module):
 class SpectralGPTBackbone(GroupedViTBackbone):
     """SpectralGPT with the groups of three bands of which the image has one.
 
-    A band that is missing in such a group is read as 0, which is what leaving its
-    kernel out means. Channels that share a kernel are added, for the same reason.
-
-    Args:
-        card: what the model is.
-        model: the encoder.
-        plan: the bands of the user's images.
-        normalise: see `load_backbone`.
+    A missing band of such a group is read as 0, which equals leaving its kernel out.
+    Channels that share a kernel are added, for the same reason.
     """
 
     model: SpectralGPT
@@ -128,17 +109,9 @@ def build(
 ) -> SpectralGPTBackbone:
     """Build SpectralGPT's encoder.
 
-    Args:
-        card: sizes and bands.
-        plan: the bands of the user's images.
-        state: pretraining checkpoint in the upstream's key layout, or None for random
-            weights. Its position table may be of another grid (SpectralGPT: 96 px).
-        image_size: not needed: the table is resized to each image.
-        normalise: see `load_backbone`.
-
-    Raises:
-        ValueError: for a new band with a random kernel, or a checkpoint that does not
-            fit.
+    `state` is a pretraining checkpoint in the upstream's key layout, or None for random
+    weights; its position table may have another grid (SpectralGPT: 96 px). Raises
+    ValueError for a new band with a random kernel, or a checkpoint that does not fit.
     """
     side = card.image_size // card.patch
     kept = None if state is None else mae_state(state, card.name)

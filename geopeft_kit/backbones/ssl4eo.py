@@ -52,17 +52,9 @@ def build_vit(
 ) -> ViTBackbone:
     """Build a ViT.
 
-    Args:
-        card: sizes and bands.
-        plan: the bands of the user's images.
-        state: checkpoint in timm's key layout, as torchgeo's files have it, or one of
-            MoCo's or DINO's training; None for random weights. A file without the last
-            norm, which torchgeo tolerates, gets gain 1 and shift 0.
-        image_size: not needed: the table is resized to each image, as timm does.
-        normalise: see `load_backbone`.
-
-    Raises:
-        ValueError: for a checkpoint that does not fit.
+    `state` is in timm's key layout, as in torchgeo's files, or from MoCo's or DINO's
+    training; None gives random weights. A file without the last norm, which torchgeo
+    accepts, gets gain 1 and shift 0.
     """
     scale = 1e-5 if card.architecture["layer_scale"] else None
     model = network(card, state, card.patch, card.image_size, init_values=scale)
@@ -82,19 +74,7 @@ def build_resnet(
     image_size: int | None = None,
     normalise: bool = True,
 ) -> HierarchicalBackbone:
-    """Build a ResNet-50.
-
-    Args:
-        card: sizes and bands.
-        plan: the bands of the user's images.
-        state: checkpoint in timm's key layout, as torchgeo's files have it, or one of
-            MoCo's or DINO's training; None for random weights.
-        image_size: not needed: any multiple of 32.
-        normalise: see `load_backbone`.
-
-    Raises:
-        ValueError: for a checkpoint that does not fit.
-    """
+    """Build a ResNet-50; `state` is as for `build_vit`."""
 
     def make() -> Any:
         return timm.create_model(
@@ -112,11 +92,9 @@ def build_resnet(
 
 
 def encoder_state(state: Mapping[str, Tensor], classifier: str) -> State:
-    """The network alone, under timm's names.
+    """The network alone in timm's names, from torchgeo's file or a training checkpoint.
 
-    Args:
-        state: torchgeo's file, which is that already, or a training checkpoint.
-        classifier: beginning of the classifier's keys, which are dropped.
+    Keys that start with `classifier` are dropped.
     """
     kept = {
         key: tensor

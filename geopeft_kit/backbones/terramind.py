@@ -80,8 +80,6 @@ def build(
         card: sizes and bands.
         plan: the bands of the user's images: of Sentinel-2, or VV and VH alone.
         state: checkpoint in the upstream's key layout, or None for random weights.
-        image_size: not needed: the table is resized to each image.
-        normalise: see `load_backbone`.
         radar: which patch embedding reads VV and VH: ``"grd"`` (ground range detected)
             or ``"rtc"`` (radiometrically terrain corrected), both in decibels.
 
@@ -167,19 +165,11 @@ def _position_table(card: BackboneCard) -> Tensor:
 def encoder_state(
     state: Mapping[str, Tensor], card: BackboneCard, modality: str
 ) -> State:
-    """Turn a TerraMind checkpoint into timm's keys, for one sensor.
+    """A TerraMind checkpoint in timm's names, for the sensor with key `modality`.
 
-    Args:
-        state: the checkpoint; other sensors and the decoder are dropped.
-        card: patch size, and whether the MLPs are gated.
-        modality: key of the sensor's patch embedding.
-
-    Returns:
-        Weights for timm's VisionTransformer, the position table among them.
-
-    Raises:
-        ValueError: if the sensor is not in the file, or its layer norms have biases,
-            which TerraMind keeps at zero.
+    Other sensors and the decoder are dropped; the position table is kept. Raises
+    ValueError if the sensor is missing or layer norms have biases, which TerraMind
+    keeps at zero.
     """
     own = f"encoder_embeddings.{modality}."
     embedding = {k.removeprefix(own): t for k, t in state.items() if k.startswith(own)}

@@ -74,13 +74,9 @@ _STATE_CLASSIFIER = ("norm", "weights", "heads", "weights_dist", "heads_dist")
 
 @lru_cache(maxsize=32)
 def make_card(name: str) -> BackboneCard:
-    """Make a card from timm's own data.
+    """Make a card from timm's own data, for ``timm:`` and a name with or without a tag.
 
-    Args:
-        name: ``timm:`` and a timm name, with or without a weight tag.
-
-    Raises:
-        ValueError: for an unknown name or a kind of network that is not supported.
+    Raises ValueError for an unknown name or a kind of network that is not supported.
     """
     config = _config(name.removeprefix(PREFIX))
     with torch.device("meta"):
@@ -134,13 +130,8 @@ def build(
 ) -> Backbone:
     """Build a timm network without its classifier.
 
-    Args:
-        card: made by `make_card`.
-        plan: the bands of the user's images.
-        state: checkpoint in timm's or the authors' key layout, or None for random
-            weights.
-        image_size: sets the windows of a Swin; a ViT takes any size.
-        normalise: see `load_backbone`.
+    `state` is in timm's or the authors' key layout, or None for random weights.
+    `image_size` sets the windows of a Swin; a ViT takes any size.
     """
     layout = str(card.architecture["layout"])
     # A ViT's position table keeps its published size and is resized per image.
@@ -173,12 +164,7 @@ def build_from_scratch(
 ) -> HierarchicalBackbone:
     """Build a ResNet-50 with random weights: the encoder of the from-scratch UNet.
 
-    Args:
-        card: sizes and bands.
-        plan: the bands of the user's images.
-        state: weights that you trained yourself, in timm's key layout, or None.
-        image_size: not needed.
-        normalise: see `load_backbone`.
+    `state` is weights that you trained yourself, in timm's key layout, or None.
     """
     model = timm.create_model(
         "resnet50", pretrained=False, num_classes=0, in_chans=len(card.bands)

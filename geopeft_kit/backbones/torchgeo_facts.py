@@ -33,16 +33,10 @@ S1_STATISTICS = Normalisation(1.0, (-12.59, -20.26), (5.26, 5.91))
 
 
 def beyond_sentinel2(radar: tuple[str, ...]) -> dict[str, tuple[float, float]]:
-    """Statistics for what a network reads by wavelength besides Sentinel-2's bands.
+    """Band -> (mean, standard deviation) of bands that are read by wavelength only.
 
-    A reflectance takes those of the Sentinel-2 band nearest in wavelength, radar those
-    of Sentinel-1 (HH as VV, HV as VH), and a temperature is passed on as it is.
-
-    Args:
-        radar: polarisations that the network reads.
-
-    Returns:
-        Band -> (mean, standard deviation) in the unit of `S2_STATISTICS`.
+    A reflectance takes the statistics of the Sentinel-2 band nearest in wavelength,
+    radar those of Sentinel-1 (HH as VV, HV as VH); a temperature is passed on as it is.
     """
     scale = S2_STATISTICS.scale
     found = {}

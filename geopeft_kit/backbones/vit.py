@@ -62,15 +62,9 @@ class ViTBackbone(Backbone):
         return self.read_blocks(tokens, *patches.shape[1:3])
 
     def read_blocks(self, tokens: Tensor, height: int, width: int) -> list[Tensor]:
-        """Run the blocks, and take four maps on the way.
+        """Run the blocks on tokens (B, prefix + h*w, D); four maps (B, D, h, w).
 
-        Args:
-            tokens: (B, prefix + h*w, D) with their positions.
-            height: rows h of patches.
-            width: columns w of patches.
-
-        Returns:
-            Four maps (B, D, h, w), the last one normed.
+        The last map is normed.
         """
         self.grid.height, self.grid.width = height, width
         tokens = self.model.norm_pre(tokens)
@@ -78,14 +72,7 @@ class ViTBackbone(Backbone):
         return [self.to_map(each, height, width) for each in tapped]
 
     def add_positions(self, patches: Tensor) -> Tensor:
-        """Add position embeddings, resized to the grid, and prepend prefix tokens.
-
-        Args:
-            patches: (B, h, w, D).
-
-        Returns:
-            Tokens (B, prefix + h*w, D).
-        """
+        """Patches (B, h, w, D), positions added -> tokens (B, prefix + h*w, D)."""
         return self.model._pos_embed(patches)
 
     def to_map(self, tokens: Tensor, height: int, width: int) -> Tensor:
@@ -94,14 +81,12 @@ class ViTBackbone(Backbone):
 
 
 class RotaryPositions:
-    """Hands the rotations of DINOv3's positions to an attention when it is called.
+    """Passes the rotations of DINOv3's positions to an attention when it is called.
 
     A hook does it, not an argument of the block, so that a method may wrap the block.
-    Tokens that a method adds before the patches (prompts) are not turned, like the
-    class and register tokens.
-
-    Attributes:
-        turns: (N, 2 * width of a head) sines, then cosines; of the last image.
+    Tokens that a method adds before the patches (prompts) are not rotated, like the
+    class and register tokens. `turns` (N, 2 * head width) holds sines, then cosines, of
+    the last image.
     """
 
     turns: Tensor

@@ -50,20 +50,12 @@ _INERT: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 
 
 def find_weights(card: BackboneCard, weights: str | Path | None) -> Path | None:
-    """The local file of a card's weights, downloaded when it is not there yet.
+    """The local file of a card's weights, downloaded if needed; None for random.
 
-    Args:
-        card: the backbone's card.
-        weights: a tag of ``card.weights``, a checkpoint file, a folder in the
-            upstream's layout, or None for random weights.
-
-    Returns:
-        Path of the file, or None for random weights.
-
-    Raises:
-        ValueError: for an unknown tag or a folder without the expected file.
-        FileNotFoundError: if the packaged weights are not in this installation.
-        RuntimeError: if the download fails.
+    `weights` is a tag of ``card.weights``, a checkpoint file, or a folder in the
+    upstream's layout. Raises ValueError for an unknown tag or a folder without the
+    file, FileNotFoundError if packaged weights are missing, RuntimeError if a download
+    fails.
     """
     # A card from scratch has random weights by definition, and says so.
     from_scratch = weights == "default" and card.architecture.get("from_scratch")
@@ -123,20 +115,11 @@ def weight_url(file: WeightFile) -> str:
 
 
 def read_checkpoint(path: str | Path) -> State:
-    """Read the tensors of a checkpoint; nothing in it is executed.
+    """Read the tensors of a ``.safetensors`` file or a file of `torch.save`.
 
-    Tensors are mapped from the file rather than copied, where its format allows it.
-
-    Args:
-        path: a ``.safetensors`` file, or a file that `torch.save` wrote.
-
-    Returns:
-        Flat dictionary of tensors; nests as ``model`` or ``state_dict`` are opened.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is truncated, holds no tensors, or holds a class that is
-            not known to be inert; the class is named.
+    Nothing in it is executed. Nests such as ``model`` or ``state_dict`` are opened.
+    Tensors are mapped from the file where its format allows it. Raises ValueError for a
+    truncated file, one without tensors, or a class that is not known to be inert.
     """
     path = Path(path)
     if not path.is_file():
@@ -220,14 +203,9 @@ def saved_bands(path: str | Path) -> tuple[str, ...] | None:
 
 
 def strip_prefixes(state: Mapping[str, Tensor], prefixes: Sequence[str]) -> State:
-    """Remove wrappers' prefixes from keys, as often as they occur.
+    """Remove wrappers' prefixes (``"module."``) from keys, as often as they occur.
 
-    Args:
-        state: tensors by key.
-        prefixes: with their dot, as ``"module."``.
-
-    Raises:
-        ValueError: if two keys would become one.
+    Raises ValueError if two keys would become one.
     """
     clean: State = {}
     for key, tensor in state.items():
@@ -248,14 +226,7 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], name: str) -> N
 
     The tensors become the model's own (none is copied), so a model built on the meta
     device costs its size once. Half precision is widened to the model's own type.
-
-    Args:
-        model: the network, on the meta device or not.
-        state: tensors by the model's own names.
-        name: the backbone's name, for messages.
-
-    Raises:
-        ValueError: naming missing and unexpected keys and wrong shapes.
+    Raises ValueError naming missing and unexpected keys and wrong shapes.
     """
     own = model.state_dict()
     check_fit(own, state, name)
@@ -266,16 +237,7 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], name: str) -> N
 def check_fit(
     own: Mapping[str, Tensor], state: Mapping[str, Tensor], name: str
 ) -> None:
-    """An error where a checkpoint has other names or shapes than a network.
-
-    Args:
-        own: the network's tensors by name.
-        state: the checkpoint's.
-        name: the backbone's name, for messages.
-
-    Raises:
-        ValueError: naming missing and unexpected keys and wrong shapes.
-    """
+    """An error that names keys and shapes of a checkpoint that do not fit."""
     problems = misfits(own, state)
     if problems:
         raise ValueError(
