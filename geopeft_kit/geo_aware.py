@@ -69,12 +69,10 @@ class GeoAwareRun:
 
 
 class GeoAwareHeads(nn.Module):
-    """One linear layer a head, on the maps of a backbone.
+    """One linear layer per head.
 
-    Args:
-        backbone: Its finest map rebuilds the image; the mean of its deepest tells place
-            and climate.
-        climates: Number K of climate classes.
+    The finest map rebuilds the image; the mean of the deepest predicts place and
+    climate.
     """
 
     def __init__(self, backbone: Backbone, climates: int) -> None:
@@ -100,27 +98,13 @@ class GeoAwareHeads(nn.Module):
 
 
 def to_place(lonlat: Tensor) -> Tensor:
-    """Longitude and latitude as sines, then cosines: the date line is no cliff.
-
-    Args:
-        lonlat: (B,2) degrees.
-
-    Returns:
-        (B,4): sin lon, sin lat, cos lon, cos lat.
-    """
+    """(B,2) degrees -> (B,4) sines, then cosines: continuous at 180 degrees."""
     turned = torch.deg2rad(lonlat)
     return torch.cat([turned.sin(), turned.cos()], dim=1)
 
 
 def to_lonlat(place: Tensor) -> Tensor:
-    """The opposite of `to_place`, also for guesses that lie off the circle.
-
-    Args:
-        place: (B,4).
-
-    Returns:
-        (B,2) degrees.
-    """
+    """The inverse of `to_place`, also off the unit circle: (B,4) -> (B,2)."""
     sine, cosine = place.chunk(2, dim=1)
     return torch.rad2deg(torch.atan2(sine, cosine))
 

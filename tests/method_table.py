@@ -135,7 +135,7 @@ def _small_swin() -> Backbone:
         drop_path_rate=0.0,  # or a block may be left out of a step by chance
     )
     plan = plan_bands(card)
-    return HierarchicalBackbone(card, model, plan, True, "swin")
+    return HierarchicalBackbone(card, model, plan, "swin")
 
 
 def make(kind: str, load: dict[str, Any] | None = None) -> Backbone:

@@ -70,7 +70,7 @@ def small_swin_v2() -> Backbone:
         depths=(1, 2, 1, 1),
         num_heads=(1, 2, 2, 2),
     )
-    return HierarchicalBackbone(card, model, plan_bands(card), True, "swin").eval()
+    return HierarchicalBackbone(card, model, plan_bands(card), "swin").eval()
 
 
 def attached(backbone: Backbone, name: str, **options: Any) -> gk.Adapter:
@@ -243,7 +243,7 @@ def test_both_layouts_of_a_convnext_mlp(name: str) -> None:
             "convnext_atto", num_classes=0, conv_mlp=conv_mlp, dims=(8, 8, 8, 8)
         )
         backbone = HierarchicalBackbone(
-            card, model, plan_bands(card), True, "convnext"
+            card, model, plan_bands(card), "convnext"
         ).eval()
         with torch.no_grad():
             for key, value in model.state_dict().items():

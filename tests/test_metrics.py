@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from geopeft_kit.training.metrics import RegionalMetrics, make_metrics
+from geopeft_kit.training.metrics import RegionalMetrics
 
 
 def logits(classes, num_classes=3):
@@ -133,15 +133,9 @@ def test_logits_between_zero_and_one_are_not_taken_for_probabilities():
     assert metrics.compute()["overall"]["accuracy"] == 1.0
 
 
-def test_keys_are_those_of_the_design():
-    for task in ("segmentation", "change", "classification", "multilabel"):
-        assert set(make_metrics(task, 3, 255).keys()) == {"miou", "f1", "accuracy"}
-    assert set(make_metrics("regression", 1, None).keys()) == {"rmse", "mae"}
-
-
 def test_wrong_input_is_explained():
     with pytest.raises(ValueError, match=r"'detection'.*segmentation"):
-        make_metrics("detection", 2, 255)
+        RegionalMetrics("detection", 2, 255)
     metrics = RegionalMetrics("segmentation", 2)
     output = logits([[[0, 1]]], 2)
     with pytest.raises(ValueError, match=r"holds \[7\].*0 to 1.*255"):

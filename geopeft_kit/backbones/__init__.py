@@ -59,6 +59,8 @@ _BUILDERS: dict[str, Callable[..., Backbone]] = {
     "timm": timm_zoo.build,
     **torchgeo.BUILDERS,
 }
+# Families whose network depends on the image size: windows, or spatial layer norms.
+_SIZED = ("gfm", "phileo_unet", "phileo_vit", "timm")
 _CARDS = {
     card.name: card
     for card in prithvi_cards.CARDS
@@ -184,20 +186,16 @@ def load_backbone(
     card = find_card(name)
     plan = plan_bands(card, bands, new_bands)
     path = find_weights(card, weights)
-    build = partial(
-        _BUILDERS[card.family],
-        card,
-        plan,
-        image_size=image_size,
-        normalise=normalise,
-        **options,
-    )
+    if card.family in _SIZED:
+        options["image_size"] = image_size
+    build = partial(_BUILDERS[card.family], card, plan, **options)
     try:
         backbone = build(None) if path is None else _filled(build, card, plan, path)
     except TypeError as error:
         if "unexpected keyword" not in str(error):
             raise
         raise ValueError(f"{name} has no such option: {error}") from error
+    backbone.normalise = normalise
     step = max(backbone.strides)
     backbone.image_size = card.image_size if image_size is None else image_size
     if image_size is not None and (image_size <= 0 or image_size % step):

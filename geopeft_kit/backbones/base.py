@@ -78,9 +78,9 @@ class Backbone(nn.Module):
         card: what the model is.
         model: the plain network; ``state_dict`` keys are the upstream's.
         plan: which kernel each band meets, see `plan_bands`.
-        normalise: apply the card's normalisation; False hands values through.
 
     Attributes:
+        normalise: apply the card's normalisation; False hands values through.
         channels: channels C_i of the four maps, those of an active adapter that makes
             its own.
         strides: pixels per cell of the four maps, likewise.
@@ -111,12 +111,11 @@ class Backbone(nn.Module):
         card: BackboneCard,
         model: nn.Module,
         plan: BandPlan,
-        normalise: bool = True,
     ) -> None:
         super().__init__()
         self.card = card
         self.bands = plan.bands
-        self.normalise = normalise
+        self.normalise = True
         self.image_size = card.image_size
         self.model = model
         self.grid = TokenGrid()

@@ -121,8 +121,6 @@ def build(
     card: BackboneCard,
     plan: BandPlan,
     state: Mapping[str, Tensor] | None,
-    image_size: int | None = None,
-    normalise: bool = True,
     resolution: float = 10.0,
     hour: float = 0.0,
 ) -> ClayBackbone:
@@ -151,7 +149,7 @@ def build(
             model = _network(card, waves)
         model.patch_embed.waves = torch.tensor(waves)
         load_strictly(model, encoder_state(state), card.name)
-    backbone = ClayBackbone(card, model, plan, normalise)
+    backbone = ClayBackbone(card, model, plan)
     backbone.resolution, backbone.hour = float(resolution), float(hour)
     return backbone
 

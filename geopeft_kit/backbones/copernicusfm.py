@@ -134,8 +134,6 @@ def build(
     card: BackboneCard,
     plan: BandPlan,
     state: Mapping[str, Tensor] | None,
-    image_size: int | None = None,
-    normalise: bool = True,
     patch: int = 16,
     resolution: float | None = None,
 ) -> CopernicusBackbone:
@@ -186,7 +184,7 @@ def build(
         final_norm=False,
         epsilon=1e-5,
     )
-    backbone = CopernicusBackbone(card, model, plan, normalise)
+    backbone = CopernicusBackbone(card, model, plan)
     backbone.resolution = resolution
     return backbone
 

@@ -112,8 +112,6 @@ def build(
     card: BackboneCard,
     plan: BandPlan,
     state: Mapping[str, Tensor] | None,
-    image_size: int | None = None,
-    normalise: bool = True,
 ) -> ViTBackbone:
     """Build CROMA's optical encoder, or the radar one for the radar cards.
 
@@ -135,7 +133,7 @@ def build(
         kept = encoder_state(state, card.architecture["encoder"], card.patch)
         load_strictly(model, kept, card.name)
     adapt_kernels(model.patch_embed.proj, plan.kernels)
-    backbone = ViTBackbone(card, model, plan, normalise)
+    backbone = ViTBackbone(card, model, plan)
     bias = DistanceBias(card.architecture["heads"], backbone.grid)
     for block in model.blocks:
         block.attn.bias = bias

@@ -49,8 +49,6 @@ def build(
     card: BackboneCard,
     plan: BandPlan,
     state: Mapping[str, Tensor] | None,
-    image_size: int | None = None,
-    normalise: bool = True,
 ) -> ViTBackbone:
     """Build DOFA's encoder; each band needs a wavelength, or is radar.
 
@@ -69,7 +67,7 @@ def build(
     # Published without the last norm; the authors' own file has one, and a projector.
     dropped = ("mask_token", "norm.", "fc_norm.", "projector.", "head.")
     model = spectral_network(card, state, patches, dropped, final_norm=False)
-    return ViTBackbone(card, model, plan, normalise)
+    return ViTBackbone(card, model, plan)
 
 
 def _card(

@@ -63,12 +63,11 @@ class GalileoBackbone(GroupedViTBackbone):
         card: BackboneCard,
         model: Galileo,
         plan: BandPlan,
-        normalise: bool,
         patch: int,
         month: int,
         resolution: float,
     ) -> None:
-        super().__init__(card, model, plan, normalise, patch)
+        super().__init__(card, model, plan, patch)
         self.patch, self.month, self.resolution = patch, month, resolution
         names = [plan.bands[position] for position in plan.read]
         self.positions = {
@@ -113,8 +112,6 @@ def build(
     card: BackboneCard,
     plan: BandPlan,
     state: Mapping[str, Tensor] | None,
-    image_size: int | None = None,
-    normalise: bool = True,
     patch: int = MAX_PATCH,
     month: int = 6,
     resolution: float = 10.0,
@@ -144,7 +141,7 @@ def build(
     model = Galileo(card.width, card.depth, heads, groups, patch)
     if state is not None:
         load_strictly(model, _known(state, groups), card.name)
-    return GalileoBackbone(card, model, plan, normalise, patch, month, resolution)
+    return GalileoBackbone(card, model, plan, patch, month, resolution)
 
 
 def _cover(card: BackboneCard, plan: BandPlan) -> tuple[list[str], BandPlan]:

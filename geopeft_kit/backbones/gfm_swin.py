@@ -45,7 +45,6 @@ def build(
     plan: BandPlan,
     state: Mapping[str, Tensor] | None,
     image_size: int | None = None,
-    normalise: bool = True,
     window: int | None = None,
 ) -> GFMBackbone:
     """Build GFM's student encoder.
@@ -85,7 +84,7 @@ def build(
         # Microsoft's names as timm's, which has each merging in the next stage.
         load_strictly(model, checkpoint_filter_fn(kept, model), card.name)
     adapt_kernels(model.get_submodule("patch_embed.proj"), plan.kernels)
-    backbone = GFMBackbone(card, model, plan, normalise, "swin")
+    backbone = GFMBackbone(card, model, plan, "swin")
     backbone.register_buffer("mask_token", mask_token, persistent=False)
     return backbone
 

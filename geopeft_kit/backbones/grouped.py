@@ -35,10 +35,9 @@ class GroupedViTBackbone(Backbone):
         card: BackboneCard,
         model: Any,
         plan: BandPlan,
-        normalise: bool,
         patch: int,
     ) -> None:
-        super().__init__(card, model, plan, normalise)
+        super().__init__(card, model, plan)
         self.width = card.width
         self.channels = [card.width] * 4
         self.strides = [patch] * 4

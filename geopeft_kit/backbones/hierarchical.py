@@ -46,14 +46,9 @@ class HierarchicalBackbone(Backbone):
     model: Any
 
     def __init__(
-        self,
-        card: BackboneCard,
-        model: Any,
-        plan: BandPlan,
-        normalise: bool,
-        layout: str,
+        self, card: BackboneCard, model: Any, plan: BandPlan, layout: str
     ) -> None:
-        super().__init__(card, model, plan, normalise)
+        super().__init__(card, model, plan)
         self.layout = layout
         stages = model.feature_info[-4:]
         self.channels = [stage["num_chs"] for stage in stages]
@@ -79,14 +74,9 @@ class EfficientViMBackbone(HierarchicalBackbone):
     """
 
     def __init__(
-        self,
-        card: BackboneCard,
-        model: Any,
-        plan: BandPlan,
-        normalise: bool,
-        layout: str,
+        self, card: BackboneCard, model: Any, plan: BandPlan, layout: str
     ) -> None:
-        super().__init__(card, model, plan, normalise, layout)
+        super().__init__(card, model, plan, layout)
         stem = model.patch_embed.conv[2].conv.out_channels
         self.channels = [stem, *self.channels]
         self.strides = [self.strides[0] // 2, *self.strides]

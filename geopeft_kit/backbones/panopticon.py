@@ -51,8 +51,6 @@ def build(
     card: BackboneCard,
     plan: BandPlan,
     state: Mapping[str, Tensor] | None,
-    image_size: int | None = None,
-    normalise: bool = True,
 ) -> ViTBackbone:
     """Build Panopticon's encoder, with the table of its file (37 x 37 patches).
 
@@ -77,7 +75,7 @@ def build(
         return made
 
     model = spectral_network(card, state, patches, ("mask_token",), init_values=1e-5)
-    return ViTBackbone(card, model, plan, normalise)
+    return ViTBackbone(card, model, plan)
 
 
 _FILE = WeightFile(

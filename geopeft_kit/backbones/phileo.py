@@ -30,10 +30,8 @@ class PhilEOUNetBackbone(Backbone):
     layout = "unet"
     model: GeoAwareUNet
 
-    def __init__(
-        self, card: BackboneCard, model: GeoAwareUNet, plan: BandPlan, normalise: bool
-    ) -> None:
-        super().__init__(card, model, plan, normalise)
+    def __init__(self, card: BackboneCard, model: GeoAwareUNet, plan: BandPlan) -> None:
+        super().__init__(card, model, plan)
         self.channels = list(card.architecture["dims"][:4])
         self.strides = [1, 2, 4, 8]
 
@@ -56,7 +54,6 @@ def build(
     plan: BandPlan,
     state: Mapping[str, Tensor] | None,
     image_size: int | None = None,
-    normalise: bool = True,
 ) -> PhilEOUNetBackbone:
     """Build the whole Geo-Aware U-Net.
 
@@ -76,7 +73,7 @@ def build(
     adapt_kernels(model.stem.conv1, plan.kernels)
     if model.stem.matcher is not None:
         adapt_kernels(model.stem.matcher, plan.kernels)
-    return PhilEOUNetBackbone(card, model, plan, normalise)
+    return PhilEOUNetBackbone(card, model, plan)
 
 
 def check_locked(card: BackboneCard, image: Tensor) -> None:

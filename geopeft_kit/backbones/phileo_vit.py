@@ -151,10 +151,9 @@ class PhilEOViTBackbone(Backbone):
         card: BackboneCard,
         model: ViTUPerNet,
         plan: BandPlan,
-        normalise: bool,
         patch: int,
     ) -> None:
-        super().__init__(card, model, plan, normalise)
+        super().__init__(card, model, plan)
         self.width = card.width
         self.channels = [card.architecture["head_width"]] * 4
         self.strides = [patch // 4, patch // 2, patch, 2 * patch]
@@ -185,7 +184,6 @@ def build(
     plan: BandPlan,
     state: Mapping[str, Tensor] | None,
     image_size: int | None = None,
-    normalise: bool = True,
     patch: int = 4,
     stem: bool | None = None,
 ) -> PhilEOViTBackbone:
@@ -220,7 +218,7 @@ def build(
             model = ViTUPerNet(card, patch, stem)
         load_strictly(model, kept, card.name)
     adapt_kernels(model.vit.patch_embed.proj, plan.kernels)
-    return PhilEOViTBackbone(card, model, plan, normalise, patch)
+    return PhilEOViTBackbone(card, model, plan, patch)
 
 
 def _own_names(state: Mapping[str, Tensor]) -> State:

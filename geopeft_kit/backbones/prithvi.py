@@ -49,11 +49,10 @@ class PrithviBackbone(ViTBackbone):
         card: BackboneCard,
         model: Any,
         plan: BandPlan,
-        normalise: bool = True,
         dates: int = 1,
         scales: Mapping[str, Tensor] | None = None,
     ) -> None:
-        super().__init__(card, model, plan, normalise)
+        super().__init__(card, model, plan)
         self.dates = self.grid.groups = dates
         self.channels = [model.embed_dim * dates] * 4
         for key, number in (scales or {}).items():
@@ -168,8 +167,6 @@ def build(
     card: BackboneCard,
     plan: BandPlan,
     state: Mapping[str, Tensor] | None,
-    image_size: int | None = None,
-    normalise: bool = True,
     dates: int = 1,
     metadata: bool | None = None,
 ) -> PrithviBackbone:
@@ -213,7 +210,7 @@ def build(
     model.register_buffer("pos_embed", table, persistent=False)
     adapt_kernels(model.patch_embed.proj, plan.kernels)
     used = {} if metadata is False else scales
-    return PrithviBackbone(card, model, plan, normalise, dates, used)
+    return PrithviBackbone(card, model, plan, dates, used)
 
 
 def _network(card: BackboneCard) -> Any:

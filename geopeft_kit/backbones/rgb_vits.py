@@ -43,8 +43,6 @@ def build_dino_mc(
     card: BackboneCard,
     plan: BandPlan,
     state: Mapping[str, Tensor] | None,
-    image_size: int | None = None,
-    normalise: bool = True,
     patch: int = 8,
 ) -> ViTBackbone:
     """Build DINO-MC's ViT; of a full checkpoint the teacher is taken.
@@ -73,15 +71,13 @@ def build_dino_mc(
             )
         load_strictly(model, kept, card.name)
     adapt_kernels(model.patch_embed.proj, plan.kernels)
-    return ViTBackbone(card, model, plan, normalise)
+    return ViTBackbone(card, model, plan)
 
 
 def build_mae(
     card: BackboneCard,
     plan: BandPlan,
     state: Mapping[str, Tensor] | None,
-    image_size: int | None = None,
-    normalise: bool = True,
 ) -> ViTBackbone:
     """Build a masked autoencoder's encoder with its fixed position table.
 
@@ -102,7 +98,7 @@ def build_mae(
     del model.pos_embed
     model.register_buffer("pos_embed", table, persistent=False)
     adapt_kernels(model.patch_embed.proj, plan.kernels)
-    return ViTBackbone(card, model, plan, normalise)
+    return ViTBackbone(card, model, plan)
 
 
 def network(

@@ -120,8 +120,6 @@ def build(
     card: BackboneCard,
     plan: BandPlan,
     state: Mapping[str, Tensor] | None,
-    image_size: int | None = None,
-    normalise: bool = True,
 ) -> SatlasBackbone:
     """Build SatlasPretrain's Swin V2; maps are padded to its windows of 8 cells.
 
@@ -142,7 +140,7 @@ def build(
             model = SwinV2(**made)
         load_strictly(model, stage_state(state), card.name)
     adapt_kernels(model.get_submodule("patch_embed.proj"), plan.kernels)
-    return SatlasBackbone(card, model, plan, normalise, "swin")
+    return SatlasBackbone(card, model, plan, "swin")
 
 
 def stage_state(state: Mapping[str, Tensor]) -> State:

@@ -80,10 +80,9 @@ class SatMAEBackbone(GroupedViTBackbone):
         card: BackboneCard,
         model: GroupedViT,
         plan: BandPlan,
-        normalise: bool,
         tables: Mapping[str, Tensor],
     ) -> None:
-        super().__init__(card, model, plan, normalise, card.patch)
+        super().__init__(card, model, plan, card.patch)
         for name in _TABLES:  # fixed: nothing trains them, and none is in the file
             self.register_buffer(name, tables[name], persistent=False)
         self.positions = {}
@@ -129,8 +128,6 @@ def build(
     card: BackboneCard,
     plan: BandPlan,
     state: Mapping[str, Tensor] | None,
-    image_size: int | None = None,
-    normalise: bool = True,
 ) -> SatMAEBackbone:
     """Build SatMAE for the groups of which the image has a band.
 
@@ -143,12 +140,12 @@ def build(
     sizes = card.width, card.depth, card.architecture["heads"], card.patch
     tables = _fixed_tables(card)
     if state is None:
-        return SatMAEBackbone(card, GroupedViT(*sizes, groups), plan, normalise, tables)
+        return SatMAEBackbone(card, GroupedViT(*sizes, groups), plan, tables)
     kept, found = _split(state, card.name, groups)
     with torch.device("meta"):  # no memory and no time for random numbers
         model = GroupedViT(*sizes, groups)
     load_strictly(model, kept, card.name)
-    return SatMAEBackbone(card, model, plan, normalise, tables | found)
+    return SatMAEBackbone(card, model, plan, tables | found)
 
 
 def _split(

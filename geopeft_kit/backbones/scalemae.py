@@ -65,8 +65,6 @@ def build_scalemae(
     card: BackboneCard,
     plan: BandPlan,
     state: Mapping[str, Tensor] | None,
-    image_size: int | None = None,
-    normalise: bool = True,
     resolution: float = 1.0,
 ) -> ScaleMAEBackbone:
     """Build Scale-MAE's encoder.
@@ -99,7 +97,7 @@ def build_scalemae(
         kept = {key: t for key, t in kept.items() if not key.startswith(_NOT_ENCODER)}
         load_strictly(model, kept, card.name)
     adapt_kernels(model.patch_embed.proj, plan.kernels)
-    backbone = ScaleMAEBackbone(card, model, plan, normalise)
+    backbone = ScaleMAEBackbone(card, model, plan)
     backbone.resolution = float(resolution)
     return backbone
 

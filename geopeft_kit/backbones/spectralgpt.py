@@ -75,10 +75,8 @@ class SpectralGPTBackbone(GroupedViTBackbone):
     model: SpectralGPT
     slots: Tensor
 
-    def __init__(
-        self, card: BackboneCard, model: SpectralGPT, plan: BandPlan, normalise: bool
-    ) -> None:
-        super().__init__(card, model, plan, normalise, card.patch)
+    def __init__(self, card: BackboneCard, model: SpectralGPT, plan: BandPlan) -> None:
+        super().__init__(card, model, plan, card.patch)
         found = group_slots(card, plan, GROUPS)
         self.rows = [number for number, pairs in enumerate(found) if pairs]
         slots = torch.zeros(len(self.rows), _TOGETHER, len(plan.read))
@@ -104,8 +102,6 @@ def build(
     card: BackboneCard,
     plan: BandPlan,
     state: Mapping[str, Tensor] | None,
-    image_size: int | None = None,
-    normalise: bool = True,
 ) -> SpectralGPTBackbone:
     """Build SpectralGPT's encoder.
 
@@ -124,7 +120,7 @@ def build(
         with torch.device("meta"):  # no memory and no time for random numbers
             model = SpectralGPT(*sizes)
         load_strictly(model, kept, card.name)
-    return SpectralGPTBackbone(card, model, plan, normalise)
+    return SpectralGPTBackbone(card, model, plan)
 
 
 _ZENODO = "https://zenodo.org/records/8412455"

@@ -47,8 +47,6 @@ def build_vit(
     card: BackboneCard,
     plan: BandPlan,
     state: Mapping[str, Tensor] | None,
-    image_size: int | None = None,
-    normalise: bool = True,
 ) -> ViTBackbone:
     """Build a ViT.
 
@@ -64,15 +62,13 @@ def build_vit(
         kept.setdefault("norm.bias", torch.zeros(card.width))
         load_strictly(model, kept, card.name)
     adapt_kernels(model.patch_embed.proj, plan.kernels)
-    return ViTBackbone(card, model, plan, normalise)
+    return ViTBackbone(card, model, plan)
 
 
 def build_resnet(
     card: BackboneCard,
     plan: BandPlan,
     state: Mapping[str, Tensor] | None,
-    image_size: int | None = None,
-    normalise: bool = True,
 ) -> HierarchicalBackbone:
     """Build a ResNet-50; `state` is as for `build_vit`."""
 
@@ -88,7 +84,7 @@ def build_resnet(
             model = make()
         load_strictly(model, encoder_state(state, "fc."), card.name)
     adapt_kernels(model.conv1, plan.kernels)
-    return HierarchicalBackbone(card, model, plan, normalise, "resnet")
+    return HierarchicalBackbone(card, model, plan, "resnet")
 
 
 def encoder_state(state: Mapping[str, Tensor], classifier: str) -> State:

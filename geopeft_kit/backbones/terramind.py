@@ -70,8 +70,6 @@ def build(
     card: BackboneCard,
     plan: BandPlan,
     state: Mapping[str, Tensor] | None,
-    image_size: int | None = None,
-    normalise: bool = True,
     radar: str = "grd",
 ) -> TerraMindBackbone:
     """Build TerraMind's encoder for Sentinel-2 L2A, or for Sentinel-1 alone.
@@ -110,7 +108,7 @@ def build(
         model.register_buffer("pos_embed", torch.empty_like(table, device="meta"))
         load_strictly(model, encoder_state(state, card, modality), card.name)
     adapt_kernels(model.patch_embed.proj, plan.kernels)
-    return TerraMindBackbone(card, model, plan, normalise)
+    return TerraMindBackbone(card, model, plan)
 
 
 def _radar_plan(card: BackboneCard, plan: BandPlan, radar: str) -> BandPlan:

@@ -126,7 +126,6 @@ def build(
     plan: BandPlan,
     state: Mapping[str, Tensor] | None,
     image_size: int | None = None,
-    normalise: bool = True,
 ) -> Backbone:
     """Build a timm network without its classifier.
 
@@ -147,20 +146,18 @@ def build(
     first = str(_config(card.name.removeprefix(PREFIX)).first_conv)
     adapt_kernels(model.get_submodule(first), plan.kernels)
     if isinstance(model, Eva):
-        return RotaryViTBackbone(card, model, plan, normalise)
+        return RotaryViTBackbone(card, model, plan)
     if layout == "vit":
-        return ViTBackbone(card, model, plan, normalise)
+        return ViTBackbone(card, model, plan)
     if layout == "efficientvim":
-        return EfficientViMBackbone(card, model, plan, normalise, layout)
-    return HierarchicalBackbone(card, model, plan, normalise, layout)
+        return EfficientViMBackbone(card, model, plan, layout)
+    return HierarchicalBackbone(card, model, plan, layout)
 
 
 def build_from_scratch(
     card: BackboneCard,
     plan: BandPlan,
     state: Mapping[str, Tensor] | None,
-    image_size: int | None = None,
-    normalise: bool = True,
 ) -> HierarchicalBackbone:
     """Build a ResNet-50 with random weights: the encoder of the from-scratch UNet.
 
@@ -172,7 +169,7 @@ def build_from_scratch(
     if state is not None:
         load_strictly(model, _timm_state(model, state), card.name)
     adapt_kernels(model.get_submodule("conv1"), plan.kernels)
-    return HierarchicalBackbone(card, model, plan, normalise, "resnet")
+    return HierarchicalBackbone(card, model, plan, "resnet")
 
 
 def _config(name: str) -> Any:

@@ -37,13 +37,9 @@ class ViTBackbone(Backbone):
     model: VisionTransformer
 
     def __init__(
-        self,
-        card: BackboneCard,
-        model: VisionTransformer,
-        plan: BandPlan,
-        normalise: bool = True,
+        self, card: BackboneCard, model: VisionTransformer, plan: BandPlan
     ) -> None:
-        super().__init__(card, model, plan, normalise)
+        super().__init__(card, model, plan)
         self.width = model.embed_dim
         self.num_prefix_tokens = model.num_prefix_tokens
         self.channels = [model.embed_dim] * 4
@@ -109,10 +105,8 @@ class RotaryViTBackbone(ViTBackbone):
 
     model: Any
 
-    def __init__(
-        self, card: BackboneCard, model: Any, plan: BandPlan, normalise: bool = True
-    ) -> None:
-        super().__init__(card, model, plan, normalise)
+    def __init__(self, card: BackboneCard, model: Any, plan: BandPlan) -> None:
+        super().__init__(card, model, plan)
         self.rotary = RotaryPositions()
         for block in model.blocks:
             block.attn.register_forward_pre_hook(self.rotary, with_kwargs=True)

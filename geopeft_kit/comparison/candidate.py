@@ -37,11 +37,7 @@ class Candidate:
 
 
 def check_candidates(candidates: Sequence[Candidate]) -> None:
-    """Refuse what makes no table, or an unfair one.
-
-    Raises:
-        ValueError: Labels repeat, or candidates have unequal numbers of trials.
-    """
+    """Refuse labels that repeat and unequal numbers of trials (ValueError)."""
     labels = [candidate.label for candidate in candidates]
     repeated = {label for label in labels if labels.count(label) > 1}
     if repeated:

@@ -20,16 +20,7 @@ from geopeft_kit.training.head_start import start_decoder
 
 
 class Lab:
-    """What the candidates of a comparison share: data, backbones and decoder starts.
-
-    Args:
-        data: Chips of all seeds.
-        backbone: Name of the common backbone.
-        options: Keyword arguments of `load_backbone` common to all.
-        decoder: Name of the common decoder.
-        epochs: For every training.
-        place: Device.
-    """
+    """What the candidates of a comparison share: data, backbones and decoder starts."""
 
     def __init__(
         self,

@@ -40,22 +40,11 @@ def build_decoder(
     outputs: int,
     **options: Any,
 ) -> Decoder:
-    """Build a pixel decoder by name.
+    """Build a pixel decoder by name, for four maps of given channels and strides.
 
-    Args:
-        name: "linear", "fcn", "unet" or "upernet".
-        channels: channels of the backbone's four maps.
-        strides: their strides, pixels.
-        outputs: output channels K.
-        **options: `dropout`; `width` (all but linear); `steps` (fcn); `all_scales`
-            (linear and fcn, which else read the last map).
-
-    Returns:
-        The decoder, randomly initialised.
-
-    Raises:
-        ValueError: unknown name.
-        TypeError: an option that this decoder does not have.
+    `options` are `dropout`, `width` (all but linear), `steps` (fcn) and `all_scales`
+    (linear and fcn). Raises ValueError for an unknown name, TypeError for an unknown
+    option.
     """
     if name not in DECODERS:
         raise ValueError(

@@ -22,17 +22,10 @@ CHANNELS_PER_GROUP = 16
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Group normalisation with about 16 channels in a group.
+    """Group normalisation with about 16 channels a group, 2 * channels parameters.
 
-    Decoders here use it instead of batch normalisation: it does the same for one
-    image as for a hundred, in training as in evaluation; it works on a 1x1 map; and it
-    has no running statistics that would have to be frozen, resumed or synchronised.
-
-    Args:
-        channels: number of channels of the map.
-
-    Returns:
-        A layer with ``2 * channels`` parameters, as many as batch normalisation has.
+    Unlike batch normalisation it does the same for one image as for a hundred, works on
+    a 1x1 map, and has no running statistics to freeze, resume or synchronise.
 
     Source: Wu and He 2018, arXiv 1803.08494, section 4.1 (16 channels a group).
     """
@@ -44,12 +37,9 @@ def group_norm(channels: int) -> nn.GroupNorm:
 class Standardise(nn.Module):
     """Shifts and scales each channel by constants measured on training features.
 
-    It changes nothing until `set_statistics` is called. The tokens of a pretrained
-    ViT may spread over 0.15 only; a fresh head on such features is under-trained after
-    the same number of steps, which looks like a weakness of the backbone and is none.
-
-    Args:
-        channels: number of channels C.
+    It changes nothing until `set_statistics` is called. The tokens of a pretrained ViT
+    may spread over 0.15 only; a fresh head on such features is under-trained after the
+    same number of steps, which looks like a weakness of the backbone.
     """
 
     mean: Tensor
@@ -64,26 +54,14 @@ class Standardise(nn.Module):
         self.register_buffer("calibrated", torch.tensor(False))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Standardise features.
-
-        Args:
-            features: (B, C, h, w), any floating type.
-
-        Returns:
-            (B, C, h, w), in the wider of the two types (float32 for float16 features).
-        """
+        """(B, C, h, w) -> the same, in the wider type (float32 for float16)."""
         shape = (1, -1, 1, 1)
         return (features - self.mean.view(shape)) / self.std.view(shape)
 
     def set_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Set the constants; a channel that does not vary keeps the scale 1.
+        """Set mean and std, (C,) each; a channel that does not vary keeps the scale 1.
 
-        Args:
-            mean: (C,) mean of each channel.
-            std: (C,) standard deviation of each channel.
-
-        Raises:
-            ValueError: a value is not finite.
+        Raises ValueError for a value that is not finite.
         """
         if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
             raise ValueError(
@@ -100,19 +78,10 @@ class Standardise(nn.Module):
 def channel_statistics(
     batches: Iterable[Sequence[Tensor]],
 ) -> list[tuple[Tensor, Tensor]]:
-    """Mean and standard deviation of every channel over all batches and places.
+    """One (mean, std) pair per map, (C_i,) float64 on the CPU, over all batches.
 
-    Batches of different size count by their number of places: the result is that of
-    one large batch, not a mean of means.
-
-    Args:
-        batches: each a list of maps (B, C_i, h_i, w_i), always in the same order.
-
-    Returns:
-        One (mean, std) pair per map, each (C_i,), float64 on the CPU.
-
-    Raises:
-        ValueError: there is no batch.
+    Batches are lists of maps (B, C_i, h_i, w_i). They count by their number of places:
+    the result is that of one large batch. Raises ValueError if there is none.
 
     Source: the pairwise update of Chan, Golub and LeVeque 1979.
     """
@@ -149,17 +118,10 @@ def _merge(
 class Pyramid(nn.Module):
     """Four maps of one stride p become strides p/4, p/2, p and 2p.
 
-    The shallowest map is enlarged most. Enlarging is learned (transposed
-    convolutions), the third map is left alone, the fourth is max-pooled. A patch below
-    4 pixels is enlarged only to the pixel grid, since there is nothing finer to see.
-
-    Args:
-        channels: channels of the four maps.
-        stride: the common stride p, pixels.
-
-    Attributes:
-        channels: channels of the four maps that come out, ``[C/4, C/2, C, C]`` for p of
-            4 and more.
+    The shallowest map is enlarged most. Enlarging is learned (transposed convolutions),
+    the third map is unchanged, the fourth is max-pooled. A patch below 4 pixels is
+    enlarged only to the pixel grid. Channels become ``[C/4, C/2, C, C]`` for p of 4 and
+    more.
     """
 
     def __init__(self, channels: Sequence[int], stride: int) -> None:
@@ -172,15 +134,10 @@ class Pyramid(nn.Module):
         self.channels += list(channels[2:])
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Build the pyramid.
+        """Four maps (B, C_i, h, w) -> sizes 4h, 2h, h and h/2 (p of 4 and more).
 
-        Args:
-            maps: four maps (B, C_i, h, w).
-
-        Returns:
-            Four maps of sizes 4h, 2h, h and h/2 (p of 4 and more). An odd h or w is
-            first made even by repeating the last row or column, so that every scale
-            is exactly twice the next one.
+        An odd h or w is first made even by repeating the last row or column, so that
+        every scale is exactly twice the next one.
         """
         a, b, c, d = (pad_to_multiple(m, 2) for m in maps)
         return [self.enlarge[0](a), self.enlarge[1](b), c, F.max_pool2d(d, 2)]
@@ -203,17 +160,10 @@ def _enlarge(channels: int, steps: int) -> nn.Sequential:
 
 
 def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
-    """Repeat the last row and column until height and width are multiples.
+    """Repeat the last row and column until height and width are multiples (pixels).
 
-    Padding stands below and to the right only, so that cropping back is
-    ``[..., :H, :W]`` and pixels keep their place in the patch grid.
-
-    Args:
-        image: (..., H, W) with any number of leading axes.
-        multiple: pixels.
-
-    Returns:
-        (..., H', W'), the same tensor where nothing had to be padded.
+    Padding is below and to the right only, so that cropping back is ``[..., :H, :W]``
+    and pixels keep their place in the patch grid.
     """
     for axis in (-2, -1):
         length = image.shape[axis]

@@ -27,18 +27,11 @@ class _StageReached(Exception):
 
 
 def stage_path(backbone: Backbone, stage: int) -> str:
-    """Where the features of a stage leave, as a path inside `backbone.model`.
+    """The end of a stage, 1 to 4, as a path inside `backbone.model`.
 
     A Swin's stage ends behind the merging that follows it, before the next stage's
-    blocks (so stage 3 of Swin-B has 1,024 channels); no norm is applied. A ViT's
-    stages are quarters of its depth.
-
-    Args:
-        backbone: A plain ViT or a Swin.
-        stage: 1 to 4.
-
-    Raises:
-        ValueError: Another stage, or another kind of network.
+    blocks (so stage 3 of Swin-B has 1,024 channels); no norm is applied. A ViT's stages
+    are quarters of its depth.
     """
     if stage not in STAGES:
         raise ValueError(f"stage is {stage!r}; allowed are 1, 2, 3 and 4.")
@@ -65,15 +58,10 @@ def stage_width(backbone: Backbone, stage: int) -> int:
 def stage_features(
     backbone: Backbone, stage: int, stop: bool = False
 ) -> Iterator[list[Tensor]]:
-    """Catch the features of a stage in every forward pass made inside.
+    """Collect the features of a stage in every forward pass made inside.
 
-    Args:
-        backbone: A plain ViT or a Swin.
-        stage: 1 to 4.
-        stop: End the forward pass there; it then returns nothing.
-
-    Yields:
-        A list; every pass adds (B, D), the mean over all places.
+    Yields a list; every pass adds (B, D), the mean over all places. With `stop` the
+    forward pass ends there and returns nothing.
     """
     found: list[Tensor] = []
 
@@ -98,16 +86,9 @@ def stage_features(
 class Teacher:
     """A frozen backbone that is asked for the features of one stage.
 
-    It is no module on purpose: a teacher inside the student's module would train, and
-    would be saved with it.
-
-    Args:
-        backbone: The teacher. It is not changed: no gradient is ever computed for it.
-        bands: The bands of the images; it picks its own by name.
-        stage: 1 to 4.
-
-    Raises:
-        ValueError: It needs a band that the images do not have, or has no such stage.
+    Not a module on purpose: inside the student's module it would train and be saved. It
+    picks its own bands from the images' `bands` by name, and raises ValueError if one
+    is missing.
     """
 
     def __init__(self, backbone: Backbone, bands: Sequence[str], stage: int) -> None:
@@ -141,13 +122,8 @@ class Teacher:
 
 
 def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Minus the cosine of the angle between features, batch mean, eq. 3 of GFM.
+    """Minus the cosine between features (B, D), batch mean, -1 to 1; eq. 3 of GFM.
 
-    Args:
-        student: (B, D), projected.
-        teacher: (B, D); no gradient flows there.
-
-    Returns:
-        A scalar from -1 (same direction) to 1.
+    No gradient flows to the teacher.
     """
     return -F.cosine_similarity(student, teacher.detach(), dim=1).mean()

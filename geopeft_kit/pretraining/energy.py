@@ -15,11 +15,7 @@ import torch
 
 
 class EnergyMeter:
-    """Energy of this machine's GPUs that a run uses, from `start` on.
-
-    Args:
-        devices: The GPUs as PyTorch numbers them; empty on a CPU.
-    """
+    """Energy of this machine's GPUs that a run uses, from `start` on."""
 
     def __init__(self, devices: list[int]) -> None:
         self.devices = devices

@@ -22,18 +22,10 @@ from geopeft_kit.backbones.grouped import GroupedViTBackbone
 
 
 def draw_cells(image: Tensor, unit: int, ratio: float) -> Tensor:
-    """Draw the cells to hide, as many in every image.
+    """Draw the cells to hide: (B, H / unit, W / unit), True where hidden.
 
-    Args:
-        image: (B, C, H, W); H and W are multiples of `unit`.
-        unit: Side of a cell in pixels.
-        ratio: Share of the N cells to hide: ceil(ratio * N) of them.
-
-    Returns:
-        (B, H / unit, W / unit), True where hidden; the same for all bands.
-
-    Raises:
-        ValueError: The image is no whole number of cells.
+    In every image ceil(ratio * N) of the N cells are hidden. `unit` is the side of a
+    cell in pixels; H and W must be multiples of it.
     """
     rows, columns = (side // unit for side in image.shape[-2:])
     if (rows * unit, columns * unit) != tuple(image.shape[-2:]):
@@ -56,13 +48,9 @@ def enlarged(cells: Tensor, factor: int) -> Tensor:
 def hidden_tokens(
     backbone: Backbone, cells: Tensor, unit: int, mask_token: Tensor
 ) -> Iterator[None]:
-    """Put `mask_token` in place of the hidden patches' embeddings, while this lasts.
+    """Put `mask_token` (D,) in place of hidden patches' embeddings, in this context.
 
-    Args:
-        backbone: A plain ViT or a Swin.
-        cells: (B, H / unit, W / unit), True where hidden.
-        unit: Side of a cell in pixels, a multiple of the patch's.
-        mask_token: (D,), D the width of the patch embedding.
+    `cells` is from `draw_cells`; `unit`, in pixels, is a multiple of the patch size.
     """
     patches = enlarged(cells, unit // backbone.strides[0])  # (B, h, w)
 
@@ -78,25 +66,18 @@ def hidden_tokens(
 
 
 def masked_l1(prediction: Tensor, target: Tensor, hidden: Tensor) -> Tensor:
-    """Mean absolute error over the hidden pixels and all bands, eq. 2 of GFM.
+    """Mean absolute error over hidden pixels and all bands, normalised; eq. 2 of GFM.
 
-    Args:
-        prediction: (B, C, H, W).
-        target: (B, C, H, W), as the network sees images: normalised.
-        hidden: (B, H, W), True where hidden.
-
-    Returns:
-        A scalar; 0 where nothing is hidden.
+    Images are (B, C, H, W), `hidden` is (B, H, W); 0 where nothing is hidden.
     """
     error = (prediction - target).abs().mean(1)  # (B, H, W)
     return (error * hidden).sum() / (hidden.sum() + 1e-5)
 
 
 def embedding_width(backbone: Backbone) -> int:
-    """Width D of the patch embedding that a mask token has to have.
+    """Width D of the patch embedding, the length of the mask token.
 
-    Raises:
-        ValueError: Tokens of this backbone cannot be hidden one by one.
+    Raises ValueError for a backbone whose tokens cannot be hidden one by one.
     """
     if isinstance(backbone, GroupedViTBackbone):
         raise ValueError(

@@ -89,18 +89,8 @@ def save_weights(backbone: Backbone, path: str | Path, half: bool = True) -> Pat
 
     The file knows its bands: load it with the same `bands` and options. One for all
     bands of the card serves any subset where the network keeps its upstream's names
-    (Prithvi, Swin, timm's), else it is refused.
-
-    Args:
-        backbone: Any backbone; no adapter may be active.
-        path: The file; written whole or not at all.
-        half: Store as float16, half the size.
-
-    Returns:
-        The path written.
-
-    Raises:
-        ValueError: An adapter is active.
+    (Prithvi, Swin, timm's), else it is refused. `half` stores float16. The file is
+    written whole or not at all; an active adapter raises ValueError.
     """
     adapter: Any = getattr(backbone, "adapter", None)
     if adapter is not None:

@@ -25,11 +25,7 @@ class SizedSamples(Protocol):
 
 
 def corpus(data: ChipData) -> ChipDataset:
-    """The training chips, or all chips of a data set without labels.
-
-    Raises:
-        ValueError: There are labels, and no training chips.
-    """
+    """The training chips, or all chips of a data set without labels."""
     alone = "unlabelled" in data.splits and "train" not in data.splits
     return data.dataset("unlabelled" if alone else "train")
 
@@ -115,13 +111,9 @@ def _random_view(side: int) -> Any:
 class Draws(Sampler):
     """The samples of an epoch, drawn from (seed, epoch) alone; each rank has its own.
 
-    Args:
-        size: Samples of the data set.
-        batch: Samples a step on each device.
-        ranks: Number of devices.
-        steps: Steps an epoch, drawn with replacement; None is one pass in a new order,
-            without the last samples that fill no step.
-        seed: Of the draw.
+    `batch` counts samples per step and device. `steps` per epoch are drawn with
+    replacement; None is one pass in a new order, without the last samples that fill no
+    step.
     """
 
     def __init__(

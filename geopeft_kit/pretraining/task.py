@@ -75,18 +75,7 @@ class PretextTask(L.LightningModule):
     """A backbone with a mask token and one linear head per objective.
 
     What trains is what `requires_grad` says: all of the backbone, or the adapter alone.
-
-    Args:
-        backbone: A plain ViT or a Swin.
-        objective: The weights of the losses.
-        teacher: Its features are learned, or None.
-        physical: Number P of dense maps in the samples.
-        scene: Number S of scene facts in the samples.
-        learning_rate: Peak rate of AdamW.
-        total_steps: For warm-up and cosine.
-
-    Raises:
-        ValueError: The backbone is another kind of network.
+    `physical` and `scene` count the dense maps and the scene facts of the samples.
     """
 
     def __init__(
@@ -166,14 +155,9 @@ class PretextTask(L.LightningModule):
         return torch.stack([weigh(part) * loss for part, loss in losses.items()]).sum()
 
     def compute_losses(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The part losses of a batch, not yet weighted.
+        """The unweighted losses of a batch: masked, teacher, physical, scene.
 
-        Args:
-            batch: `image` (B,C,H,W) reflectance; `physical` (B,P,H,W) and `scene` (B,S)
-                where the heads are there.
-
-        Returns:
-            Those of masked, teacher, physical, scene that take part.
+        `image` is (B,C,H,W) reflectance, `physical` (B,P,H,W), `scene` (B,S).
         """
         image, cells = batch["image"], None
         losses: dict[str, Tensor] = {}
@@ -199,9 +183,7 @@ class PretextTask(L.LightningModule):
     def encode(self, image: Tensor, cells: Tensor | None) -> tuple[Tensor, Tensor]:
         """The last map (B,D,h,w) of an image, and the pooled features of the stage.
 
-        Args:
-            image: (B, C, H, W) reflectance.
-            cells: Which to hide, see `draw_cells`; None hides nothing.
+        `cells` is from `draw_cells`; None hides nothing.
         """
         with ExitStack() as stack:
             found = stack.enter_context(

@@ -53,12 +53,16 @@ def evaluate(
         ValueError: The split has no chips.
     """
     chips: ChipData = as_data(data, model.task, model.num_classes)
-    # a value that a class map may set apart is an ordinary number in a regression
-    ignored = None if model.task in VALUE_TASKS else chips.ignore_index
+    ignored = ignored_value(model, chips)
     metrics = RegionalMetrics(model.task, model.num_classes, ignored)
     for output, batch in outputs_of(model, chips, split, device):
         metrics.update(output, batch_target(batch), batch["region"])
     return metrics.compute()
+
+
+def ignored_value(model: Model, data: ChipData) -> int | None:
+    """The target value without a label; none for values, where any number is real."""
+    return None if model.task in VALUE_TASKS else data.ignore_index
 
 
 def outputs_of(

@@ -22,16 +22,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
-from torchmetrics.functional.classification import (
-    multiclass_confusion_matrix,
-    multilabel_confusion_matrix,
-)
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from geopeft_kit.data.chips import ChipData
 from geopeft_kit.model import Model
-from geopeft_kit.training.evaluate import HEADLINE, outputs_of
+from geopeft_kit.training.evaluate import HEADLINE, ignored_value, outputs_of
+from geopeft_kit.training.metrics import ChipCounts, scores_of
 from geopeft_kit.training.task import batch_target
 
 
@@ -152,43 +147,15 @@ def count_chips(
         device: Where to compute.
 
     Returns:
-        (N, K, K) confusion matrices, truth by prediction; (N, K, 2, 2) for multilabel;
-        (N, 3) pixels, absolute and squared errors for regression; (N, 4) values,
-        squared errors, SSIM and 1 for super-resolution. And N region names.
+        The counts of N chips, see `ChipCounts`, and their region names.
     """
+    count = ChipCounts(model.task, model.num_classes, ignored_value(model, data))
     counts: list[np.ndarray] = []
     regions: list[str] = []
     for output, batch in outputs_of(model, data, split, device):
-        target = batch_target(batch)
-        regions += list(batch["region"])
-        for one, truth in zip(output, target, strict=True):
-            counts.append(_count(one, truth, model, data.ignore_index))
+        counts += [*count(output, batch_target(batch))]
+        regions += batch["region"]
     return np.stack(counts), np.array(regions, dtype=str)
-
-
-def _count(output: Tensor, truth: Tensor, model: Model, ignored: Any) -> np.ndarray:
-    """One chip: (K, H, W) or (K,) logits, or (1, H, W) values, and its truth."""
-    if model.task == "regression":
-        error = (output[0] - truth).double()
-        error = error[torch.isfinite(truth)]
-        return np.array([error.numel(), error.abs().sum(), error.square().sum()], float)
-    if model.task == "super_resolution":
-        error = (output - truth).double().square()
-        alike: Any = structural_similarity_index_measure(
-            output[None], truth[None], data_range=1.0
-        )
-        return np.array([error.numel(), error.sum(), float(alike), 1], float)
-    if model.task == "multilabel":
-        matrix = multilabel_confusion_matrix(
-            (output > 0).long()[None], truth.long()[None], model.num_classes,
-            ignore_index=ignored,
-        )  # fmt: skip
-    else:
-        matrix = multiclass_confusion_matrix(
-            output.argmax(dim=0)[None], truth.long()[None], model.num_classes,
-            ignore_index=ignored,
-        )  # fmt: skip
-    return matrix.double().numpy()
 
 
 def resampled_scores(
@@ -216,41 +183,6 @@ def resampled_scores(
     times = rng.multinomial(number, np.full(number, 1 / number), size=resamples)
     sums = times @ counts.reshape(number, -1)  # (R, everything else)
     return scores_of(sums.reshape(resamples, *counts.shape[1:]), task)
-
-
-def scores_of(sums: np.ndarray, task: str) -> dict[str, np.ndarray]:
-    """Scores from summed counts, as `metrics` defines them.
-
-    Args:
-        sums: (..., K, K), (..., K, 2, 2), (..., 3) or (..., 4), see `count_chips`.
-        task: The model's task.
-
-    Returns:
-        Metric -> (...) scores; a class that neither truth nor prediction holds is left
-        out of the means.
-    """
-    with np.errstate(invalid="ignore", divide="ignore"):
-        if task == "regression":
-            pixels, absolute, squared = np.moveaxis(sums, -1, 0)
-            return {"rmse": np.sqrt(squared / pixels), "mae": absolute / pixels}
-        if task == "super_resolution":
-            values, squared, alike, chips = np.moveaxis(sums, -1, 0)
-            return {"psnr": 10 * np.log10(values / squared), "ssim": alike / chips}
-        if task == "multilabel":
-            hits = sums[..., 1, 1]
-            false = sums[..., 0, 1] + sums[..., 1, 0]
-            right = (hits + sums[..., 0, 0]).sum(axis=-1)
-        else:
-            hits = np.diagonal(sums, axis1=-2, axis2=-1)
-            false = sums.sum(axis=-1) + sums.sum(axis=-2) - 2 * hits
-            right = hits.sum(axis=-1)
-        total = sums.reshape(*right.shape, -1).sum(axis=-1)
-        present = np.where(hits + false > 0, 1.0, np.nan)
-        classes = np.maximum(np.nansum(present, axis=-1), 1e-30)
-        iou = np.nansum(hits / (hits + false) * present, axis=-1) / classes
-        f1 = np.nansum(2 * hits / (2 * hits + false) * present, axis=-1) / classes
-        empty = np.where(total > 0, 1.0, np.nan)
-        return {"miou": iou * empty, "f1": f1 * empty, "accuracy": right / total}
 
 
 def _interval(draws: np.ndarray, level: float, chips: int) -> tuple[float, float]:
