@@ -29,7 +29,7 @@ quick: $(VENV)/.dev ## Run the everyday tests only (a few minutes)
 	$(PY) -m pytest $(PARALLEL) -m "not slow and not real"
 
 lab: $(VENV)/.notebooks ## Open JupyterLab in notebooks/
-	cd notebooks && "$(abspath $(PY))" -m jupyterlab
+	$(PY) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks
 
 real: $(VENV)/.dev ## Repeat the comparison on real pixels and real weights
 	@test -d "$(REAL)" || { echo "No real data at '$(REAL)'." \
