@@ -28,8 +28,8 @@ test: $(VENV)/.dev ## Install, run the whole test suite
 quick: $(VENV)/.dev ## Run the everyday tests only (a few minutes)
 	$(PY) -m pytest $(PARALLEL) -m "not slow and not real"
 
-lab: $(VENV)/.notebooks ## Open JupyterLab in notebooks/
-	cd notebooks && "$(abspath $(PY))" -m jupyterlab
+lab: $(VENV)/.notebooks ## Open JupyterLab at notebooks/
+	$(PY) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks
 
 real: $(VENV)/.dev ## Repeat the comparison on real pixels and real weights
 	@test -d "$(REAL)" || { echo "No real data at '$(REAL)'." \
@@ -47,9 +47,20 @@ lint: $(VENV)/.dev ## Check style and types
 
 clean: ## Remove build/ and caches; .venv stays
 	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache
-	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name '.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- The environment: reinstalled only when pyproject.toml changes -----------
+
+# A Python that is asked for by name must be the one of the environment that is there.
+ifeq ($(origin PYTHON),command line)
+ifneq ($(wildcard $(PY)),)
+version = $(shell "$(1)" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+ifneq ($(call version,$(PY)),$(call version,$(PYTHON)))
+$(error $(VENV) has Python $(call version,$(PY)), which PYTHON=$(PYTHON) is not. \
+Add VENV=.venv-other, or remove $(VENV))
+endif
+endif
+endif
 
 $(VENV)/.python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed, and none was" \

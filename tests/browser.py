@@ -16,10 +16,11 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,10 @@ READY = """async () => {
 
 @contextlib.contextmanager
 def jupyter_lab(
-    folder: Path, timeout: float = 90, front_end: str = "jupyterlab"
+    folder: Path,
+    timeout: float = 90,
+    front_end: str = "jupyterlab",
+    options: Sequence[str] = (),
 ) -> Iterator[Lab]:
     """A JupyterLab on a free port of 127.0.0.1, stopped at the end.
 
@@ -150,6 +154,7 @@ def jupyter_lab(
         folder: Its notebooks.
         timeout: Seconds until it has to answer.
         front_end: "jupyterlab", or "notebook" for Notebook 7.
+        options: Further options of its command line.
     """
     path, settings = FRONT_ENDS[front_end]
     with socket.socket() as free:
@@ -160,30 +165,35 @@ def jupyter_lab(
         sys.executable, "-m", front_end, "--no-browser", "--allow-root",
         "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}",
         "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}",
-        f"--ServerApp.root_dir={folder}", f"--{settings}.expose_app_in_browser=True",
+        f"--{settings}.expose_app_in_browser=True", *options,
     ]  # fmt: skip
-    # The question about Jupyter's news would cover a corner of the notebook.
-    quiet = folder / "settings" / "@jupyterlab" / "apputils-extension"
-    quiet.mkdir(parents=True, exist_ok=True)
-    (quiet / "notification.jupyterlab-settings").write_text(
-        '{"fetchNews": "false", "checkForUpdates": false}'
-    )
-    environment = os.environ | {"JUPYTERLAB_SETTINGS_DIR": str(folder / "settings")}
-    log = folder / "jupyterlab.log"
-    with open(log, "w") as file:
-        server = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, env=environment
+    with tempfile.TemporaryDirectory() as own:
+        # The question about Jupyter's news would cover a corner of the notebook.
+        quiet = Path(own) / "@jupyterlab" / "apputils-extension"
+        quiet.mkdir(parents=True)
+        (quiet / "notification.jupyterlab-settings").write_text(
+            '{"fetchNews": "false", "checkForUpdates": false}'
         )
-    try:
-        url = f"http://127.0.0.1:{port}"
-        _wait_for(f"{url}/api?token={token}", server, log, timeout)
-        yield Lab(url, token, folder, path)
-    finally:
-        server.terminate()
+        environment = os.environ | {"JUPYTERLAB_SETTINGS_DIR": own}
+        log = Path(own) / "jupyterlab.log"
+        with open(log, "w") as file:
+            server = subprocess.Popen(
+                command,
+                cwd=folder,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment,
+            )
         try:
-            server.wait(20)
-        except subprocess.TimeoutExpired:
-            server.kill()
+            url = f"http://127.0.0.1:{port}"
+            _wait_for(f"{url}/api?token={token}", server, log, timeout)
+            yield Lab(url, token, folder, path)
+        finally:
+            server.terminate()
+            try:
+                server.wait(20)
+            except subprocess.TimeoutExpired:
+                server.kill()
 
 
 def _wait_for(url: str, server: subprocess.Popen, log: Path, timeout: float) -> None:

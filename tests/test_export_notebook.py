@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import re
 from pathlib import Path
+from urllib.parse import unquote
 
 import nbformat
 import pytest
+from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from notebook_form import anchors, repository
+from notebook_tools import NOTEBOOKS, REPO, run_once
 
-REPO = Path(__file__).resolve().parent.parent
 spec = importlib.util.spec_from_file_location(
     "export_notebook", REPO / "docs" / "export_notebook.py"
 )
@@ -39,6 +43,13 @@ CONTROL = """
 import ipywidgets
 ipywidgets.IntSlider()
 """
+BARS = """
+from tqdm.notebook import tqdm
+list(tqdm(range(5), "kept"))
+list(tqdm(range(5), "gone", leave=False))
+ipywidgets.FloatProgress(value=3, max=4)
+"""
+LINKS = "[a](00_page.ipynb) [b](01_other.ipynb#part) [c](../docs/d.md#part) [d](#up)"
 
 
 def write(path: Path, *sources: str) -> Path:
@@ -54,7 +65,7 @@ def write(path: Path, *sources: str) -> Path:
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     folder = tmp_path_factory.mktemp("export")
-    path = write(folder / "00_page.ipynb", TABLE, FIGURE, FRAME, CONTROL)
+    path = write(folder / "00_page.ipynb", TABLE, FIGURE, FRAME, CONTROL, BARS)
     before = path.read_bytes()
     result = tool.export(path, folder / "out")
     assert path.read_bytes() == before, "the notebook itself must not change"
@@ -67,9 +78,20 @@ def test_page_stands_alone(exported):
     assert tool.external_requests(page) == []
     assert re.search(r'<img[^>]*src="data:image/png;base64', page)
     assert "srcdoc=" in page
-    assert "A control stands here" in page
+    assert page.count(tool.NO_WIDGET) == 1, "the slider's, and no bar's"
     assert "widget-state" not in page
     assert [p.name for p in exported[0].parent.iterdir()] == ["00_page.html"]
+
+
+@pytest.mark.slow
+def test_a_bar_shows_its_last_text(exported):
+    page = BeautifulSoup(exported[0].read_text(), "html.parser")
+    texts = [output.get_text().strip() for output in page.select("pre")]
+    assert [text[:14] for text in texts if text.startswith("kept: ")] == [
+        "kept: 100% 5/5"
+    ]
+    assert "3 of 4" in texts
+    assert not [text for text in texts if text.startswith("gone: ")]
 
 
 @pytest.mark.slow
@@ -138,6 +160,70 @@ def test_a_solution_stays_inside_its_details():
     folded = tool.fold_solutions(page)
     assert folded.index("x = 1") < folded.index("</details>") < folded.index("next")
     assert tool.fold_solutions(folded) == folded
+
+
+@pytest.mark.parametrize(
+    ("out", "root"),
+    [
+        ("build/tour", "../.."),
+        (None, f"{repository()}/blob/main"),
+    ],
+)
+def test_links_lead_on_from_the_page(out: str | None, root: str, tmp_path: Path):
+    notebook = new_notebook(cells=[new_markdown_cell(LINKS)])
+    folder = REPO / "notebooks"
+    page_folder = REPO / out if out else tmp_path
+    tool.turn_links(notebook, folder, page_folder, [folder / "00_page.ipynb"])
+    found = re.findall(r"\]\(([^)]*)\)", notebook.cells[0].source)
+    files = ["notebooks/01_other.ipynb#part", "docs/d.md#part"]
+    assert found == ["00_page.html", *(f"{root}/{file}" for file in files), "#up"]
+
+
+def test_a_link_to_a_notebook_leads_to_a_page_that_is_there(tmp_path: Path):
+    (tmp_path / "01_other.html").write_text("")
+    notebook = new_notebook(cells=[new_markdown_cell(LINKS)])
+    tool.turn_links(notebook, REPO / "notebooks", tmp_path, [])
+    assert "(01_other.html#part)" in notebook.cells[0].source
+
+
+def dead_links(page: Path) -> list[str]:
+    """Links of a page that lead nowhere, as far as it can be told with no network."""
+    dead = []
+    for link in BeautifulSoup(page.read_text(), "html.parser").select("a[href]"):
+        path, _, part = unquote(link["href"]).partition("#")
+        file = page.parent / path if path else page
+        if path.startswith(own := f"{repository()}/blob/main/"):
+            file = REPO / path.removeprefix(own)
+        elif re.match(r"[a-z]+:", path):
+            continue
+        if not file.exists() or (part and part not in parts(file)):
+            dead.append(link["href"])
+    return dead
+
+
+def parts(file: Path) -> set[str]:
+    """Names that a page can be entered at."""
+    if file.suffix == ".md":
+        return anchors(file.read_text())
+    soup = BeautifulSoup(file.read_text(), "html.parser")
+    return {tag["id"] for tag in soup.find_all(id=True)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_no_link_of_a_page_is_dead(path: Path, run_folder, tmp_path: Path):
+    """The page of a notebook that `test_notebooks_run.py` ran, in the same process."""
+    notebook = copy.deepcopy(run_once(path, run_folder(path)).notebook)
+    page = tool.write_page(notebook, path, tmp_path)
+    assert dead_links(page) == []
+    assert "%|" not in BeautifulSoup(page.read_text(), "html.parser").get_text()
+
+
+def test_a_dead_link_is_found(tmp_path: Path):
+    hrefs = ("gone.md", "#gone", f"{repository()}/blob/main/gone.md", "page.html")
+    page = tmp_path / "page.html"
+    page.write_text("".join(f'<a href="{href}">x</a>' for href in hrefs))
+    assert dead_links(page) == list(hrefs[:3])
 
 
 def test_pictures_outside_the_notebooks_folder_are_embedded(tmp_path: Path):

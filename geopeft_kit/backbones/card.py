@@ -38,20 +38,23 @@ class WeightFile:
     """Where one file of weights lies.
 
     Args:
-        file: file name, also the name in the local cache.
+        file: file name, also the name in the local cache; "" where torchgeo names it.
         repo: ``owner/name`` on the Hugging Face hub, or None.
         revision: branch, tag or commit of ``repo``.
         url: full address where the file is not on the hub.
         sha256: checksum, only where it was computed from the real file.
+        torchgeo: member of torchgeo's weights that says file, repo and revision, as
+            ``"DOFABase16_Weights.DOFA_MAE"``; it is read when the weights are loaded.
 
-    With neither ``repo`` nor ``url`` the file is packaged with the kit.
+    With none of ``repo``, ``url`` and ``torchgeo`` the file is packaged with the kit.
     """
 
-    file: str
+    file: str = ""
     repo: str | None = None
     revision: str = "main"
     url: str | None = None
     sha256: str | None = None
+    torchgeo: str | None = None
 
 
 @dataclass(frozen=True)
@@ -120,9 +123,9 @@ class BackboneCard:
 
     @property
     def revision(self) -> str | None:
-        """Revision of the default weight file; None where there is none."""
+        """Revision of the default weight file; None where the card holds none."""
         file = self.weights.get("default")
-        return file.revision if file else None
+        return file.revision if file and not file.torchgeo else None
 
     @property
     def sha256(self) -> str | None:
@@ -136,7 +139,8 @@ class BackboneCard:
         for item in fields(self):
             value = getattr(self, item.name)
             if item.name == "weights":
-                value = ", ".join(f"{tag}: {w.file}" for tag, w in value.items())
+                files = {tag: w.torchgeo or w.file for tag, w in value.items()}
+                value = ", ".join(f"{tag}: {file}" for tag, file in files.items())
             elif item.name == "parameters":
                 value = f"{value:,}"
             elif item.name in ("bands", "also_reads"):

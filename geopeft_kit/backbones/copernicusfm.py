@@ -189,11 +189,7 @@ def build(
     return backbone
 
 
-_FILE = WeightFile(
-    "CopernicusFM_ViT_base_varlang-085350e4.pth",
-    repo="torchgeo/copernicus-fm",
-    revision="f395812cc990ba25a451dbb9c9e6d95c8482947e",
-)
+_FILE = WeightFile(torchgeo="CopernicusFM_Base_Weights.CopernicusFM_ViT")
 COPERNICUSFM_BASE = BackboneCard(
     name="copernicusfm_base",
     family="copernicusfm",

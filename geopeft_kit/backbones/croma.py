@@ -177,8 +177,9 @@ def _stretched(
 
 
 def _card(
-    size: str, width: int, depth: int, radar: bool, parameters: int, file: WeightFile
+    size: str, width: int, depth: int, radar: bool, parameters: int
 ) -> BackboneCard:
+    file = WeightFile(torchgeo=f"CROMA{size.title()}_Weights.CROMA_VIT")
     statistics = _stretched(
         1e4, tuple(S2_MEAN[i] for i in _OPTICAL), tuple(S2_STD[i] for i in _OPTICAL)
     )
@@ -210,19 +211,9 @@ def _card(
     )
 
 
-_BASE = WeightFile(
-    "CROMA_base-0238d814.pt",
-    repo="torchgeo/croma",
-    revision="387883f08af79d777167519c57cd826eda89a16f",
-)
-_LARGE = WeightFile(
-    "CROMA_large-921e69ad.pt",
-    repo="torchgeo/croma",
-    revision="92cb1a0f4e34c6c01558baf070197c01255382f6",
-)
 CARDS = (
-    _card("base", 768, 12, False, 85_618_944, _BASE),
-    _card("base", 768, 12, True, 42_614_016, _BASE),
-    _card("large", 1024, 24, False, 303_025_152, _LARGE),
-    _card("large", 1024, 24, True, 151_251_968, _LARGE),
+    _card("base", 768, 12, False, 85_618_944),
+    _card("base", 768, 12, True, 42_614_016),
+    _card("large", 1024, 24, False, 303_025_152),
+    _card("large", 1024, 24, True, 151_251_968),
 )

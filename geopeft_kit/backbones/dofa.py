@@ -71,13 +71,9 @@ def build(
 
 
 def _card(
-    name: str, width: int, depth: int, heads: int, parameters: int, file: str
+    name: str, width: int, depth: int, heads: int, parameters: int
 ) -> BackboneCard:
-    weights = WeightFile(
-        file,
-        repo="torchgeo/dofa",
-        revision="b8db318b64a90b9e085ec04ba8851233c5893666",
-    )
+    weights = WeightFile(torchgeo=f"DOFA{name.title()}16_Weights.DOFA_MAE")
     return BackboneCard(
         name=f"dofa_{name}",
         family="dofa",
@@ -103,6 +99,6 @@ def _card(
 
 
 CARDS = (
-    _card("base", 768, 12, 12, 111_159_296, "dofa_base_patch16_224-a0275954.pth"),
-    _card("large", 1024, 24, 16, 336_901_632, "dofa_large_patch16_224-0ff904d3.pth"),
+    _card("base", 768, 12, 12, 111_159_296),
+    _card("large", 1024, 24, 16, 336_901_632),
 )

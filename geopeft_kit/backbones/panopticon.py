@@ -78,11 +78,7 @@ def build(
     return ViTBackbone(card, model, plan)
 
 
-_FILE = WeightFile(
-    "panopticon_vitb14_teacher.pth",
-    repo="lewaldm/panopticon",
-    revision="c8c2bb9555819e8b2bcedf5b3b00e3bf531554e7",
-)
+_FILE = WeightFile(torchgeo="Panopticon_Weights.VIT_BASE14")
 PANOPTICON_BASE = BackboneCard(
     name="panopticon_base",
     family="panopticon",

@@ -179,15 +179,12 @@ _SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-def _card(size: str, parameters: int, single: str, several: str) -> BackboneCard:
+def _card(size: str, parameters: int) -> BackboneCard:
     sizes = _SIZES[size]
+    weights = f"Swin_V2_{size.upper()}_Weights"
     files = [
-        WeightFile(
-            f"sentinel2_swin{size}_{file}.pth",
-            repo="torchgeo/satlas",
-            revision="081d6607431bf36bdb59c223777cbb267131b8f2",
-        )
-        for file in (f"si_ms-{single}", f"mi_ms-{several}")
+        WeightFile(torchgeo=f"{weights}.SENTINEL2_{tag}_MS_SATLAS")
+        for tag in ("SI", "MI")
     ]
     return BackboneCard(
         name=f"satlas_swin_v2_{size}",
@@ -217,6 +214,6 @@ def _card(size: str, parameters: int, single: str, several: str) -> BackboneCard
 
 
 CARDS = (
-    _card("t", 27_591_786, "bc68e396", "d8c659e3"),
-    _card("b", 86_918_136, "fe22a12c", "39c86721"),
+    _card("t", 27_591_786),
+    _card("b", 86_918_136),
 )

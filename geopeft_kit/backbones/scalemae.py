@@ -102,8 +102,6 @@ def build_scalemae(
     return backbone
 
 
-_REPO = "isaaccorley/vit_large_patch16_224_fmow_rgb_scalemae"
-
 SCALEMAE_LARGE = BackboneCard(
     name="scalemae_large",
     family="scalemae",
@@ -117,13 +115,7 @@ SCALEMAE_LARGE = BackboneCard(
     licence_weights="not stated by torchgeo: see the source",
     licence_code="MIT",
     source="https://github.com/bair-climate-initiative/scale-mae",
-    weights={
-        "default": WeightFile(
-            "vit_large_patch16_224_fmow_rgb_scalemae-98ed9821.pth",
-            repo=_REPO,
-            revision="9dc7f569424baeb780698352cf6e87638c882123",
-        )
-    },
+    weights={"default": WeightFile(torchgeo="ScaleMAELarge16_Weights.FMOW_RGB")},
     architecture={"heads": 16},
     paper="arXiv 2212.14532",
     notes="ViT-L, masked autoencoder on fMoW RGB at several scales; the option "

@@ -116,75 +116,32 @@ _SIZES: dict[str, dict[str, Any]] = {
     "vit_base": {"width": 768, "depth": 12, "heads": 12},
     "resnet50": {"width": 2048, "depth": 16},
 }
-# Repositories on the Hugging Face hub: owner/name and revision.
-_MAE = ("wangyi111/SSL4EO-S12", "75c72195d35201dc1fb210818993518c25da566b")
-_FGMAE = ("wangyi111/FGMAE", "24dd3077d7a99ecd454eaec7adb83d045d7fa122")
-_SOFT_VIT = ("wangyi111/softcon", "bae909781911f8ec034b4b959992fae17b973c0c")
-_SOFT_RESNET = ("wangyi111/softcon", "62ff465b2e7467dbfc70758ec1e9d08ab87fc46b")
-
-
-def _own(stem: str, revision: str, prefix: str) -> tuple[str, str, str]:
-    """A file whose repository in torchgeo's organisation has its name."""
-    return f"torchgeo/{stem}", revision, f"{stem}-{prefix}.pth"
-
-
-_VIT = "vit_small_patch16_224_sentinel2_all"
-_RESNET = "resnet50_sentinel"
-# method, network, radar, parameters, {tag: (repository, revision, file)}
-_PUBLISHED: tuple[
-    tuple[str, str, bool, int, dict[str, tuple[str, str, str]]], ...
-] = (
-    ("SSL4EO", "vit_small", False, 22_648_704, {
-        "dino": _own(f"{_VIT}_dino", "5b41dd418a79de47ac9f5be3e035405a83818a62",
-                     "36bcc127"),
-        "moco": _own(f"{_VIT}_moco", "1cb683f6c14739634cdfaaceb076529adf898c74",
-                     "67c9032d"),
-        "mae": (*_MAE, "B13_vits16_mae_ep99_enc.pth"),
-        "fgmae": (*_FGMAE, "B13_vits16_fgmae_ep99_enc.pth"),
-    }),
-    ("SSL4EO", "vit_small", True, 21_567_360, {
-        "mae": (*_MAE, "B2_vits16_mae_ep99_enc.pth"),
-        "fgmae": (*_FGMAE, "B2_vits16_fgmae_ep99_enc.pth"),
-    }),
-    ("SSL4EO", "vit_base", False, 87_764_736, {
-        "mae": (*_MAE, "B13_vitb16_mae_ep99_enc.pth"),
-        "fgmae": (*_FGMAE, "B13_vitb16_fgmae_ep99_enc.pth"),
-    }),
-    ("SSL4EO", "vit_base", True, 85_602_048, {
-        "mae": (*_MAE, "B2_vitb16_mae_ep99_enc.pth"),
-        "fgmae": (*_FGMAE, "B2_vitb16_fgmae_ep99_enc.pth"),
-    }),
-    ("SSL4EO", "resnet50", False, 23_539_392, {
-        "moco": _own(f"{_RESNET}2_all_moco",
-                     "da4f3c9dbe09272eb902f3b37f46635fa4726879", "df8b932e"),
-        "dino": _own(f"{_RESNET}2_all_dino",
-                     "d7f14bf5530d70ac69d763e58e77e44dbecfec7c", "d6c330e9"),
-    }),
-    ("SSL4EO", "resnet50", True, 23_504_896, {
-        "moco": _own(f"{_RESNET}1_all_moco",
-                     "e79862c667853c10a709bdd77ea8ffbad0e0f1cf", "906e4356"),
-    }),
-    ("DeCUR", "resnet50", False, 23_539_392, {
-        "decur": ("torchgeo/decur", "eba7ae5945d482a4319be046d34b552db5dd9950",
-                  "rn50_ssl4eo-s12_ms_decur_ep100-fc6b09ff.pth"),
-    }),
-    ("DeCUR", "resnet50", True, 23_504_896, {
-        "decur": ("torchgeo/decur", "9328eeb90c686a88b30f8526ed757b4bc0f12027",
-                  "rn50_ssl4eo-s12_sar_decur_ep100-f0e69ba2.pth"),
-    }),
-    ("SoftCon", "vit_small", False, 22_381_440,
-     {"softcon": (*_SOFT_VIT, "B13_vits14_softcon_enc.pth")}),
-    ("SoftCon", "vit_small", True, 21_553_536,
-     {"softcon": (*_SOFT_VIT, "B2_vits14_softcon_enc.pth")}),
-    ("SoftCon", "vit_base", False, 87_230_208,
-     {"softcon": (*_SOFT_VIT, "B13_vitb14_softcon_enc.pth")}),
-    ("SoftCon", "vit_base", True, 85_574_400,
-     {"softcon": (*_SOFT_VIT, "B2_vitb14_softcon_enc.pth")}),
-    ("SoftCon", "resnet50", False, 23_539_392,
-     {"softcon": (*_SOFT_RESNET, "B13_rn50_softcon.pth")}),
-    ("SoftCon", "resnet50", True, 23_504_896,
-     {"softcon": (*_SOFT_RESNET, "B2_rn50_softcon.pth")}),
-)  # fmt: skip
+_ENUMS = {  # of torchgeo
+    ("SSL4EO", "vit_small"): "ViTSmall16_Weights",
+    ("SSL4EO", "vit_base"): "ViTBase16_Weights",
+    ("SSL4EO", "resnet50"): "ResNet50_Weights",
+    ("DeCUR", "resnet50"): "ResNet50_Weights",
+    ("SoftCon", "vit_small"): "ViTSmall14_DINOv2_Weights",
+    ("SoftCon", "vit_base"): "ViTBase14_DINOv2_Weights",
+    ("SoftCon", "resnet50"): "ResNet50_Weights",
+}
+# method, network, radar, parameters, tags: the first is the default
+_PUBLISHED: tuple[tuple[str, str, bool, int, tuple[str, ...]], ...] = (
+    ("SSL4EO", "vit_small", False, 22_648_704, ("dino", "moco", "mae", "fgmae")),
+    ("SSL4EO", "vit_small", True, 21_567_360, ("mae", "fgmae")),
+    ("SSL4EO", "vit_base", False, 87_764_736, ("mae", "fgmae")),
+    ("SSL4EO", "vit_base", True, 85_602_048, ("mae", "fgmae")),
+    ("SSL4EO", "resnet50", False, 23_539_392, ("moco", "dino")),
+    ("SSL4EO", "resnet50", True, 23_504_896, ("moco",)),
+    ("DeCUR", "resnet50", False, 23_539_392, ("decur",)),
+    ("DeCUR", "resnet50", True, 23_504_896, ("decur",)),
+    ("SoftCon", "vit_small", False, 22_381_440, ("softcon",)),
+    ("SoftCon", "vit_small", True, 21_553_536, ("softcon",)),
+    ("SoftCon", "vit_base", False, 87_230_208, ("softcon",)),
+    ("SoftCon", "vit_base", True, 85_574_400, ("softcon",)),
+    ("SoftCon", "resnet50", False, 23_539_392, ("softcon",)),
+    ("SoftCon", "resnet50", True, 23_504_896, ("softcon",)),
+)
 
 
 def _card(
@@ -192,14 +149,15 @@ def _card(
     kind: str,
     radar: bool,
     parameters: int,
-    files: Mapping[str, tuple[str, str, str]],
+    tags: tuple[str, ...],
 ) -> BackboneCard:
     sizes, resnet = _SIZES[kind], kind == "resnet50"
     paper, source = _PAPERS[method]
     statistics = S2_STATISTICS if method == "SoftCon" else S2_TEN_THOUSAND
+    sensor = "SENTINEL1_GRD" if radar else "SENTINEL2_ALL"
     weights = {
-        tag: WeightFile(file, repo=repo, revision=revision)
-        for tag, (repo, revision, file) in files.items()
+        tag: WeightFile(torchgeo=f"{_ENUMS[method, kind]}.{sensor}_{tag.upper()}")
+        for tag in tags
     }
     patches = 14 if method == "SoftCon" else 16
     return BackboneCard(

@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -71,7 +72,7 @@ def find_weights(card: BackboneCard, weights: str | Path | None) -> Path | None:
             "weights=None gives random ones"
         )
     if path.is_dir():
-        names = [file.file for file in card.weights.values()]
+        names = [published(file).file for file in card.weights.values()]
         found = [path / name for name in names if (path / name).is_file()]
         if not found:
             raise ValueError(
@@ -90,7 +91,7 @@ def find_weights(card: BackboneCard, weights: str | Path | None) -> Path | None:
 
 
 def _find_tagged(card: BackboneCard, tag: str) -> Path:
-    file = card.weights[tag]
+    file = published(card.weights[tag])
     if file.repo is None and file.url is None:
         path = _PACKAGED / file.file
         if not path.is_file():
@@ -103,6 +104,22 @@ def _find_tagged(card: BackboneCard, tag: str) -> Path:
     folder = re.sub(r"[^\w.-]+", "_", card.name)
     path = cache_folder() / "weights" / folder / tag / file.file
     return fetch(weight_url(file), path, sha256=file.sha256)
+
+
+def published(file: WeightFile) -> WeightFile:
+    """The same file with its name and address, which the installed torchgeo may hold.
+
+    Its address is ``https://hf.co/OWNER/NAME/resolve/REVISION/FILE``.
+    """
+    if file.torchgeo is None:
+        return file
+    from torchgeo import models
+
+    enum, _, member = file.torchgeo.partition(".")
+    path = urlsplit(getattr(models, enum)[member].value.url).path
+    repo, _, rest = path.removeprefix("/").partition("/resolve/")
+    revision, _, name = rest.partition("/")
+    return WeightFile(name, repo=repo, revision=revision)
 
 
 def weight_url(file: WeightFile) -> str:
