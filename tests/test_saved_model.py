@@ -15,7 +15,10 @@ from typing import Any
 
 import method_table
 import pytest
+import rasterio
 import torch
+from rasterio.transform import from_origin
+from rasterio.warp import transform_bounds
 from torch import Tensor, nn
 from toy import toy_data
 
@@ -294,6 +297,51 @@ def test_fit_leaves_names_and_colours(tmp_path: Path):
     assert loaded.colours == data.colours
     assert loaded.bands == list(data.bands)
     assert gk.evaluate(loaded, data) == gk.evaluate(model, data)
+
+
+def warp_box(path: Path) -> tuple[float, ...]:
+    """West, south, east, north of a raster in degrees."""
+    with rasterio.open(path) as raster:
+        return transform_bounds(raster.crs, "EPSG:4326", *raster.bounds)
+
+
+def write_scene(path: Path, model: Model, side: int = 96) -> Path:
+    """A scene of reflectance in the model's bands, somewhere in Europe."""
+    image = torch.rand(len(model.bands), side, side).numpy()
+    grid = from_origin(500_000, 5_100_000, 10, 10)
+    with rasterio.open(path, "w", driver="GTiff", count=len(image), height=side,
+                       width=side, dtype="float32", crs="EPSG:32633",
+                       transform=grid) as raster:  # fmt: skip
+        raster.write(image)
+        raster.descriptions = model.bands
+    return path
+
+
+def test_scene_place_and_map_take_names_and_colours_from_the_model(tmp_path: Path):
+    model = built()
+    model.classes, model.colours = ["a", "b", "c"], ["#010203", "#aabbcc", "#ffffff"]
+    model = gk.load_model(gk.save_model(model, tmp_path / "model"))
+    scene = write_scene(tmp_path / "scene.tif", model)
+    out = gk.predict_scene(model, scene, tmp_path / "out.tif", scale=1.0)
+    with rasterio.open(out) as raster:
+        assert json.loads(raster.tags()["classes"]) == model.classes
+        assert raster.colormap(1)[1][:3] == (0xAA, 0xBB, 0xCC)
+    shown = gk.show_map([gk.MapLayer("prediction", out, "classes")])
+    legend = shown.drawing.layers[0].legend.entries
+    assert legend == (("#010203", "a"), ("#aabbcc", "b"), ("#ffffff", "c"))
+    west, south, east, north = warp_box(scene)
+    box = (west + 0.001, south + 0.001, east - 0.001, north - 0.001)
+    layers = gk.predict_place(box, model, scene, tmp_path, scale=1.0)
+    assert layers[1].classes == model.classes
+    own = ["x", "y", "z"]  # said aloud, it wins
+    gk.predict_scene(model, scene, out, scale=1.0, classes=own)
+    with rasterio.open(out) as raster:
+        assert json.loads(raster.tags()["classes"]) == own
+
+
+def test_a_place_without_names_says_so(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"no class names.*Pass classes="):
+        gk.predict_place((8, 50, 9, 51), built(), "scene.tif", tmp_path)
 
 
 # --- what is refused ----------------------------------------------------------------
