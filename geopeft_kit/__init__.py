@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from geopeft_kit.model import build_model
     from geopeft_kit.places import fetch_scene, predict_place
     from geopeft_kit.pretraining import pretrain
+    from geopeft_kit.saved_model import load_model, save_model
     from geopeft_kit.training import (  # type: ignore[no-redef]
         MemoryEstimate,
         estimate_memory,
@@ -71,6 +72,7 @@ __all__ = [
     "list_methods",
     "load_adapter",
     "load_backbone",
+    "load_model",
     "plots",
     "predict_place",
     "predict_scene",
@@ -78,6 +80,7 @@ __all__ = [
     "pretrain_geo_aware",
     "region_gap",
     "save_map",
+    "save_model",
     "score_regions",
     "selective_scan",
     "show_map",
@@ -108,6 +111,7 @@ _ROOMS = {
     "map_layers": ("MapLayer", "Raster", "chip_layers"),
     "places": ("fetch_scene", "predict_place"),
     "pretraining": ("pretrain",),
+    "saved_model": ("load_model", "save_model"),
     "training": (
         "MemoryEstimate",
         "estimate_memory",

@@ -1,9 +1,10 @@
-"""Files that are written whole or not at all, and what they hash to."""
+"""Files and folders that are written whole or not at all, and what they hash to."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,35 @@ def whole_file(target: Path) -> Iterator[Path]:
         os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill; it takes the target's place only when all went well.
+
+    Args:
+        target: The folder; its parents are made. What it held before is replaced as a
+            whole, and comes back after an error.
+
+    Yields:
+        An empty temporary folder beside it.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    old = part.with_name(f"{part.name}.old")
+    try:
+        yield part
+        part.chmod(0o777 & ~_umask())  # a temporary folder starts out private
+        if target.exists():
+            os.replace(target, old)  # a folder cannot take the place of a full one
+        os.replace(part, target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            os.replace(old, target)
+        raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _umask() -> int:

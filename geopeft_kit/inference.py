@@ -87,9 +87,9 @@ def predict_scene(
             the raster itself states; integers that state none are an error, since
             10000, 255 and 1 are all in use.
         offset: See `scale`; used only together with it.
-        classes: Class names, kept as a tag of the file.
+        classes: Class names, kept as a tag of the file. By default `model.classes`.
         colours: One "#rrggbb" per class (a list, or a dict by class), kept as the
-            colour table of the file.
+            colour table of the file. By default `model.colours`.
         probabilities: Also write `<target>_probabilities.tif`, float32, one band per
             class (segmentation only).
         meta: `date` (1, 1, 2: year, day of year from 0) and `lonlat` (1, 2, degrees)
@@ -123,6 +123,9 @@ def predict_scene(
         raise ValueError(
             f"probabilities=True needs task 'segmentation'; this model does {task!r}."
         )
+    if task == "segmentation":
+        classes = getattr(model, "classes", None) if classes is None else classes
+        colours = getattr(model, "colours", None) if colours is None else colours
     target = Path(target)
     if not target.parent.is_dir():
         raise FileNotFoundError(

@@ -166,6 +166,9 @@ class Model(nn.Module):
         num_classes: output channels (1 for regression).
         factor: fine pixels along one of the image; 1 but for super-resolution.
         config: what `build_model` was called with, ready for JSON.
+        classes: names of the classes, once `fit` has seen them in its data; else None.
+        colours: "#rrggbb" of each class, likewise.
+        adapter: what `fit` trained in the backbone, or None; to be active when saved.
     """
 
     backbone: Backbone
@@ -178,6 +181,9 @@ class Model(nn.Module):
         self.backbone = backbone
         self.decoder = decoder
         self.config = config
+        self.classes: list[str] | None = None
+        self.colours: list[str] | None = None
+        self.adapter: Any = None
         self.task: str = config["task"]
         self.num_classes: int = config["num_classes"]
         self.fusion: str | None = config.get("fusion")
@@ -185,6 +191,11 @@ class Model(nn.Module):
         own = self.num_classes == len(backbone.bands)
         self.adds_detail = self.task == "super_resolution" and own
         self._built_for = backbone.channels, backbone.strides
+
+    @property
+    def bands(self) -> list[str]:
+        """Bands of the images that it reads, in order."""
+        return list(self.backbone.bands)
 
     @property
     def head(self) -> nn.Module:

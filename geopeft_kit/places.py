@@ -126,7 +126,7 @@ def predict_place(
     model: Any,
     source: str | os.PathLike[str],
     folder: str | os.PathLike[str],
-    classes: Sequence[str],
+    classes: Sequence[str] | None = None,
     colours: Colours | None = None,
     name: str = "prediction",
     **options: Any,
@@ -138,8 +138,8 @@ def predict_place(
         model: A trained segmentation model; its backbone says which bands it wants.
         source: See `fetch_scene`.
         folder: Where scene and prediction are kept, numbered.
-        classes: Class names.
-        colours: One per class.
+        classes: Class names; by default `model.classes`.
+        colours: One per class; by default `model.colours`.
         name: Of the prediction's layer.
         **options: Of `fetch_scene`.
 
@@ -148,7 +148,14 @@ def predict_place(
 
     Raises:
         FileNotFoundError: The folder does not exist; and all errors of `fetch_scene`.
+        ValueError: Neither `classes` nor the model says what the classes are called.
     """
+    classes = getattr(model, "classes", None) if classes is None else classes
+    if classes is None:
+        raise ValueError(
+            "the model has no class names, since gk.fit did not train it on data with "
+            "names. Pass classes=[...]."
+        )
     folder = Path(folder)
     number = len(list(folder.glob("place_*_scene.tif"))) + 1
     scene = fetch_scene(box, folder / f"place_{number:02d}_scene.tif", source,

@@ -463,8 +463,46 @@ def test_a_saved_explorer_comes_back_without_training(explored, data, tmp_path):
         with torch.inference_mode():
             assert torch.equal(loaded.model(image), explored.model(image))
         assert loaded.page.picture.value == explored.page.picture.value
+    assert explored.bench.backbone_of(explored.choice).adapter is explored.shown.adapter
     explored.save(folder)  # replaces the one that is there
     assert len(gk.Explorer.load(folder, data).runs) == 2
+
+
+def test_a_run_is_saved_by_a_click_and_its_code_says_so(
+    explored, data, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    explored.choose(method="lora", epochs=1).show("Code")
+    page, run = explored.page, explored.shown
+    assert "save_model" not in explored.code
+    assert page.folder.placeholder == "runs/lora_fcn"
+    page.save_button.click()
+    assert "gk.load_model(&#x27;runs/lora_fcn&#x27;)" in page.notes.value
+    assert 'gk.save_model(model, "runs/lora_fcn")' in explored.code
+    assert "save_model" in page.code.value
+    assert page.folder.placeholder == "runs/lora_fcn_2"  # nothing is overwritten
+    loaded = gk.load_model("runs/lora_fcn")
+    image = data.dataset("test")[0]["image"][None]
+    with torch.inference_mode():
+        assert torch.equal(loaded(image), explored.model(image))
+    assert loaded.classes == data.classes and loaded.colours == data.colours
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep me")
+    page.folder.value = "mine"
+    page.save_button.click()
+    assert "The run was not saved" in page.notes.value
+    assert "Traceback" not in page.notes.value
+    assert run.saved == "runs/lora_fcn"
+    page.folder.value = "mine/own"
+    page.save_button.click()
+    assert gk.load_model("mine/own").bands == list(data.bands)
+    run.saved = ""  # as the tests that follow expect it
+    explored.show("Picture")
+    explored.choose(method="frozen")
+    assert page.save_button.disabled
+    with pytest.raises(RuntimeError, match="no trained model"):
+        explored.save_run()
 
 
 @pytest.mark.slow
@@ -481,9 +519,9 @@ def test_a_saved_explorer_is_checked(explored, data, tmp_path):
         gk.Explorer.load(folder, {"another": data})
     broken = tmp_path / "broken"
     shutil.copytree(folder, broken)
-    decoder = next(broken.rglob("decoder.safetensors"))
+    decoder = next(broken.rglob("model.safetensors"))
     decoder.write_bytes(decoder.read_bytes()[:100])
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="is damaged"):
         gk.Explorer.load(broken, data)
     (broken / "explorer.json").write_text("{")
     with pytest.raises(ValueError, match="truncated"):

@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 from browser import Visit, drag, jupyter_lab, write_notebook
 
+import geopeft_kit as gk
+
 pytestmark = [pytest.mark.slow, pytest.mark.browser, pytest.mark.timeout(1800)]
 
 WAIT = 240_000  # milliseconds; a busy machine has to be waited for
@@ -274,6 +276,31 @@ def copy_code(hand: Hand) -> str:
     return copied
 
 
+def save_this_run(hand: Hand, folder: Path) -> None:
+    """A sentence says where the run is, or why it is not; the code follows."""
+    code = hand.page.locator("pre.gpk-code")
+    before = code.inner_text()
+    place = hand.page.locator(".gpk-folder input")
+    (folder / "taken").mkdir()
+    (folder / "taken" / "notes.txt").write_text("mine")
+    place.fill("taken")
+    place.press("Enter")
+    hand.click("Save this run")
+    hand.await_state("notes", "refused")
+    said = hand.text("notes")
+    assert "was not saved" in said and "notes.txt" in said and "Traceback" not in said
+    assert code.inner_text() == before
+    hand.shoot("not_saved")
+    place.fill("")
+    place.press("Enter")
+    hand.click("Save this run")
+    hand.page.get_by_text("Saved. In the next session").wait_for()
+    assert "gk.load_model('runs/lora_fcn')" in hand.text("notes")
+    assert 'gk.save_model(model, "runs/lora_fcn")' in code.inner_text()
+    hand.shoot("saved")
+    assert gk.load_model(folder / "runs" / "lora_fcn").classes == [EVIL, "high"]
+
+
 def no_overflow(page: Any) -> None:
     """Nothing is cut off or wider than its place at 1280 pixels."""
     wide = page.evaluate(
@@ -312,7 +339,10 @@ def test_in_jupyterlab(visit: Visit, tmp_path: Path) -> None:
         no_overflow(page)
         swipe_and_fade(hand)
         click_and_draw(hand)
-        code = copy_code(hand)
+        copy_code(hand)
+        save_this_run(hand, tmp_path)
+        no_overflow(page)
+        code = page.locator("pre.gpk-code").inner_text()
         seen = hand.text("progress"), hand.text("parameters")
         page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
         page.reload()

@@ -44,6 +44,7 @@ LEVEL |= dict.fromkeys(
     LEVEL["maps"],
 )
 LEVEL["applicability"] = LEVEL["inference"]
+LEVEL["saved_model"] = LEVEL["model"]
 LEVEL |= {"baselines": LEVEL["comparison"], "indices": LEVEL["bands"]}
 LEVEL["geo_aware"] = LEVEL["pretraining"]
 

@@ -28,12 +28,13 @@ from geopeft_kit.backbones import (
     timm_zoo,
     torchgeo,
 )
-from geopeft_kit.backbones.base import Backbone
+from geopeft_kit.backbones.base import SAMPLE, Backbone, Origin
 from geopeft_kit.backbones.card import BackboneCard, BandPlan, NewBands, plan_bands
 from geopeft_kit.backbones.weights import (
     State,
     check_fit,
     find_weights,
+    is_tag,
     misfits,
     read_checkpoint,
     saved_bands,
@@ -186,6 +187,8 @@ def load_backbone(
     card = find_card(name)
     plan = plan_bands(card, bands, new_bands)
     path = find_weights(card, weights)
+    drawn = path is None or new_bands == "random"
+    generator = torch.random.get_rng_state() if drawn else None
     if card.family in _SIZED:
         options["image_size"] = image_size
     build = partial(_BUILDERS[card.family], card, plan, **options)
@@ -200,6 +203,18 @@ def load_backbone(
     backbone.image_size = card.image_size if image_size is None else image_size
     if image_size is not None and (image_size <= 0 or image_size % step):
         raise ValueError(f"image_size={image_size}: {name} needs a multiple of {step}")
+    arguments = {
+        "name": name,
+        "bands": list(plan.bands),
+        "weights": weights if is_tag(card, weights) else str(path),
+        "image_size": image_size,
+        "new_bands": new_bands,
+        "normalise": normalise,
+        **options,
+    }
+    if not any(tensor.is_meta for tensor in backbone.weights().values()):
+        sample = backbone.weights_hash(SAMPLE)
+        backbone.origin = Origin(arguments, generator, sample)
     return backbone.eval()
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from geopeft_kit.backbones.card import BackboneCard, BandPlan
 
 Meta = Mapping[str, Tensor]
+SAMPLE = 1024  # numbers of each tensor that show whether it was trained
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 
 
@@ -71,6 +72,23 @@ class TokenGrid:
         return torch.cat([first, maps.permute(0, 3, 4, 1, 2).flatten(1, 3)], dim=1)
 
 
+@dataclass(frozen=True)
+class Origin:
+    """How `load_backbone` made a backbone, so that a saved model can make it again.
+
+    Attributes:
+        arguments: Of `load_backbone`, ready for JSON.
+        generator: State of torch's generator in front of weights that were drawn at
+            random; None where none were.
+        sample: `weights_hash(SAMPLE)` of then; another one now shows that the weights
+            were trained, merged into, or replaced.
+    """
+
+    arguments: dict[str, Any]
+    generator: Tensor | None
+    sample: str
+
+
 class Backbone(nn.Module):
     """A geospatial foundation model as a source of four feature maps.
 
@@ -96,6 +114,7 @@ class Backbone(nn.Module):
         grid: of a ViT, where the tokens of the last forward pass lie.
         dates: dates T that an image has; 1 for most backbones.
         beside: submodules of the shell, beside `model`, that hold weights too.
+        origin: how `load_backbone` made it; None where it was built by hand.
     """
 
     layout: str
@@ -103,6 +122,7 @@ class Backbone(nn.Module):
     beside: tuple[str, ...] = ()
     width: int | None = None
     num_prefix_tokens: int = 0
+    origin: Origin | None = None
     mean: Tensor
     std: Tensor
 
@@ -247,15 +267,20 @@ class Backbone(nn.Module):
             state |= self.get_submodule(path).state_dict(prefix=f"{path}.")
         return state
 
-    def weights_hash(self) -> str:
+    def weights_hash(self, sample: int | None = None) -> str:
         """SHA-256 over names, shapes, types and bytes of `weights`.
 
         An adapter remembers the hash, so that it cannot be loaded onto other weights.
+
+        Args:
+            sample: Of each tensor, hash about this many evenly spaced numbers only.
         """
         digest = hashlib.sha256()
         for name, tensor in self.weights().items():
             digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            flat = tensor.detach().reshape(-1)
+            step = 1 if sample is None else max(1, flat.numel() // sample)
+            flat = flat[::step].cpu().contiguous()
             digest.update(flat.view(torch.uint8).numpy().data)
         return digest.hexdigest()
 

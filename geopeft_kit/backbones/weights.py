@@ -15,15 +15,20 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from geopeft_kit.backbones.card import BackboneCard, WeightFile
 from geopeft_kit.download import cache_folder, fetch, hub_url
+from geopeft_kit.files import whole_file
+
+if TYPE_CHECKING:
+    from geopeft_kit.backbones.base import Backbone
 
 State = dict[str, Tensor]
 _SHOWN = 5
@@ -64,7 +69,7 @@ def find_weights(card: BackboneCard, weights: str | Path | None) -> Path | None:
         return None
     if isinstance(weights, str) and weights in card.weights:
         return _find_tagged(card, weights)
-    path = Path(weights).expanduser()
+    path = Path(weights).expanduser().absolute()
     if card.obtain and weights == "default" and not path.exists():
         raise ValueError(
             f"the weights of {card.name} cannot be downloaded from here. {card.obtain}."
@@ -88,6 +93,11 @@ def find_weights(card: BackboneCard, weights: str | Path | None) -> Path | None:
             "random weights"
         )
     return path
+
+
+def is_tag(card: BackboneCard, weights: str | Path | None) -> bool:
+    """Whether this is a word of `load_backbone`, and no place on this machine."""
+    return weights is None or weights in ("default", *card.weights)
 
 
 def _find_tagged(card: BackboneCard, tag: str) -> Path:
@@ -217,6 +227,41 @@ def saved_bands(path: str | Path) -> tuple[str, ...] | None:
     with safe_open(path, framework="pt") as file:
         bands = (file.metadata() or {}).get("bands")
     return None if bands is None else tuple(bands.split(","))
+
+
+def save_weights(backbone: Backbone, path: str | Path, half: bool = True) -> Path:
+    """Write the backbone's plain weights as safetensors that `load_backbone` reads.
+
+    The file knows its bands: load it with the same `bands` and options. One for all
+    bands of the card serves any subset where the network keeps its upstream's names
+    (Prithvi, Swin, timm's), else it is refused.
+
+    Args:
+        backbone: Any backbone; no adapter may be active.
+        path: The file; written whole or not at all.
+        half: Store as float16, half the size; else each in its own type.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ValueError: An adapter is active.
+    """
+    adapter: Any = getattr(backbone, "adapter", None)
+    if adapter is not None:
+        raise ValueError(
+            f"the adapter {adapter.name!r} is active, so these are not plain "
+            "weights. Save it with adapter.save(folder), or fold it in with "
+            "adapter.merge() first."
+        )
+    path = Path(path)
+    state = {}
+    for name, tensor in backbone.weights().items():
+        kind = torch.float16 if half and tensor.is_floating_point() else tensor.dtype
+        state[name] = tensor.to("cpu", kind).contiguous()
+    with whole_file(path) as part:
+        save_file(state, part, {"bands": ",".join(backbone.bands)})
+    return path
 
 
 def strip_prefixes(state: Mapping[str, Tensor], prefixes: Sequence[str]) -> State:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,7 @@ class KeptRun:
         scores: "val" and "test" -> what `gk.evaluate` gives.
         counts: Parameters of backbone, adapter and decoder.
         maps: Predictions for chips of the test split, by position; made when asked for.
+        saved: Folder that it was last saved in, or empty.
     """
 
     number: int
@@ -76,6 +78,14 @@ class KeptRun:
     scores: dict[str, Any] = field(repr=False)
     counts: dict[str, int]
     maps: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
+    saved: str = ""
+
+    @property
+    def free_folder(self) -> str:
+        """Where it is saved unless told otherwise: a folder that is not there yet."""
+        name = f"runs/{self.choice.method}_{self.choice.decoder}"
+        names = (name, *(f"{name}_{number}" for number in range(2, 10_000)))
+        return next(name for name in names if not Path(name).exists())
 
     @property
     def name(self) -> str:
@@ -159,8 +169,9 @@ class Bench:
 
     def code(self, choice: Choice) -> str:
         """The cell that repeats a run, trained or not."""
-        arguments = self.backbones[choice.backbone]
-        return code_of(choice, self.data_of(choice), arguments, self.device)
+        arguments, run = self.backbones[choice.backbone], self.runs.get(choice.key)
+        saved = "" if run is None else run.saved
+        return code_of(choice, self.data_of(choice), arguments, self.device, saved)
 
     def preview(self, choice: Choice) -> Preview:
         """Sizes and memory of a choice, or why it is none; nothing is trained."""

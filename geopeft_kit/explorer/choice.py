@@ -100,7 +100,11 @@ def defaults_of(card: MethodCard) -> dict[str, Any]:
 
 
 def code_of(
-    choice: Choice, data: ChipData, backbone: Mapping[str, Any], device: torch.device
+    choice: Choice,
+    data: ChipData,
+    backbone: Mapping[str, Any],
+    device: torch.device,
+    saved: str = "",
 ) -> str:
     """A cell that repeats a run in an empty process, with the same numbers.
 
@@ -109,9 +113,10 @@ def code_of(
         data: The data set, with the choice's held-out region applied.
         backbone: Arguments of `load_backbone`, `name` among them.
         device: Where the run was trained.
+        saved: Folder that the run was saved in; empty where it was not.
 
     Returns:
-        Python code, the last lines of which print the scores.
+        Python code that prints the scores, and saves the model where the run was saved.
     """
     arguments = dict(backbone)
     name = arguments.pop("name")
@@ -154,6 +159,10 @@ def code_of(
         'print("validation", run.metrics.get("overall"))',
         'print("held out", gk.evaluate(model, data, "test")["overall"])',
     ]
+    if saved:
+        place = _text(saved)
+        lines += ["", f"gk.save_model(model, {place})",
+                  f"# In the next session: model = gk.load_model({place})"]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 

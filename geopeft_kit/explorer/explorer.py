@@ -1,7 +1,8 @@
 """`Explorer`: one widget to choose, train, compare, and copy the code of.
 
 Everything the buttons do is a method as well, so that a script or the next cell can do
-it: `choose`, `train`, `wait`, `cancel`, `runs`, `model`, `code`, `save`, `load`.
+it: `choose`, `train`, `wait`, `cancel`, `runs`, `model`, `code`, `save_run`, `save`,
+`load`.
 
 Controls are core ipywidgets; panels are HTML, pictures PNG. Only the map needs
 ipyleaflet; without it the stand-alone page of the same map is shown, and the picture is
@@ -15,7 +16,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 
@@ -33,6 +34,7 @@ from geopeft_kit.explorer.storage import (
 from geopeft_kit.explorer.turns import Cancelled, Mailbox
 from geopeft_kit.methods import list_methods
 from geopeft_kit.model import Model
+from geopeft_kit.saved_model import save_model
 
 
 class Explorer:
@@ -81,6 +83,7 @@ class Explorer:
         self.page = Page(self.bench, self.controls, show, height)
         self.page.on_train(self.train)
         self.page.on_cancel(self.cancel)
+        self.page.on_save(self.save_run)
         self.controls.listen(self._refresh)
         self._refresh()
 
@@ -243,6 +246,29 @@ class Explorer:
 
     # --- on disk ----------------------------------------------------------------------
 
+    def save_run(self, folder: str | Path | None = None) -> Path:
+        """Save the model of the choice; `gk.load_model(folder)` brings it back.
+
+        The code of the run then says so, too.
+
+        Args:
+            folder: As for `gk.save_model`; None takes a new one below `runs`.
+
+        Raises:
+            RuntimeError: A training is under way, or the choice was not trained.
+            FileExistsError: The folder holds something else.
+            OSError: The place cannot be written.
+        """
+        model, run = self.model, cast(KeptRun, self.shown)
+        name = str(run.free_folder if folder is None else folder)
+        place = save_model(model, name)
+        run.saved = name
+        self.page.message = (
+            f"Saved. In the next session: model = gk.load_model({name!r})"
+        )
+        self._refresh()
+        return place
+
     def save(self, folder: str | Path) -> Path:
         """Write choices, adapters, decoders and scores, whole or not at all.
 
@@ -256,7 +282,9 @@ class Explorer:
         if self.training:
             raise RuntimeError("a training is under way: wait for it, or cancel it.")
         settings = {**self._settings, "choice": self.choice.to_dict()}
-        return save_bench(self.bench, folder, settings)
+        place = save_bench(self.bench, folder, settings)
+        self._refresh()  # the run that is shown is swapped in again
+        return place
 
     @classmethod
     def load(

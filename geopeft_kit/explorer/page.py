@@ -51,7 +51,7 @@ class Page:
         self._make_panels()
         self._make_tabs()
         side = widgets.VBox(
-            [controls.box, self.buttons, self.notes],
+            [controls.box, self.buttons, self.saving, self.notes],
             layout={"width": "312px", "flex": "none", "padding": "0 12px 0 0"},
         )
         top = widgets.HBox(
@@ -87,6 +87,16 @@ class Page:
         self.buttons = widgets.HBox(
             [self.train_button, self.cancel_button, self.bar],
             layout={"width": "auto", "margin": "4px 0"},
+        )
+
+        self.save_button = widgets.Button(
+            description="Save this run", disabled=True, layout={"width": "110px"}
+        )
+        self.folder = widgets.Text(layout={"flex": "1 1 0", "min_width": "0"})
+        self.save_button.add_class("gpk-save")
+        self.folder.add_class("gpk-folder")
+        self.saving = widgets.HBox(
+            [self.save_button, self.folder], layout={"width": "auto"}
         )
 
     def _make_tabs(self) -> None:
@@ -138,6 +148,20 @@ class Page:
         """What the Cancel button does."""
         self.cancel_button.on_click(lambda _: self._guarded(action))
 
+    def on_save(self, action: Callable[[str | None], Any]) -> None:
+        """What "Save this run" does with the folder beside it; None if it is empty."""
+
+        def save() -> None:
+            try:
+                action(self.folder.value.strip() or None)
+            except (OSError, ValueError, RuntimeError) as error:
+                text = f"The run was not saved: {error}"
+                self.notes.value = panels.message_html(text, "refused")
+            else:
+                self.folder.value = ""
+
+        self.save_button.on_click(lambda _: self._guarded(save))
+
     def _look_again(self, change: Mapping[str, Any]) -> None:
         if not self._quiet:
             self._guarded(self._draw_tab)
@@ -176,6 +200,8 @@ class Page:
         self.train_button.disabled = bool(training or run or preview.reason)
         self.train_button.description = "Train" if run is None else "Trained"
         self.cancel_button.disabled = not training
+        self.save_button.disabled = training or run is None
+        self.folder.placeholder = "" if run is None else run.free_folder
         self._draw_notes(preview, error)
         if training:
             self.draw_progress(news)

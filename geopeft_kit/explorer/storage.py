@@ -1,30 +1,25 @@
 """A prepared explorer on disk: one folder, no pickle.
 
-`explorer.json` holds choices, histories, times and scores; each run has a folder with
-its adapter (`adapter.json`, `adapter.safetensors`) and `decoder.safetensors`. Backbones
-and data are not in it: they are named, and checked when it is loaded.
+`explorer.json` holds choices, histories, times and scores; each run has a folder that
+`gk.load_model` reads as well. Frozen backbones and data are not in it: they are named,
+and checked when it is loaded.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-
 from geopeft_kit.data.chips import ChipData
 from geopeft_kit.explorer.bench import Bench, KeptRun
 from geopeft_kit.explorer.choice import Choice
-from geopeft_kit.methods import load_adapter
+from geopeft_kit.files import whole_folder
+from geopeft_kit.saved_model import load_model, save_model
 
-FORMAT = 1
+FORMAT = 2
 NAME = "explorer.json"
 RUN_FIELDS = ("number", "rows", "losses", "resources", "scores", "counts")
 
@@ -47,22 +42,8 @@ def save_bench(bench: Bench, folder: str | Path, settings: Mapping[str, Any]) ->
         raise FileExistsError(
             f"{folder} holds something that is no explorer. Choose another folder."
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    old = part.with_name(part.name + ".old")
-    try:
+    with whole_folder(folder) as part:
         _write(bench, part, settings)
-        part.chmod(0o755)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(part, folder)
-    except BaseException:
-        if old.exists() and not folder.exists():
-            os.replace(old, folder)
-        raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
     return folder
 
 
@@ -71,11 +52,8 @@ def _write(bench: Bench, folder: Path, settings: Mapping[str, Any]) -> None:
 
     runs = []
     for run in bench.runs.values():
-        place = folder / _place(run.number)
-        run.adapter.save(place)
-        state = run.model.decoder.state_dict()
-        tensors = {name: value.cpu().contiguous() for name, value in state.items()}
-        save_file(tensors, place / "decoder.safetensors")
+        with bench.turns.borrow(run.model.backbone):
+            save_model(bench.activate(run), folder / _place(run.number))
         fields = {name: getattr(run, name) for name in RUN_FIELDS}
         runs.append({"choice": run.choice.to_dict(), **fields})
     content = {
@@ -154,20 +132,9 @@ def fill_bench(bench: Bench, content: Mapping[str, Any], folder: str | Path) -> 
     for saved in content["runs"]:
         choice = Choice(**saved["choice"])
         place = Path(folder) / _place(int(saved["number"]))
-        adapter = load_adapter(bench.backbone_of(choice), place)
-        model = bench.model_of(choice)
-        try:
-            model.decoder.load_state_dict(load_file(place / "decoder.safetensors"))
-        except (SafetensorError, RuntimeError, FileNotFoundError) as error:
-            raise ValueError(
-                f"the decoder in {place} cannot be read: {error}. Copy the folder "
-                "again."
-            ) from error
-        adapter.deactivate()
+        model = load_model(place, bench.backbone_of(choice))
+        model.adapter.deactivate()
         fields = {name: saved[name] for name in RUN_FIELDS}
         bench.runs[choice.key] = KeptRun(
-            choice=choice,
-            adapter=adapter,
-            model=model.eval(),
-            **fields,
+            choice=choice, adapter=model.adapter, model=model, **fields
         )

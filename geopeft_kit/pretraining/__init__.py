@@ -10,7 +10,8 @@ Sources: SimMIM, Xie et al. 2022 (arXiv 2111.09886); GFM, Mendieta et al. 2023 (
 geo-aware heads.
 """
 
-from geopeft_kit.pretraining.result import Pretraining, save_weights
+from geopeft_kit.backbones.weights import save_weights
+from geopeft_kit.pretraining.result import Pretraining
 from geopeft_kit.pretraining.run import pretrain
 from geopeft_kit.pretraining.task import Objective, PretextTask, known_error
 

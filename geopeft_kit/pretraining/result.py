@@ -8,11 +8,8 @@ from typing import Any
 
 import pandas as pd
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from geopeft_kit.backbones.base import Backbone
-from geopeft_kit.files import whole_file
 from geopeft_kit.pretraining.masking import draw_cells, enlarged
 from geopeft_kit.pretraining.task import PretextTask
 from geopeft_kit.training.tracker import Resources
@@ -82,29 +79,3 @@ class Pretraining:
             painted = painted * backbone.std + backbone.mean
             painted = painted / backbone.card.normalisation.scale
         return enlarged(cells, task.unit), painted
-
-
-def save_weights(backbone: Backbone, path: str | Path, half: bool = True) -> Path:
-    """Write the backbone's plain weights as safetensors that `load_backbone` reads.
-
-    The file knows its bands: load it with the same `bands` and options. One for all
-    bands of the card serves any subset where the network keeps its upstream's names
-    (Prithvi, Swin, timm's), else it is refused. `half` stores float16. The file is
-    written whole or not at all; an active adapter raises ValueError.
-    """
-    adapter: Any = getattr(backbone, "adapter", None)
-    if adapter is not None:
-        raise ValueError(
-            f"the adapter {adapter.name!r} is active, so these are not plain "
-            "weights. Save it with adapter.save(folder), or fold it in with "
-            "adapter.merge() first."
-        )
-    path = Path(path)
-    dtype = torch.float16 if half else torch.float32
-    state = {}
-    for name, tensor in backbone.weights().items():
-        kind = dtype if tensor.is_floating_point() else tensor.dtype
-        state[name] = tensor.to(kind).contiguous()
-    with whole_file(path) as part:
-        save_file(state, part, {"bands": ",".join(backbone.bands)})
-    return path

@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from geopeft_kit.backbones.base import Backbone
+from geopeft_kit.backbones.weights import save_weights
 from geopeft_kit.data.chips import ChipData
 from geopeft_kit.pretraining.distillation import Teacher
 from geopeft_kit.pretraining.energy import EnergyMeter
-from geopeft_kit.pretraining.result import Pretraining, save_weights
+from geopeft_kit.pretraining.result import Pretraining
 from geopeft_kit.pretraining.samples import Draws, Samples, SizedSamples
 from geopeft_kit.pretraining.task import Objective, PretextTask
 from geopeft_kit.training.callbacks import Checkpoint

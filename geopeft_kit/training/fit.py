@@ -102,7 +102,7 @@ def fit(
 
     Args:
         model: From `build_model`, with a method attached to its backbone (without one,
-            all weights train).
+            all weights train). It takes the names and colours of the data's classes.
         data: Chips with their splits; or a torchgeo data set or data module, which is
             taken as `TorchgeoData` takes it, its values as they are.
         epochs: Passes over the training split.
@@ -223,6 +223,9 @@ def fit(
 
     survive(train, model, lambda: explanation(model, run, place, room))
     model.to(place).eval()
+    model.classes = getattr(chips, "classes", None)  # torchgeo's data has no names
+    model.colours = getattr(chips, "colours", None)
+    model.adapter = model.backbone.adapter
     return Run(
         model=model,
         history=history.table(),
