@@ -18,8 +18,7 @@ import numpy as np
 import rasterio
 
 from geopeft_kit.bands import BANDS, SENSORS, resolve_bands
-from geopeft_kit.data.chip import ALONE
-from geopeft_kit.data.opening import opened
+from geopeft_kit.data.open_raster import ALONE, open_raster
 
 FILES, SIDE = 8, 256  # files looked at, and pixels along a side of each
 BRIGHT = 1.6  # reflectance above this is glint, cloud or a wrong scale
@@ -82,7 +81,7 @@ def look_at(files: Sequence[Path], nodata: float | None = None) -> Looks:
 
 
 def _look_at_one(path: Path, nodata: float | None) -> Looks:
-    with rasterio.Env(**ALONE), opened(path) as raster:
+    with rasterio.Env(**ALONE), open_raster(path) as raster:
         size = min(raster.height, SIDE), min(raster.width, SIDE)
         pixels = raster.read(out_shape=(raster.count, *size))
         nodata = raster.nodata if nodata is None else nodata

@@ -407,7 +407,7 @@ class ChipData(L.LightningDataModule):
         info = self.info
         facts = f"{info.task} {info.nodata} {info.ignore_index} {len(info.classes)}"
         root = cache_folder() / "packed" if folder is None else Path(folder)
-        target = root / pack_key(self.folder, names, self.bands, facts)[:32]
+        target = root / pack_key(self.folder, names, self.bands, facts)
         rows = range(len(self.index))
         chips = (table.reader.read(*table.files_of(row)) for row in rows)
         table.packed = pack(target, chips, len(self.index), info)

@@ -12,7 +12,7 @@ from rasterio.errors import NotGeoreferencedWarning
 
 from geopeft_kit.data.chip import Chip
 from geopeft_kit.data.info import DatasetInfo
-from geopeft_kit.data.opening import opened
+from geopeft_kit.data.open_raster import open_raster
 from geopeft_kit.data.pairing import Pair
 from geopeft_kit.data.reading import ChipReader, Grid
 
@@ -98,5 +98,5 @@ def read_mask(path: Path) -> np.ndarray:
     Raises:
         ValueError: It cannot be read as a raster.
     """
-    with opened(path) as raster:
+    with open_raster(path) as raster:
         return raster.read(1)

@@ -18,7 +18,7 @@ from affine import Affine
 from rasterio.crs import CRS
 
 from geopeft_kit.data.ground import footprint_of, metres_per_unit
-from geopeft_kit.data.opening import opened
+from geopeft_kit.data.open_raster import open_raster
 from geopeft_kit.data.places import BLOCKS, region_polygons
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def _footprints(paths: Sequence[Path]) -> gpd.GeoDataFrame | None:
 
     shapes, systems = [], []
     for path in paths:
-        with opened(path) as raster:
+        with open_raster(path) as raster:
             if raster.crs is None:
                 return None
             systems.append(raster.crs.to_wkt())
