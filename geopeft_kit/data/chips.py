@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import numpy as np
@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader
 
 from geopeft_kit.bands import band_indices, resolve_bands
 from geopeft_kit.data.augmentation import Augmentation
-from geopeft_kit.data.folder import index_chips, read_chip_folder, write_chip_folder
-from geopeft_kit.data.info import DatasetInfo
+from geopeft_kit.data.folder import InPlace, read_chip_folder
 from geopeft_kit.data.loading import ChipDataset, ChipTable, EpochSampler
+from geopeft_kit.data.own.from_pairs import from_pairs
 from geopeft_kit.data.packing import pack, pack_key
 from geopeft_kit.data.reading import ChipReader
 from geopeft_kit.data.splits import resolve_split
@@ -34,18 +34,10 @@ from geopeft_kit.data.subsets import n_shot, nested_order
 from geopeft_kit.download import cache_folder
 
 if TYPE_CHECKING:
-    import geopandas as gpd
+    pass
 
 CACHE_LIMIT = 512 * 1024**2  # bytes of stored pixels that are kept in memory unasked
 _FIRST = ("train", "val", "test")
-
-
-class InPlace(NamedTuple):
-    """A data set whose index is in memory alone; its files lie in `folder`."""
-
-    folder: Path
-    info: DatasetInfo
-    index: gpd.GeoDataFrame
 
 
 class ChipData(L.LightningDataModule):
@@ -135,113 +127,7 @@ class ChipData(L.LightningDataModule):
         self._table = ChipTable(self.index, reader, cache)
         self._resolve(split, test_regions, val_fraction, seed, buffer_m, blocks)
 
-    @classmethod
-    def from_pairs(
-        cls,
-        images: Any,
-        masks: Any = None,
-        *,
-        bands: str | Sequence[str] | None = None,
-        scale: float | Sequence[float] | None = None,
-        offset: float | Sequence[float] = 0.0,
-        classes: Sequence[str] | Mapping[int, str] | None = None,
-        task: str | None = None,
-        folder: str | os.PathLike[str] | None = None,
-        column: str | None = None,
-        background: str | None = None,
-        suffixes: tuple[str, str] = ("", ""),
-        regions: Any = None,
-        size: int = 224,
-        overlap: float = 0.0,
-        block_m: float | None = None,
-        buffer_m: float = 0.0,
-        test_regions: Sequence[str] | None = None,
-        test_fraction: float = 0.2,
-        name: str = "My data",
-        facts: Mapping[str, Any] | None = None,
-        overwrite: bool = False,
-        **options: Any,
-    ) -> ChipData:
-        """Your own images and labels as chips.
-
-        What the numbers mean is never assumed: without `bands`, `scale` or `classes`
-        the error proposes what they may be.
-
-        Args:
-            images: A folder or a list of images; a CSV or DataFrame with the columns
-                image, mask or label, and perhaps region, split, date, scene; or one or
-                several big rasters.
-            masks: A folder or a list of masks, matched by file name; None for a table;
-                or polygons or points (GeoPackage, shapefile, GeoJSON, GeoDataFrame,
-                CSV with lon and lat) on big rasters.
-            bands: What each band of the files is, in order.
-            scale: Reflectance of one stored unit, one number or one a band.
-            offset: Added after scaling.
-            classes: Names in the order of their numbers; or number in the masks ->
-                name, which needs `folder`. None for regression.
-            task: As in `DatasetInfo`. None is "segmentation", or "classification" for
-                a table with labels.
-            folder: Chip folder to write, whole or not at all. None leaves masks and
-                images where they are and writes nothing; shapes need a folder.
-            column: Of the shapes: class or value.
-            background: Class of ground that no shape covers; None leaves it unlabelled.
-            suffixes: Cut off the file names of images and of masks to match them.
-            regions: What can be held out: "blocks" (squares), "folder" (the image's),
-                "region" (the column), "scene" (one a raster), or polygons with a
-                column region. None takes a column or sub-folders where there are any,
-                else scenes where there are several, else blocks.
-            size: Side in pixels of the chips that are cut.
-            overlap: Share of a chip that it has in common with the next one.
-            block_m: Side of a block in metres; None takes a quarter of the scene.
-            buffer_m: Distance in metres kept between blocks or polygons of regions.
-            test_regions: Regions to hold out. None draws some, see `test_fraction`,
-                unless the table has splits; `data.test_regions` says which.
-            test_fraction: Share of the chips that the drawn regions have.
-            name: Of the data set.
-            facts: More attributes of `DatasetInfo`: nodata, colours, licence ...
-            overwrite: Replace a data set that stands in `folder`.
-            **options: Of `ChipData`: batch_size, augment, seed ...
-
-        Returns:
-            The data. A folder opens again with `ChipData(folder, test_regions=...)`.
-
-        Raises:
-            FileNotFoundError: Something is missing on disk.
-            ValueError: Something does not fit, or has to be stated; says what.
-        """
-        from geopeft_kit.data import own
-        from geopeft_kit.data.chipping import Cutting
-        from geopeft_kit.data.places import draw_regions
-
-        cutting = Cutting(size, overlap, regions, block_m, buffer_m)
-        request = own.Request(
-            images, masks, bands, scale, offset, classes, task, column, background,
-            suffixes, cutting, regions, name, facts or {}, folder is None,
-        )  # fmt: skip
-        info, chips, files, spaced = own.collect(request)
-        source: Path | InPlace
-        if folder is None:
-            common = own.common_folder(files)
-            source = InPlace(common, info, index_chips(common, chips, info))
-            index = source.index
-        else:
-            source = write_chip_folder(folder, chips, info, overwrite)
-            index = read_chip_folder(source)[1]
-        drawn = test_regions is None and options.get("split", "region") == "region"
-        if drawn and index["split"].isna().all():
-            seed = options.get("seed", 0)
-            test_regions = draw_regions(index["region"], test_fraction, seed)
-        # Regions with a buffer between them need no second, coarser look.
-        options.setdefault("buffer_m", 0.0 if spaced else buffer_m)
-        try:
-            return cls(source, test_regions=test_regions, **options)
-        except ValueError as error:
-            if folder is None:
-                raise
-            raise ValueError(
-                f"{error} The chips themselves are written: open them with "
-                f"gk.ChipData({str(folder)!r}, test_regions=..., val_fraction=...)."
-            ) from error
+    from_pairs = classmethod(from_pairs)  # type: ignore[var-annotated]
 
     def _read_facts(self) -> None:
         info = self.info

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from geopeft_kit.data.chip import Chip
 from geopeft_kit.data.index import INDEX, check_index, make_index
@@ -29,6 +29,14 @@ if TYPE_CHECKING:
     import geopandas as gpd
 
 FACTS = "dataset.json"
+
+
+class InPlace(NamedTuple):
+    """A data set whose index is in memory alone; its files are in `folder`."""
+
+    folder: Path
+    info: DatasetInfo
+    index: gpd.GeoDataFrame
 
 
 def write_chip_folder(
@@ -92,22 +100,21 @@ def _added_to(folder: Path) -> Iterator[Path]:
 
 
 def index_chips(
-    folder: str | os.PathLike[str],
-    chips: Iterable[Chip],
-    info: DatasetInfo,
-) -> gpd.GeoDataFrame:
-    """The index of files that stay where they are, in `folder` or below it.
+    folder: str | os.PathLike[str], chips: Iterable[Chip], info: DatasetInfo
+) -> InPlace:
+    """Files that stay where they are, in `folder` or below it; nothing is written.
 
     Raises:
         ValueError: A chip does not fit the facts, or there are none.
     """
-    writer = ChipWriter(Path(folder), Path(folder), info)
+    folder = Path(folder)
+    writer = ChipWriter(folder, folder, info)
     rows = [writer.add(chip) for chip in chips]
     if not rows:
         raise ValueError(f"no chips found in {folder}.")
     index = make_index(rows, writer.outlines, info)
-    check_index(Path(folder), index, info)
-    return index
+    check_index(folder, index, info)
+    return InPlace(folder, info, index)
 
 
 def read_chip_folder(
