@@ -335,7 +335,7 @@ def global_chips(folder: Path) -> list[Tensor]:
 
 def simulated_images(regions: Sequence[str], scenes: int = 20) -> list[Tensor]:
     """`scenes` scenes in all, shared evenly by the regions, without any event."""
-    from geopeft_kit.data.world import simulate_scene
+    from geopeft_kit.world import simulate_scene
 
     each = scenes // len(regions)
     return [

@@ -31,10 +31,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import geopeft_kit as gk
-from geopeft_kit.data.regions import REGIONS
 from geopeft_kit.data.simulated import LESSON_PLACES
-from geopeft_kit.data.world import Scene, simulate_scene
 from geopeft_kit.pretraining import save_weights
+from geopeft_kit.world import REGIONS, Scene, simulate_scene
 
 HELD_OUT = "savanna"
 CROP = 64

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -35,25 +37,29 @@ def whole_file(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill; it takes the target's place only when all went well.
+def whole_folder(target: Path, replace: bool = True) -> Iterator[Path]:
+    """A folder to fill; it takes its place only when all went well.
 
     Args:
-        target: The folder; its parents are made. What it held before is replaced as a
-            whole, and comes back after an error.
+        target: The folder; the folders above it are made.
+        replace: Replace a folder that is there; it survives an error. False keeps it,
+            for folders that are named after their content. An empty one always goes.
 
     Yields:
-        An empty temporary folder beside it.
+        A temporary folder beside it.
+
+    Raises:
+        FileExistsError: `replace` is False, and the target holds something by now.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    part = Path(tempfile.mkdtemp(prefix=f".{target.name[:16]}.", dir=target.parent))
     old = part.with_name(f"{part.name}.old")
     try:
         yield part
         part.chmod(0o777 & ~_umask())  # a temporary folder starts out private
-        if target.exists():
-            os.replace(target, old)  # a folder cannot take the place of a full one
-        os.replace(part, target)
+        if target.is_dir() and (replace or not any(target.iterdir())):
+            os.replace(target, old)
+        _move(part, target)
     except BaseException:
         if old.exists() and not target.exists():
             os.replace(old, target)
@@ -61,6 +67,17 @@ def whole_folder(target: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _move(part: Path, target: Path) -> None:
+    try:
+        os.replace(part, target)
+    except OSError as error:
+        if not target.exists():
+            raise
+        raise FileExistsError(
+            error.errno, "something is there already", str(target)
+        ) from error
 
 
 def _umask() -> int:
@@ -74,3 +91,19 @@ def hash_of(path: str | os.PathLike[str], algorithm: str = "sha256") -> str:
     """Hash of a file's bytes in hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+def content_key(facts: Any, files: Iterable[str | os.PathLike[str]] = ()) -> str:
+    """Name for a cache that changes with all that its content is made from.
+
+    Args:
+        facts: Plain JSON: names, numbers, lists, mappings.
+        files: Whose bytes count, in this order; their names belong to `facts`.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    total = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for file in files:
+        total.update(hash_of(file).encode())
+    return total.hexdigest()

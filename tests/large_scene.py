@@ -21,7 +21,7 @@ from rasterio.transform import from_origin
 
 import geopeft_kit as gk
 from geopeft_kit.bands import resolve_bands
-from geopeft_kit.data.world import simulate_scene
+from geopeft_kit.world import simulate_scene
 
 TILE = 1024
 REGIONS = ("temperate", "delta", "arid", "savanna")

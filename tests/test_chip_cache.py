@@ -17,7 +17,8 @@ import torch
 from test_data import INFO, mask, toy_chips
 
 import geopeft_kit as gk
-from geopeft_kit.data import packing, write_chip_folder
+from geopeft_kit import files
+from geopeft_kit.data import write_chip_folder
 
 
 def assert_same(a: gk.ChipData, b: gk.ChipData) -> None:
@@ -115,7 +116,7 @@ def test_nothing_half_written_is_left(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(packing.os, "replace", full)
+        patch.setattr(files.os, "replace", full)
         with pytest.raises(OSError, match=r"No space left.*cache\(folder="):
             data.cache(tmp_path / "packs")
     assert list((tmp_path / "packs").iterdir()) == []

@@ -21,7 +21,7 @@ from rasterio.transform import from_origin
 
 from geopeft_kit.data import Chip, ChipData, read_chip_folder, write_chip_folder
 from geopeft_kit.data.folder import FACTS
-from geopeft_kit.data.index_checks import INDEX
+from geopeft_kit.data.index import INDEX
 from geopeft_kit.data.leakage import check_leakage, touching_chips
 from geopeft_kit.data.loading import AugmentedKey, EpochSampler, flip_and_turn
 

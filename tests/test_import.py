@@ -20,7 +20,7 @@ HEAVY = (
 
 # A floor may import from itself and from the floors below it.
 FLOORS = (
-    ("bands", "download", "decoders", "plots"),
+    ("bands", "download", "decoders", "plots", "world"),
     ("data", "backbones"),
     ("methods", "model"),
     ("training", "inference"),

@@ -25,7 +25,7 @@ from rasterio.transform import from_origin
 
 from geopeft_kit.data import Chip, ChipData, read_chip_folder, write_chip_folder
 from geopeft_kit.data.folder import FACTS
-from geopeft_kit.data.index_checks import INDEX
+from geopeft_kit.data.index import INDEX
 
 SIZE = 16
 KIND = (ValueError, RuntimeError, OSError)

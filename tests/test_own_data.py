@@ -17,9 +17,9 @@ from pyproj import Geod, Transformer
 from rasterio.transform import from_origin
 
 import geopeft_kit as gk
-from geopeft_kit.data.asking import look_at, propose_scale
-from geopeft_kit.data.ground import metres_per_unit
-from geopeft_kit.data.places import draw_regions
+from geopeft_kit.data.own.pixel_size import metres_per_unit
+from geopeft_kit.data.own.regions import draw_regions
+from geopeft_kit.data.own.scale_check import propose_scale, sample_values
 
 HLS = ("BLUE", "GREEN", "RED", "NIR_NARROW", "SWIR_1", "SWIR_2")
 UTM = "EPSG:32632"
@@ -310,7 +310,7 @@ def test_the_scale_is_proposed_and_never_applied(
     image = np.resize(values, (6, 16, 16)).astype(values.dtype)
     path = write(tmp_path / "images/a.tif", image)
     write(tmp_path / "masks/a.tif", np.zeros((16, 16), np.uint8))
-    found = propose_scale(look_at([path]))
+    found = propose_scale(sample_values([path]))
     assert found[:2] == pytest.approx((scale, offset))
     with pytest.raises(ValueError, match=f"bands='hls'.*scale={scale:.6g}"):
         gk.ChipData.from_pairs(tmp_path / "images", tmp_path / "masks")

@@ -11,10 +11,17 @@ import rasterio
 from rasterio.transform import array_bounds
 
 from geopeft_kit.bands import SENSORS, resolve_bands
-from geopeft_kit.data import drainage, noise, parcels
-from geopeft_kit.data.regions import REGIONS
-from geopeft_kit.data.spectra import SPECTRA, WORLD_BANDS
-from geopeft_kit.data.world import EVENTS, LAND_COVER_CLASSES, Scene, simulate_scene
+from geopeft_kit.world import (
+    EVENTS,
+    LAND_COVER_CLASSES,
+    Scene,
+    drainage,
+    noise,
+    parcels,
+    simulate_scene,
+)
+from geopeft_kit.world.regions import REGIONS
+from geopeft_kit.world.spectra import SPECTRA, WORLD_BANDS
 
 HLS = resolve_bands("hls")
 LABELS = {

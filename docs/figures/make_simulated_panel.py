@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from geopeft_kit.data.regions import REGIONS
-from geopeft_kit.data.world import LAND_COVER_CLASSES, Scene, simulate_scene
+from geopeft_kit.world import LAND_COVER_CLASSES, REGIONS, Scene, simulate_scene
 
 TARGET = Path(__file__).with_name("simulated_panel.png")
 SIDE, BORDER, CAPTION = 160, 3, 13

@@ -17,12 +17,12 @@ import numpy as np
 import pandas as pd
 
 from geopeft_kit.bands import BANDS
-from geopeft_kit.data.asking import BRIGHT, Looks, propose_scale
 from geopeft_kit.data.chip_facts import bands_table, classes_table, read_facts
 from geopeft_kit.data.chips import ChipData
 from geopeft_kit.data.folder import FACTS, read_chip_folder
 from geopeft_kit.data.info import DatasetInfo
 from geopeft_kit.data.leakage import touching_chips
+from geopeft_kit.data.own.scale_check import BRIGHT, StoredValues, propose_scale
 from geopeft_kit.data.report import DataReport, Finding
 
 RARE, MOST = 0.01, 0.95  # a class below, and above, is worth a word
@@ -142,7 +142,7 @@ def _range(
     ]
     if len(wrong):
         number, offset, why = propose_scale(
-            Looks(len(pixels), pixels.dtype.name, (), pixels, None, None)
+            StoredValues(len(pixels), pixels.dtype.name, (), pixels, None, None)
         )
         yield Finding(
             "reflectance", "error", f"out of 0 to 1 in {', '.join(wrong.index)}: "

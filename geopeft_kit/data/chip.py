@@ -16,11 +16,7 @@ from rasterio.crs import CRS
 from rasterio.transform import array_bounds, from_bounds
 from rasterio.warp import transform_geom
 
-from geopeft_kit.data.opening import opened
-
-# GDAL lists the whole folder at each open to find side files; with thousands of chips
-# that costs more than reading. A chip's file stands alone.
-ALONE = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR"}
+from geopeft_kit.data.open_raster import ALONE, open_raster
 
 
 @dataclass
@@ -88,14 +84,14 @@ def outline_of(chip: Chip, height: int, width: int) -> Outline:
 
 def inspect(path: Path) -> tuple[int, Outline]:
     """Band count and outline of a raster file."""
-    with rasterio.Env(**ALONE), opened(path) as raster:
+    with rasterio.Env(**ALONE), open_raster(path) as raster:
         transform = raster.transform if raster.crs else None
         size = raster.height, raster.width
         return raster.count, Outline(*size, raster.crs, transform)
 
 
-def check_same_size(name: str, what: str, found: Outline, image: Outline) -> None:
-    """Raise ValueError where a raster of a chip has not the size of its image."""
+def check_same_size(name: str, what: str, found: Any, image: Any) -> None:
+    """Refuse a raster of a chip that has another height or width than its image."""
     if (found.height, found.width) != (image.height, image.width):
         raise ValueError(
             f"chip {name!r}: {what} is {found.height} x {found.width} pixels, its "
@@ -104,14 +100,9 @@ def check_same_size(name: str, what: str, found: Outline, image: Outline) -> Non
 
 
 def footprints(outlines: Sequence[Outline]) -> list[Any]:
-    """Footprints of rasters as polygons in longitude and latitude.
+    """Polygons in longitude and latitude; None where a raster has no georeference.
 
-    Args:
-        outlines: Size and place of each raster.
-
-    Returns:
-        One polygon each; None where a raster has no georeference. A raster across the
-        180th meridian gives two polygons in one.
+    A raster across the 180th meridian gives two polygons in one.
     """
     from shapely.geometry import box, mapping, shape
 

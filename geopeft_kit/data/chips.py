@@ -14,41 +14,28 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, Self
 
-import lightning as L
 import numpy as np
-import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from geopeft_kit.bands import band_indices, resolve_bands
 from geopeft_kit.data.augmentation import Augmentation
-from geopeft_kit.data.folder import index_chips, read_chip_folder, write_chip_folder
-from geopeft_kit.data.info import DatasetInfo
-from geopeft_kit.data.loading import ChipDataset, ChipTable, EpochSampler
+from geopeft_kit.data.folder import InPlace, read_chip_folder
+from geopeft_kit.data.loading import ChipDataset, ChipTable
+from geopeft_kit.data.own.from_pairs import from_pairs
 from geopeft_kit.data.packing import pack, pack_key
 from geopeft_kit.data.reading import ChipReader
+from geopeft_kit.data.split_data import SplitData
 from geopeft_kit.data.splits import resolve_split
 from geopeft_kit.data.subsets import n_shot, nested_order
 from geopeft_kit.download import cache_folder
-
-if TYPE_CHECKING:
-    import geopandas as gpd
 
 CACHE_LIMIT = 512 * 1024**2  # bytes of stored pixels that are kept in memory unasked
 _FIRST = ("train", "val", "test")
 
 
-class InPlace(NamedTuple):
-    """A data set whose index is in memory alone; its files lie in `folder`."""
-
-    folder: Path
-    info: DatasetInfo
-    index: gpd.GeoDataFrame
-
-
-class ChipData(L.LightningDataModule):
+class ChipData(SplitData):
     """A chip folder, split and ready to batch.
 
     Args:
@@ -125,7 +112,6 @@ class ChipData(L.LightningDataModule):
         self.bands = available if bands is None else resolve_bands(bands)
         self.batch_size, self.num_workers = batch_size, num_workers
         self.seed, self.augment = seed, bool(augment)
-        self.transforms: Augmentation | None = None
         if not isinstance(augment, bool):
             self.transforms = Augmentation(augment, self.bands, colour_bands)
         self._read_facts()
@@ -135,113 +121,7 @@ class ChipData(L.LightningDataModule):
         self._table = ChipTable(self.index, reader, cache)
         self._resolve(split, test_regions, val_fraction, seed, buffer_m, blocks)
 
-    @classmethod
-    def from_pairs(
-        cls,
-        images: Any,
-        masks: Any = None,
-        *,
-        bands: str | Sequence[str] | None = None,
-        scale: float | Sequence[float] | None = None,
-        offset: float | Sequence[float] = 0.0,
-        classes: Sequence[str] | Mapping[int, str] | None = None,
-        task: str | None = None,
-        folder: str | os.PathLike[str] | None = None,
-        column: str | None = None,
-        background: str | None = None,
-        suffixes: tuple[str, str] = ("", ""),
-        regions: Any = None,
-        size: int = 224,
-        overlap: float = 0.0,
-        block_m: float | None = None,
-        buffer_m: float = 0.0,
-        test_regions: Sequence[str] | None = None,
-        test_fraction: float = 0.2,
-        name: str = "My data",
-        facts: Mapping[str, Any] | None = None,
-        overwrite: bool = False,
-        **options: Any,
-    ) -> ChipData:
-        """Your own images and labels as chips.
-
-        What the numbers mean is never assumed: without `bands`, `scale` or `classes`
-        the error proposes what they may be.
-
-        Args:
-            images: A folder or a list of images; a CSV or DataFrame with the columns
-                image, mask or label, and perhaps region, split, date, scene; or one or
-                several big rasters.
-            masks: A folder or a list of masks, matched by file name; None for a table;
-                or polygons or points (GeoPackage, shapefile, GeoJSON, GeoDataFrame,
-                CSV with lon and lat) on big rasters.
-            bands: What each band of the files is, in order.
-            scale: Reflectance of one stored unit, one number or one a band.
-            offset: Added after scaling.
-            classes: Names in the order of their numbers; or number in the masks ->
-                name, which needs `folder`. None for regression.
-            task: As in `DatasetInfo`. None is "segmentation", or "classification" for
-                a table with labels.
-            folder: Chip folder to write, whole or not at all. None leaves masks and
-                images where they are and writes nothing; shapes need a folder.
-            column: Of the shapes: class or value.
-            background: Class of ground that no shape covers; None leaves it unlabelled.
-            suffixes: Cut off the file names of images and of masks to match them.
-            regions: What can be held out: "blocks" (squares), "folder" (the image's),
-                "region" (the column), "scene" (one a raster), or polygons with a
-                column region. None takes a column or sub-folders where there are any,
-                else scenes where there are several, else blocks.
-            size: Side in pixels of the chips that are cut.
-            overlap: Share of a chip that it has in common with the next one.
-            block_m: Side of a block in metres; None takes a quarter of the scene.
-            buffer_m: Distance in metres kept between blocks or polygons of regions.
-            test_regions: Regions to hold out. None draws some, see `test_fraction`,
-                unless the table has splits; `data.test_regions` says which.
-            test_fraction: Share of the chips that the drawn regions have.
-            name: Of the data set.
-            facts: More attributes of `DatasetInfo`: nodata, colours, licence ...
-            overwrite: Replace a data set that stands in `folder`.
-            **options: Of `ChipData`: batch_size, augment, seed ...
-
-        Returns:
-            The data. A folder opens again with `ChipData(folder, test_regions=...)`.
-
-        Raises:
-            FileNotFoundError: Something is missing on disk.
-            ValueError: Something does not fit, or has to be stated; says what.
-        """
-        from geopeft_kit.data import own
-        from geopeft_kit.data.chipping import Cutting
-        from geopeft_kit.data.places import draw_regions
-
-        cutting = Cutting(size, overlap, regions, block_m, buffer_m)
-        request = own.Request(
-            images, masks, bands, scale, offset, classes, task, column, background,
-            suffixes, cutting, regions, name, facts or {}, folder is None,
-        )  # fmt: skip
-        info, chips, files, spaced = own.collect(request)
-        source: Path | InPlace
-        if folder is None:
-            common = own.common_folder(files)
-            source = InPlace(common, info, index_chips(common, chips, info))
-            index = source.index
-        else:
-            source = write_chip_folder(folder, chips, info, overwrite)
-            index = read_chip_folder(source)[1]
-        drawn = test_regions is None and options.get("split", "region") == "region"
-        if drawn and index["split"].isna().all():
-            seed = options.get("seed", 0)
-            test_regions = draw_regions(index["region"], test_fraction, seed)
-        # Regions with a buffer between them need no second, coarser look.
-        options.setdefault("buffer_m", 0.0 if spaced else buffer_m)
-        try:
-            return cls(source, test_regions=test_regions, **options)
-        except ValueError as error:
-            if folder is None:
-                raise
-            raise ValueError(
-                f"{error} The chips themselves are written: open them with "
-                f"gk.ChipData({str(folder)!r}, test_regions=..., val_fraction=...)."
-            ) from error
+    from_pairs = classmethod(from_pairs)  # type: ignore[var-annotated]
 
     def _read_facts(self) -> None:
         info = self.info
@@ -305,58 +185,6 @@ class ChipData(L.LightningDataModule):
             )
         return ChipDataset(self._table, rows, self.transforms, self.factor)
 
-    def dataloader(
-        self,
-        split: str,
-        shuffle: bool = False,
-        seed: int | None = None,
-        augment: bool | None = None,
-    ) -> DataLoader:
-        """Batches of one split.
-
-        Args:
-            split: "train", "val", "test" or another of `splits`.
-            shuffle: In an order that depends on the seed and the epoch alone.
-            seed: None takes the data's own.
-            augment: As the data says, else flips and turns. None does so for shuffled
-                training chips where the data was built with `augment`.
-
-        Returns:
-            A loader of dicts: image (B,C,H,W), mask (B,H,W) or label (B,) ...
-
-        Raises:
-            ValueError: The split has no chips, chips of different size cannot share a
-                batch, or augmentation is asked for without shuffling.
-        """
-        dataset = self.dataset(split)
-        self._check_sizes(split)
-        if augment is None:
-            augment = self.augment and shuffle and split == "train"
-        if augment and not shuffle:
-            raise ValueError(
-                "augment=True draws from the epoch, which only a shuffled loader "
-                "knows; pass shuffle=True as well."
-            )
-        sampler = None
-        if shuffle:
-            sampler = EpochSampler(
-                len(dataset),
-                self.seed if seed is None else seed,
-                augment,
-                self.batch_size,
-            )
-        return DataLoader(
-            dataset,
-            self.batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            # A generator of its own: making an iterator draws a number, and it would
-            # draw it from the state that dropout uses.
-            generator=torch.Generator().manual_seed(self.seed),
-        )
-
     def _check_sizes(self, split: str) -> None:
         rows = self.index[self.index["split"] == split]
         sizes = rows[["height", "width"]].drop_duplicates()
@@ -366,22 +194,6 @@ class ChipData(L.LightningDataModule):
                 f"chips of {split!r} have {len(sizes)} sizes ({', '.join(some)}), "
                 "which cannot share a batch. Cut them to one size, or use batch_size=1."
             )
-
-    def train_dataloader(self) -> DataLoader:
-        """Training batches in an order that depends on the seed and the epoch."""
-        return self.dataloader("train", shuffle=True)
-
-    def val_dataloader(self) -> DataLoader | list[Any]:
-        """Validation batches; an empty list where there is no such split."""
-        return self.dataloader("val") if "val" in self.splits else []
-
-    def test_dataloader(self) -> DataLoader:
-        """Test batches: the unseen regions."""
-        return self.dataloader("test")
-
-    def predict_dataloader(self) -> DataLoader:
-        """Test batches, for Lightning's `predict`."""
-        return self.dataloader("test")
 
     def cache(self, folder: str | os.PathLike[str] | None = None) -> Path:
         """Pack all chips into one memory-mapped file, and read from it from now on.
@@ -407,40 +219,15 @@ class ChipData(L.LightningDataModule):
         info = self.info
         facts = f"{info.task} {info.nodata} {info.ignore_index} {len(info.classes)}"
         root = cache_folder() / "packed" if folder is None else Path(folder)
-        target = root / pack_key(self.folder, names, self.bands, facts)[:32]
+        target = root / pack_key(self.folder, names, self.bands, facts)
         rows = range(len(self.index))
         chips = (table.reader.read(*table.files_of(row)) for row in rows)
         table.packed = pack(target, chips, len(self.index), info)
         table.stored.clear()
         return target
 
-    def subset(self, n: int, seed: int = 0, split: str = "train") -> ChipData:
-        """The same data with only `n` chips in one split.
-
-        Subsets are nested: with one seed, the 10 chips of `subset(10)` are among the
-        32 of `subset(32)`. Classes (for labels) or regions (for masks) take part in
-        proportion.
-
-        Args:
-            n: Chips to keep.
-            seed: Of the choice.
-            split: Which split is cut down; the others stay.
-
-        Returns:
-            A new `ChipData` that shares what was already read.
-
-        Raises:
-            ValueError: `n` is below 1 or above what the split has.
-        """
-        rows = self.dataset(split).rows
-        if not 1 <= n <= len(rows):
-            raise ValueError(
-                f"subset of {n} chips asked for, but split {split!r} has {len(rows)}; "
-                f"choose n from 1 to {len(rows)}."
-            )
-        order = nested_order(self.index.iloc[rows], seed)
-        kept = np.array(rows)[order[:n]]
-        return self._keep({split: kept}, f'.subset({n}, {seed}, "{split}")')
+    def _order(self, split: str, seed: int) -> np.ndarray:
+        return nested_order(self.index.iloc[self.dataset(split).rows], seed)
 
     def n_shot(self, n: int, seed: int = 0, by: str = "region") -> ChipData:
         """The same data with `n` training chips of each bucket: few labels.
@@ -463,28 +250,25 @@ class ChipData(L.LightningDataModule):
             ValueError: A bucket has fewer than `n` training chips, or `by` is no
                 bucket of every chip.
         """
-        train = np.array(self.dataset("train").rows)
-        kept = {"train": train[n_shot(self.index.iloc[train], max(n, 0), seed, by)]}
-        sizes = self.index.iloc[train][by].value_counts()
+        train = self.index.iloc[self.dataset("train").rows]
+        kept = {"train": n_shot(train, max(n, 0), seed, by)}
+        sizes = train[by].value_counts()
         if not 1 <= n <= sizes.min():
             raise ValueError(
                 f"{n} chips of each {by} asked for, but {by} {sizes.idxmin()!r} has "
                 f"{sizes.min()} for training; choose n from 1 to {sizes.min()}."
             )
         if "val" in self.splits:
-            val = np.array(self.dataset("val").rows)
-            few = math.ceil(0.2 * n)
-            kept["val"] = val[n_shot(self.index.iloc[val], few, seed, by)]
+            val = self.index.iloc[self.dataset("val").rows]
+            kept["val"] = n_shot(val, math.ceil(0.2 * n), seed, by)
         return self._keep(kept, f'.n_shot({n}, {seed}, "{by}")')
 
-    def _keep(self, kept: Mapping[str, np.ndarray], call: str) -> ChipData:
-        """A copy in which only some rows of some splits are left."""
+    def _keep(self, kept: Mapping[str, np.ndarray], call: str) -> Self:
         smaller = copy.copy(self)
         smaller.index = self.index.copy()
         split = smaller.index["split"].to_numpy(dtype=object, copy=True)
-        rows = np.arange(len(split))
         for name, chosen in kept.items():
-            split[(split == name) & ~np.isin(rows, chosen)] = "unused"
+            split[np.delete(self.dataset(name).rows, chosen)] = "unused"
         smaller.index["split"] = split
         smaller.subsets = (*self.subsets, call)
         return smaller
@@ -528,6 +312,3 @@ class ChipData(L.LightningDataModule):
             f"ChipData({self.name!r}: {self.task}, {len(self.bands)} bands, {parts}; "
             f"{len(self.regions)} regions)"
         )
-
-    # Lightning's own text would build every loader to count its batches.
-    __str__ = __repr__

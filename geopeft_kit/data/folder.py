@@ -6,27 +6,37 @@
       images/ masks/   GeoTIFF, or the original files where they have no georeference
 
 `write_chip_folder` writes it, `read_chip_folder` reads and checks it. `dataset.json`
-comes last: where it stands, everything else is there. Taught in
+comes last: where it is, everything else is there. Taught in
 `notebooks/14_your_own_data.ipynb`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from geopeft_kit.data.chip import Chip
-from geopeft_kit.data.index_checks import INDEX, check_index
+from geopeft_kit.data.index import INDEX, check_index, make_index
 from geopeft_kit.data.info import DatasetInfo
-from geopeft_kit.data.writing import ChipWriter, make_index
-from geopeft_kit.files import hash_of
+from geopeft_kit.data.writing import ChipWriter
+from geopeft_kit.files import hash_of, whole_folder
 
 if TYPE_CHECKING:
     import geopandas as gpd
 
 FACTS = "dataset.json"
+
+
+class InPlace(NamedTuple):
+    """A data set whose index is in memory alone; its files are in `folder`."""
+
+    folder: Path
+    info: DatasetInfo
+    index: gpd.GeoDataFrame
 
 
 def write_chip_folder(
@@ -37,8 +47,8 @@ def write_chip_folder(
 ) -> Path:
     """Write chips as a chip folder.
 
-    The index comes after all images and `dataset.json` comes last, each through a
-    temporary file. Where anything fails, the files of this call are removed again.
+    All is written beside the folder, or in a hidden part of one that holds files, and
+    moved there at the end: where anything fails, the folder is as it was before.
 
     Args:
         folder: Made where it does not exist.
@@ -57,55 +67,54 @@ def write_chip_folder(
     """
     facts = info if isinstance(info, DatasetInfo) else DatasetInfo.from_dict(info)
     folder = Path(folder)
-    if (folder / FACTS).exists():
-        if not overwrite:
-            raise FileExistsError(
-                f"{folder} already holds a data set. Pass overwrite=True to replace "
-                "it, or choose another folder."
-            )
-        (folder / FACTS).unlink()  # from here on the old one counts as unfinished
-    writer = ChipWriter(folder, facts)
-    try:
+    if (folder / FACTS).exists() and not overwrite:
+        raise FileExistsError(
+            f"{folder} already holds a data set. Pass overwrite=True to replace it, or "
+            "choose another folder."
+        )
+    new = not folder.is_dir() or not any(folder.iterdir())
+    with whole_folder(folder, replace=False) if new else _added_to(folder) as part:
+        writer = ChipWriter(folder, part, facts)
         rows = [writer.add(chip) for chip in chips]
         if not rows:
             raise ValueError(f"no chips to write into {folder}; pass at least one.")
         index = make_index(rows, writer.outlines, facts)
-        with writer.new_file(folder / INDEX) as part:
-            index.to_parquet(part, index=False)
-        text = facts.to_json(hash_of(folder / INDEX))
-        with writer.new_file(folder / FACTS) as part:
-            part.write_text(text, encoding="utf-8")
-    except BaseException:
-        writer.undo()
-        raise
+        with writer.new_file(INDEX) as path:
+            index.to_parquet(path, index=False)
+        with writer.new_file(FACTS) as path:
+            path.write_text(facts.to_json(hash_of(part / INDEX)), encoding="utf-8")
     return folder
 
 
+@contextmanager
+def _added_to(folder: Path) -> Iterator[Path]:
+    """A folder to fill, whose files join those of `folder` when all went well."""
+    with tempfile.TemporaryDirectory(prefix=".chips.", dir=folder) as name:
+        part = Path(name)
+        yield part
+        (folder / FACTS).unlink(missing_ok=True)  # in between it counts as unfinished
+        new = [path.relative_to(part) for path in part.rglob("*") if path.is_file()]
+        for file in sorted(new, key=lambda file: file.name == FACTS):  # the facts last
+            (folder / file).parent.mkdir(exist_ok=True)
+            os.replace(part / file, folder / file)
+
+
 def index_chips(
-    folder: str | os.PathLike[str],
-    chips: Iterable[Chip],
-    info: DatasetInfo,
-) -> gpd.GeoDataFrame:
-    """The index of files that stay where they are; nothing is written.
-
-    Args:
-        folder: Holds all files, in whatever sub-folders.
-        chips: With paths of rasters in `folder`, no arrays.
-        info: Facts of the data set.
-
-    Returns:
-        What `read_chip_folder` would return for them.
+    folder: str | os.PathLike[str], chips: Iterable[Chip], info: DatasetInfo
+) -> InPlace:
+    """Files that stay where they are, in `folder` or below it; nothing is written.
 
     Raises:
         ValueError: A chip does not fit the facts, or there are none.
     """
-    writer = ChipWriter(Path(folder), info)
+    folder = Path(folder)
+    writer = ChipWriter(folder, folder, info)
     rows = [writer.add(chip) for chip in chips]
     if not rows:
         raise ValueError(f"no chips found in {folder}.")
     index = make_index(rows, writer.outlines, info)
-    check_index(Path(folder), index, info)
-    return index
+    check_index(folder, index, info)
+    return InPlace(folder, info, index)
 
 
 def read_chip_folder(

@@ -213,6 +213,16 @@ class DatasetInfo:
             raise ValueError(f"{path}: {error}") from error
 
 
+def mask_value_message(name: str, wrong: Sequence[float], info: DatasetInfo) -> str:
+    """What to say about mask values of a chip that are no class."""
+    return (
+        f"chip {name!r}: mask value {', '.join(f'{v:g}' for v in wrong[:5])} is "
+        f"outside the classes; allowed are 0-{len(info.classes) - 1} "
+        f"({', '.join(info.classes)}) and {info.ignore_index} (no label). Correct the "
+        "mask, or add the class to the data set."
+    )
+
+
 def _check_types(info: DatasetInfo) -> None:
     """Refuse values of a wrong type, which a file made by hand may hold."""
     for name in ("name", "licence", "citation", "source", "notes"):

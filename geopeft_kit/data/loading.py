@@ -2,24 +2,23 @@
 
 Order and augmentation of epoch e depend on (seed, e) alone and not on what ran before,
 so a run that was killed and resumed sees the same images. Lightning tells the epoch to
-any sampler that has `set_epoch`. Taught in `notebooks/02_probe_and_full.ipynb`.
+any sampler that has `set_epoch`.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from rasterio.errors import NotGeoreferencedWarning
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 from torch.utils.data import Dataset, Sampler
 
 from geopeft_kit.data.augmentation import Augmentation
+from geopeft_kit.data.index import dates_of, labels_of, lonlat_of
 from geopeft_kit.data.packing import PackedChips
 from geopeft_kit.data.reading import ChipReader, StoredChip
 
@@ -36,7 +35,7 @@ class AugmentedKey(NamedTuple):
 
 
 class EpochSampler(Sampler):
-    """Positions in a random order that depends on the seed and the epoch alone.
+    """Positions of `size` samples in an order of the seed and the epoch alone.
 
     Args:
         size: Number of samples.
@@ -69,15 +68,9 @@ class EpochSampler(Sampler):
 
 
 def flip_and_turn(tensors: Sequence[Tensor], key: AugmentedKey) -> list[Tensor]:
-    """One of the eight symmetries of a square, the same for all tensors.
+    """One of the eight symmetries of a square, drawn from the key, on (..., H, W).
 
-    Args:
-        tensors: Each (..., H, W).
-        key: What the draw depends on.
-
-    Returns:
-        The turned tensors. Images that are not square are turned by 180 degrees at
-        most, so that their shape stays.
+    Tensors that are not square are turned by 180 degrees, so that their shape stays.
     """
     return symmetry(tensors, drawn_symmetry(key))
 
@@ -103,17 +96,13 @@ def symmetry(tensors: Sequence[Tensor], number: int) -> list[Tensor]:
 class ChipTable:
     """The index as plain lists: pandas takes longer to look up a row than to read it.
 
-    Attributes:
-        index: The rows.
-        reader: Reads their files.
-        cache: True keeps each chip in memory once it was read.
-        stored: The chips kept, by row; shared by all data sets on this table.
-        packed: All chips in one file, read instead of theirs.
+    `stored` holds the chips that are kept, for all data sets on this table; `packed`
+    is read instead of the files.
     """
 
     index: gpd.GeoDataFrame
     reader: ChipReader
-    cache: bool
+    cache: bool  # keep each chip in memory once it was read
     stored: dict[int, StoredChip] = field(default_factory=dict)
     packed: PackedChips | None = None
 
@@ -140,24 +129,15 @@ class ChipTable:
         if self.packed is not None:
             return [self.packed.read(row) for row in rows]
         found = {row: self.stored[row] for row in rows if row in self.stored}
-        with warnings.catch_warnings():  # pictures without a place are welcome here
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            missing = [row for row in dict.fromkeys(rows) if row not in found]
-            chips = self.reader.read_many(self.files_of(row) for row in missing)
-            found |= zip(missing, chips, strict=True)
+        missing = [row for row in dict.fromkeys(rows) if row not in found]
+        chips = self.reader.read_many(self.files_of(row) for row in missing)
+        found |= zip(missing, chips, strict=True)
         if self.cache:
             self.stored |= found
         return [found[row] for row in rows]
 
     def files_of(self, row: int) -> tuple[str, str, str | None, str | None]:
-        """What `ChipReader.read` needs to know of a row.
-
-        Args:
-            row: Of the index.
-
-        Returns:
-            Name of the chip, its image, second image and mask.
-        """
+        """The arguments of `ChipReader.read` for a row."""
         image, after, mask = (self.files[name][row] for name in self.files)
         return self.chips[row], str(image), after, mask
 
@@ -167,14 +147,11 @@ class ChipTable:
 
 
 class ChipDataset(Dataset):
-    """Samples of one split, as torchgeo-style dicts.
+    """Samples of some rows of a table, as torchgeo-style dicts.
 
-    Args:
-        table: The index and its reader.
-        rows: Rows of the table that belong to the split.
-        augmentation: What an `AugmentedKey` asks for; None flips and turns.
-        factor: Above 1 the chip is the target and its means over factor x factor
-            pixels are the image, for super-resolution.
+    `augmentation` is what an `AugmentedKey` asks for, None flips and turns. With a
+    `factor` above 1 the chip is the target, and its means over factor x factor pixels
+    are the image.
     """
 
     def __init__(
@@ -198,13 +175,9 @@ class ChipDataset(Dataset):
     def __getitem__(self, key: int | AugmentedKey) -> dict[str, Any]:
         """One sample; an `AugmentedKey` flips and turns it.
 
-        Args:
-            key: Position in the split, alone or with what the turn depends on.
-
-        Returns:
-            image (C,H,W) float32 reflectance, or (C,2,H,W) for change; mask (H,W)
-            int64 or float32, or label () int64 or (K,) float32; chip, region, crs;
-            bounds (4,) in that CRS; date (T,2) and lonlat (2,) where known.
+        image (C,H,W) float32 reflectance, or (C,2,H,W) for change; mask (H,W) int64 or
+        float32, or label () int64 or (K,) float32; chip, region, crs; bounds (4,) in
+        that CRS; date (T,2) and lonlat (2,) where known.
         """
         return self.__getitems__([key])[0]
 
@@ -248,72 +221,3 @@ class ChipDataset(Dataset):
         if self.has_lonlat:
             sample["lonlat"] = torch.from_numpy(table.lonlat[row])
         return sample
-
-
-def labels_of(
-    index: gpd.GeoDataFrame, task: str, num_classes: int
-) -> list[Tensor | None]:
-    """Labels as tensors.
-
-    Args:
-        index: Rows of a chip folder.
-        task: Of the data set.
-        num_classes: K.
-
-    Returns:
-        One a row, () int64 for classification and (K,) float32 zeros and ones for
-        multilabel; None where a row has none, as with masks.
-    """
-    if task == "classification":
-        return [
-            None if label != label or label is None else torch.tensor(int(label))
-            for label in index["label"].astype(float)
-        ]
-    if task == "multilabel":
-        rows: list[Tensor | None] = []
-        for label in index["label"]:
-            if label is None:
-                rows.append(None)
-                continue
-            hot = torch.zeros(num_classes)  # (K,)
-            hot[[int(number) for number in label]] = 1.0
-            rows.append(hot)
-        return rows
-    return [None] * len(index)
-
-
-def dates_of(index: gpd.GeoDataFrame, pair: bool) -> np.ndarray:
-    """Dates as backbones take them.
-
-    Args:
-        index: Rows of a chip folder.
-        pair: True for a change pair, which has two.
-
-    Returns:
-        (N, T, 2) float32: year, and day of the year counted from 0; NaN where unknown.
-    """
-    import pandas as pd
-
-    names = ["date", "date_after"] if pair else ["date"]
-    found = np.full((len(index), len(names), 2), np.nan, np.float32)
-    for step, name in enumerate(names):
-        if name in index:
-            days = pd.to_datetime(index[name])
-            found[:, step, 0] = days.dt.year
-            found[:, step, 1] = days.dt.day_of_year - 1
-    return found
-
-
-def lonlat_of(index: gpd.GeoDataFrame) -> np.ndarray:
-    """Centres of the footprints.
-
-    Args:
-        index: Rows of a chip folder.
-
-    Returns:
-        (N, 2) float32 longitude and latitude in degrees; NaN without a footprint.
-    """
-    import shapely
-
-    centres = shapely.centroid(index.geometry.to_numpy())
-    return np.stack([shapely.get_x(centres), shapely.get_y(centres)], 1).astype("f4")

@@ -8,13 +8,9 @@ stale: other files, another pack. Taught in `notebooks/14_your_own_data.ipynb`.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +20,7 @@ from numpy.lib.format import header_data_from_array_1_0, write_array_header_1_0
 
 from geopeft_kit.data.info import DatasetInfo
 from geopeft_kit.data.reading import Grid, StoredChip
+from geopeft_kit.files import content_key, whole_folder
 
 VERSION = 1
 PARTS = ("image", "mask", "invalid")
@@ -33,22 +30,14 @@ PARTS = ("image", "mask", "invalid")
 class PackedChips:
     """Chips in a pack, by row of the index.
 
-    Attributes:
-        folder: Holds image.npy, mask.npy, invalid.npy and grids.json.
+    The folder holds image.npy, mask.npy, invalid.npy and grids.json.
     """
 
     folder: Path
     _open: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def read(self, row: int) -> StoredChip:
-        """One chip, as `ChipReader.read` would return it.
-
-        Args:
-            row: Of the index.
-
-        Returns:
-            The stored values; the image is a view of the file.
-        """
+        """One chip as `ChipReader.read` returns it; the image is a view of the file."""
         if not self._open:
             self._open = self._map()
         arrays, grids = self._open["arrays"], self._open["grids"]
@@ -77,38 +66,18 @@ class PackedChips:
 def pack_key(
     folder: Path, files: Sequence[str], bands: Sequence[str], facts: str
 ) -> str:
-    """Name of the pack of some files: a hash of their content.
+    """Name of the pack of some files of a folder, in the order of the index.
 
-    Args:
-        folder: That they lie in.
-        files: Their paths in it, in the order of the index.
-        bands: That are read.
-        facts: Text of whatever else decides about stored values.
-
-    Returns:
-        64 hexadecimal digits.
+    `facts` is a text of whatever else decides about stored values.
     """
-    total = hashlib.sha256(json.dumps([VERSION, list(bands), facts]).encode())
-    for name in files:
-        with (folder / name).open("rb") as file:
-            total.update(name.encode())
-            total.update(hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()
+    made_from = [VERSION, list(bands), facts, list(files)]
+    return content_key(made_from, [folder / name for name in files])[:32]
 
 
 def pack(
     target: Path, chips: Iterator[StoredChip], count: int, info: DatasetInfo
 ) -> PackedChips:
-    """Write a pack, whole or not at all; one that is there is used.
-
-    Args:
-        target: Folder to write, named after the content.
-        chips: Read one at a time.
-        count: How many there are.
-        info: Facts of the data set.
-
-    Returns:
-        The pack.
+    """Write a pack of `count` chips, whole or not at all; one that is there is used.
 
     Raises:
         ValueError: Chips differ in size or type.
@@ -116,18 +85,12 @@ def pack(
     """
     if (target / "grids.json").exists():
         return PackedChips(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{target.name[:16]}.", dir=target.parent))
     try:
-        grids = _write(part, chips, count, info)
-        text = json.dumps([list(grid) for grid in grids])
-        (part / "grids.json").write_text(text, encoding="utf-8")
-        part.chmod(0o755)
-        try:
-            os.replace(part, target)
-        except OSError:
-            if not (target / "grids.json").exists():  # else another process was faster
-                raise
+        # Another process may be faster, and makes the same.
+        with suppress(FileExistsError), whole_folder(target, replace=False) as part:
+            grids = _write(part, chips, count, info)
+            text = json.dumps([list(grid) for grid in grids])
+            (part / "grids.json").write_text(text, encoding="utf-8")
     except OSError as error:
         raise OSError(
             error.errno,
@@ -135,8 +98,6 @@ def pack(
             "or pass cache(folder=...) on another disk. The pack was",
             str(target),
         ) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return PackedChips(target)
 
 

@@ -17,12 +17,11 @@ import numpy as np
 import rasterio
 import torch
 from rasterio.crs import CRS
-from rasterio.errors import RasterioError
 from torch import Tensor
 
-from geopeft_kit.data.chip import ALONE
-from geopeft_kit.data.encoding import mask_value_message
-from geopeft_kit.data.info import DatasetInfo
+from geopeft_kit.data.chip import check_same_size
+from geopeft_kit.data.info import DatasetInfo, mask_value_message
+from geopeft_kit.data.open_raster import ALONE, open_raster
 
 NOWHERE = (float("nan"),) * 4
 
@@ -39,19 +38,12 @@ class Grid(NamedTuple):
 
 @dataclass
 class StoredChip:
-    """A chip as it is kept in memory: stored values, so 8 bit stay 8 bit.
+    """A chip as it is kept in memory: stored values, so 8 bit stay 8 bit."""
 
-    Attributes:
-        image: (C, H, W) stored values, or (C, 2, H, W) for a change pair.
-        mask: (H, W), int64 class numbers or float32 values; None where there is none.
-        invalid: (H, W) bool, True where there is no data; None where all is data.
-        grid: Of the image.
-    """
-
-    image: np.ndarray
-    mask: np.ndarray | None
-    invalid: np.ndarray | None
-    grid: Grid
+    image: np.ndarray  # (C, H, W), or (C, 2, H, W) for a change pair
+    mask: np.ndarray | None  # (H, W), int64 class numbers or float32 values
+    invalid: np.ndarray | None  # (H, W) bool, True for no data; None: all is data
+    grid: Grid  # of the image
 
 
 class ChipReader:
@@ -79,16 +71,13 @@ class ChipReader:
     def read(
         self, chip: str, image: str, after: str | None = None, mask: str | None = None
     ) -> StoredChip:
-        """Read and check the files of one chip.
+        """Read and check the files of one chip, paths inside the folder.
 
         Args:
             chip: Its name, for messages.
-            image: Path of the image inside the folder.
-            after: Path of the second date of a change pair.
-            mask: Path of the mask.
-
-        Returns:
-            The stored values.
+            image: The image.
+            after: The second date of a change pair.
+            mask: The mask.
 
         Raises:
             RuntimeError: A file is missing or cannot be decoded.
@@ -99,14 +88,7 @@ class ChipReader:
     def read_many(
         self, files: Iterable[tuple[str, str, str | None, str | None]]
     ) -> list[StoredChip]:
-        """Several chips, within one GDAL environment.
-
-        Args:
-            files: For each the arguments of `read`.
-
-        Returns:
-            The stored values of each.
-        """
+        """Several chips, each given by the arguments of `read`, in one GDAL set-up."""
         with rasterio.Env(**ALONE):
             return [self._read(*each) for each in files]
 
@@ -142,14 +124,14 @@ class ChipReader:
         self, chip: str, name: str
     ) -> tuple[np.ndarray, np.ndarray | None, Grid]:
         count = len(self.info.bands)
-        with _open(self.folder / name, chip) as raster:
+        with open_raster(self.folder / name, chip) as raster:
             if raster.count != count:
                 raise ValueError(
                     f"chip {chip!r}: {name} has {raster.count} bands, but the data set "
                     f"names {count}: {', '.join(self.info.bands)}. Correct the file, "
                     "or the bands of the data set."
                 )
-            pixels = _decode(raster, self.indexes, chip)
+            pixels = raster.read(self.indexes)
             grid, own = self._about(name, raster)
             nodata = own if self.info.nodata is None else self.info.nodata
         invalid: np.ndarray | None = None
@@ -172,12 +154,12 @@ class ChipReader:
 
     def _read_mask(self, chip: str, name: str, image: Grid) -> np.ndarray:
         info = self.info
-        with _open(self.folder / name, chip) as raster:
+        with open_raster(self.folder / name, chip) as raster:
             if raster.count != 1:
                 raise ValueError(
                     f"chip {chip!r}: mask {name} has {raster.count} bands; expected 1."
                 )
-            values = _decode(raster, [1], chip)[0]
+            values = raster.read(1)
             grid, nodata = self._about(name, raster)
             _same_grid(chip, f"mask {name}", grid, image)
         if info.task == "regression":
@@ -205,14 +187,7 @@ class ChipReader:
             raise ValueError(mask_value_message(chip, wrong, self.info))
 
     def reflectance(self, stored: StoredChip) -> Tensor:
-        """Stored values as reflectance, 0 where there is no data.
-
-        Args:
-            stored: A chip as read.
-
-        Returns:
-            (C, H, W) float32, or (C, 2, H, W) for a change pair.
-        """
+        """(C, H, W) or (C, 2, H, W) float32 reflectance, 0 where there is no data."""
         shape = (-1, *(1,) * (stored.image.ndim - 1))
         scale, offset = self.scale.reshape(shape), self.offset.reshape(shape)
         # torch's memory, filled in one pass: half the time of casting and scaling.
@@ -231,34 +206,6 @@ def _equals(values: np.ndarray, nodata: float) -> np.ndarray:
     return np.isnan(values) if np.isnan(nodata) else values == nodata
 
 
-def _open(path: Path, chip: str) -> rasterio.DatasetReader:
-    try:
-        return rasterio.open(path)
-    except RasterioError as error:
-        raise RuntimeError(_broken(chip, path, error)) from error
-
-
-def _decode(
-    raster: rasterio.DatasetReader, indexes: Sequence[int], chip: str
-) -> np.ndarray:
-    try:
-        return raster.read(list(indexes))
-    except RasterioError as error:
-        raise RuntimeError(_broken(chip, Path(raster.name), error)) from error
-
-
-def _broken(chip: str, path: Path, error: Exception) -> str:
-    if not path.exists():
-        return (
-            f"chip {chip!r}: {path} is missing. Copy it back, or write the chip folder "
-            "again."
-        )
-    return (
-        f"chip {chip!r}: {path} cannot be read: {error}. It may be cut short or "
-        "damaged; copy or download it again."
-    )
-
-
 def _grid(raster: rasterio.DatasetReader) -> Grid:
     size = raster.height, raster.width
     if raster.crs is None:
@@ -275,11 +222,7 @@ def _crs_text(crs: CRS) -> str:
 
 def _same_grid(chip: str, what: str, found: Grid, image: Grid) -> None:
     """Refuse two rasters of different size, CRS or place (by more than a pixel/10)."""
-    if (found.height, found.width) != (image.height, image.width):
-        raise ValueError(
-            f"chip {chip!r}: {what} is {found.height} x {found.width} pixels, its "
-            f"image {image.height} x {image.width}. Cut or warp both to the same grid."
-        )
+    check_same_size(chip, what, found, image)
     if not found.crs or not image.crs:
         return  # a PNG mask beside a GeoTIFF: the size is all there is to compare
     if found.crs != image.crs:

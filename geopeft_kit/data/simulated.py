@@ -8,12 +8,10 @@ writes them once as a chip folder and hands back the usual `ChipData`. Taught in
 from __future__ import annotations
 
 import datetime as dt
-import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,15 +24,16 @@ from geopeft_kit.data.chip import Chip
 from geopeft_kit.data.chips import ChipData
 from geopeft_kit.data.folder import FACTS, write_chip_folder
 from geopeft_kit.data.info import DatasetInfo
-from geopeft_kit.data.regions import REGIONS
-from geopeft_kit.data.terrain import PIXEL
-from geopeft_kit.data.world import (
+from geopeft_kit.download import cache_folder
+from geopeft_kit.files import content_key
+from geopeft_kit.world import (
     GENERATOR_VERSION,
     LAND_COVER_CLASSES,
+    PIXEL,
+    REGIONS,
     Scene,
     simulate_scene,
 )
-from geopeft_kit.download import cache_folder
 
 SCALE = 1e-4
 """Reflectance of one stored unit; pixels are stored as uint16."""
@@ -126,17 +125,27 @@ class _Recipe:
     size: int
     scene_size: int
     seed: int
-    shift: tuple[tuple[str, float], ...]
+    shift: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        if self.task not in _LESSONS:
+            raise ValueError(
+                f"Unknown task {self.task!r}; choose from {', '.join(_LESSONS)}."
+            )
+        if self.size < 16 or self.scene_size < self.size:
+            raise ValueError(
+                f"size is {self.size} and scene_size {self.scene_size}; chips need 16 "
+                "pixels or more and have to fit into a scene."
+            )
+        if self.chips_per_region < 1 or self.chips_per_scene < 1:
+            raise ValueError(
+                f"chips_per_region is {self.chips_per_region} and chips_per_scene "
+                f"{self.chips_per_scene}; both must be 1 or more."
+            )
 
     def to_dict(self) -> dict[str, Any]:
-        """As it stands in `dataset.json`, plain JSON."""
-        values = {**vars(self), "version": GENERATOR_VERSION, "shift": dict(self.shift)}
-        return json.loads(json.dumps(values))
-
-    def key(self) -> str:
-        """Name of the cache folder."""
-        text = json.dumps(self.to_dict(), sort_keys=True)
-        return f"{self.task}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        """As `dataset.json` holds it, plain JSON."""
+        return json.loads(json.dumps(vars(self) | {"version": GENERATOR_VERSION}))
 
 
 def simulated_data(
@@ -173,7 +182,7 @@ def simulated_data(
             variety and more time. Chips of one scene are either all for training or
             all for validation.
         shift: Turns light, air or season of all scenes; keys as in
-            `geopeft_kit.data.world.SHIFTS`.
+            `geopeft_kit.world.SHIFTS`.
         **options: Passed on to `ChipData`, as `val_fraction` or `augment`.
 
     Returns:
@@ -183,23 +192,24 @@ def simulated_data(
         ValueError: Unknown task, region, band or shift, or sizes that do not fit.
         FileExistsError: `folder` holds another data set.
     """
-    recipe = _recipe(
-        task,
-        bands,
-        chips_per_region,
-        size,
-        scene_size,
-        train_regions,
-        test_regions,
-        seed,
-        chips_per_scene,
-        shift,
+    recipe = _Recipe(
+        task=task,
+        bands=resolve_bands(bands),
+        regions=_regions(train_regions, test_regions),
+        chips_per_region=chips_per_region,
+        chips_per_scene=min(chips_per_scene, max(scene_size // max(size, 1), 1) ** 2),
+        size=size,
+        scene_size=scene_size,
+        seed=seed,
+        shift={key: float(value) for key, value in (shift or {}).items()},
     )
     if folder is None:
-        folder = cache_folder() / "simulated" / recipe.key()
+        key = content_key(recipe.to_dict())[:16]
+        folder = cache_folder() / "simulated" / f"{task}-{key}"
     folder = Path(folder)
     if not _is_there(folder, recipe):
-        _build(folder, recipe)
+        with suppress(FileExistsError):  # another process was faster
+            write_chip_folder(folder, _chips(recipe), _info(recipe))
     return ChipData(
         folder,
         test_regions=list(test_regions),
@@ -208,67 +218,35 @@ def simulated_data(
     )
 
 
-def _recipe(
-    task: str,
-    bands: str | Sequence[str],
-    chips_per_region: int,
-    size: int,
-    scene_size: int,
-    train_regions: Sequence[str] | None,
-    test_regions: Sequence[str],
-    seed: int,
-    chips_per_scene: int,
-    shift: Mapping[str, float] | None,
-) -> _Recipe:
-    """Check the arguments of `simulated_data` and bring them into one form."""
-    if task not in _LESSONS:
-        raise ValueError(f"Unknown task {task!r}; choose from {', '.join(_LESSONS)}.")
-    for name, value in (("train", train_regions), ("test", test_regions)):
+def _regions(train: Sequence[str] | None, test: Sequence[str]) -> tuple[str, ...]:
+    """All regions that chips are made of, checked and in the world's order."""
+    for name, value in (("train", train), ("test", test)):
         if isinstance(value, str):
             raise ValueError(f"{name}_regions is a text; write [{value!r}].")
-    held_out = set(test_regions)
-    train = set(REGIONS) - held_out if train_regions is None else set(train_regions)
-    unknown = sorted((train | held_out) - set(REGIONS))
+    held_out = set(test)
+    trained = set(REGIONS) - held_out if train is None else set(train)
+    unknown = sorted((trained | held_out) - set(REGIONS))
     if unknown:
         raise ValueError(
             f"Unknown region {unknown[0]!r}; choose from {', '.join(REGIONS)}."
         )
-    if train & held_out:
+    if trained & held_out:
         raise ValueError(
-            f"{sorted(train & held_out)[0]!r} is to be trained on and held out; take "
+            f"{sorted(trained & held_out)[0]!r} is to be trained on and held out; take "
             "it out of train_regions or test_regions."
         )
-    if not train or not held_out:
+    if not trained or not held_out:
         raise ValueError("Name at least one region to train on and one to hold out.")
-    if size < 16 or scene_size < size:
-        raise ValueError(
-            f"size is {size} and scene_size {scene_size}; chips need 16 pixels or more "
-            "and have to fit into a scene."
-        )
-    tiles = (scene_size // size) ** 2
-    if chips_per_region < 1 or chips_per_scene < 1:
-        raise ValueError(
-            f"chips_per_region is {chips_per_region} and chips_per_scene "
-            f"{chips_per_scene}; both must be 1 or more."
-        )
-    return _Recipe(
-        task=task,
-        bands=resolve_bands(bands),
-        regions=tuple(name for name in REGIONS if name in train | held_out),
-        chips_per_region=chips_per_region,
-        chips_per_scene=min(chips_per_scene, tiles),
-        size=size,
-        scene_size=scene_size,
-        seed=seed,
-        shift=tuple(
-            sorted((key, float(value)) for key, value in (shift or {}).items())
-        ),
-    )
+    return tuple(name for name in REGIONS if name in trained | held_out)
 
 
 def _is_there(folder: Path, recipe: _Recipe) -> bool:
     """Whether the folder holds exactly this data set already."""
     if not (folder / FACTS).exists():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise FileExistsError(
+                f"{folder} is not empty and holds no data set. Choose another folder."
+            )
         return False
     info, _ = DatasetInfo.read(folder / FACTS)
     if info.extra.get("recipe") != recipe.to_dict():
@@ -277,26 +255,6 @@ def _is_there(folder: Path, recipe: _Recipe) -> bool:
             "version. Delete it, choose another folder, or leave folder out."
         )
     return True
-
-
-def _build(folder: Path, recipe: _Recipe) -> None:
-    """Write the data set beside its place and move it there when it is whole."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        write_chip_folder(part, _chips(recipe), _info(recipe))
-        part.chmod(0o755)
-        try:
-            os.replace(part, folder)
-        except OSError as error:
-            # Another process was faster, or something else stands there.
-            if not _is_there(folder, recipe):
-                raise FileExistsError(
-                    f"{folder} is not empty and holds no data set ({error.strerror}). "
-                    "Choose another folder."
-                ) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _info(recipe: _Recipe) -> DatasetInfo:
@@ -311,7 +269,7 @@ def _info(recipe: _Recipe) -> DatasetInfo:
         scale=SCALE,
         licence="CC0-1.0",
         citation="Simulated by geopeft_kit; no satellite was involved.",
-        source=f"geopeft_kit.data.world, generator version {GENERATOR_VERSION}",
+        source=f"geopeft_kit.world, generator version {GENERATOR_VERSION}",
         notes=lesson.note,
         simulated=True,
         extra={"recipe": recipe.to_dict()},

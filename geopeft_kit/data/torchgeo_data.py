@@ -3,7 +3,7 @@
     gk.fit(model, EuroSAT100(root, transforms=scaled))      # as it is
     gk.fit(model, gk.TorchgeoData(OSCDDataModule(...), task="change", scale=1e-4))
 
-`gk.fit` wraps whatever is no `ChipData` itself. Values are taken as they are unless a
+`gk.fit` wraps whatever is no `SplitData` itself. Values are taken as they are unless a
 scale is given: images are meant to be reflectance from 0 to 1. torchgeo's own
 normalisation and augmentation run inside its trainer and are not used here, since a
 backbone normalises by its card.
@@ -15,17 +15,16 @@ import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+from torch.utils.data import Dataset, Subset, default_collate
 
-from geopeft_kit.data.chips import ChipData
 from geopeft_kit.data.info import CLASS_TASKS, TASKS
-from geopeft_kit.data.loading import EpochSampler
+from geopeft_kit.data.split_data import SplitData
 
 if TYPE_CHECKING:
     from torchgeo.datasets import GeoDataset
@@ -34,8 +33,8 @@ SPLITS = ("train", "val", "test")
 BRIGHTEST = 20.0  # reflectance never comes near; stored numbers are above
 
 
-class TorchgeoData:
-    """A torchgeo data set or data module with the face of a `ChipData`.
+class TorchgeoData(SplitData):
+    """A torchgeo data set or data module, used as a `ChipData` is.
 
     Args:
         source: A data set (it trains), a mapping from split to data set, or a data
@@ -53,10 +52,6 @@ class TorchgeoData:
         ValueError: An unknown task or split, or a source without a training set.
     """
 
-    augment = False
-    transforms = None
-    simulated = False
-
     def __init__(
         self,
         source: Dataset | Mapping[str, Dataset] | L.LightningDataModule,
@@ -68,6 +63,7 @@ class TorchgeoData:
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
+        super().__init__()
         allowed = (*TASKS, "super_resolution")
         if task not in allowed:
             raise ValueError(f"task is {task!r}; allowed are {', '.join(allowed)}.")
@@ -82,28 +78,16 @@ class TorchgeoData:
 
     @property
     def splits(self) -> list[str]:
-        """Names of the splits that are there."""
         return list(self.sets)
 
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width in pixels of the first training sample."""
-        first: Any = self.sets["train"]
-        height, width = first[0]["image"].shape[-2:]
+        height, width = self.dataset("train")[0]["image"].shape[-2:]
         return int(height), int(width)
 
-    def dataset(self, split: str) -> Dataset:
-        """Torchgeo's own data set of a split.
-
-        Args:
-            split: One of `splits`.
-
-        Returns:
-            The data set.
-
-        Raises:
-            ValueError: There is no such split.
-        """
+    def dataset(self, split: str) -> Any:
+        """Torchgeo's own data set of a split."""
         if split not in self.sets:
             raise ValueError(
                 f"{self.name} has no split {split!r}; it has {', '.join(self.sets)}. "
@@ -111,51 +95,8 @@ class TorchgeoData:
             )
         return self.sets[split]
 
-    def dataloader(
-        self,
-        split: str,
-        shuffle: bool = False,
-        seed: int | None = None,
-        augment: bool | None = None,
-    ) -> DataLoader:
-        """Batches of one split, as `ChipData.dataloader` gives them.
-
-        Args:
-            split: One of `splits`.
-            shuffle: In an order that depends on the seed and the epoch alone.
-            seed: None takes the data's own.
-            augment: Not used; give the data set transforms.
-
-        Returns:
-            A loader of dicts: image (B,C,H,W), or (B,C,2,H,W) for change, mask
-            (B,H,W) or label, region.
-        """
-        data: Any = self.dataset(split)
-        sampler = None
-        if shuffle:
-            order = self.seed if seed is None else seed
-            sampler = EpochSampler(len(data), order, drop_last_of=self.batch_size)
-        return DataLoader(
-            data,
-            self.batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            collate_fn=self.collate,
-            generator=torch.Generator().manual_seed(self.seed),
-        )
-
     def collate(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Turn torchgeo's samples into a batch of ours.
-
-        Args:
-            samples: Dicts with `image` and `mask` or `label`.
-
-        Returns:
-            The batch.
-
-        Raises:
-            ValueError: A key is missing, or images differ in shape.
-        """
+        """Torchgeo's samples, dicts with `image` and `mask` or `label`, as a batch."""
         key = "label" if self.task in ("classification", "multilabel") else "mask"
         for name in ("image", key):
             if name not in samples[0]:
@@ -201,21 +142,16 @@ class TorchgeoData:
             stacklevel=2,
         )
 
-    def subset(self, n: int, seed: int = 0, split: str = "train") -> TorchgeoData:
-        """The same data with only `n` samples in one split, nested for one seed.
+    def _order(self, split: str, seed: int) -> np.ndarray:
+        return np.random.default_rng(seed).permutation(len(self.dataset(split)))
 
-        Args:
-            n: Samples to keep.
-            seed: Of the choice.
-            split: Which split is cut down.
-
-        Returns:
-            A new `TorchgeoData`.
-        """
-        data: Any = self.dataset(split)
-        order = np.random.default_rng(seed).permutation(len(data))[:n]
+    def _keep(self, kept: Mapping[str, np.ndarray], call: str) -> Self:
         smaller = copy.copy(self)
-        smaller.sets = self.sets | {split: Subset(data, sorted(order.tolist()))}
+        parts = {
+            name: Subset(self.sets[name], np.sort(chosen).tolist())
+            for name, chosen in kept.items()
+        }
+        smaller.sets = self.sets | parts
         return smaller
 
 
@@ -260,12 +196,9 @@ def _module_sets(module: L.LightningDataModule) -> dict[str, Dataset]:
 
 
 class GeoPatches(Dataset):
-    """The patches that a torchgeo sampler picks from a `GeoDataset`, drawn once.
+    """The patches that a torchgeo sampler picks from a `GeoDataset`.
 
-    Args:
-        data: Answers to a place and a time.
-        sampler: Any of torchgeo's, alone or in batches. A random one is asked once, so
-            that every epoch sees the same patches.
+    The sampler, alone or in batches, is asked once: every epoch sees the same patches.
     """
 
     def __init__(self, data: GeoDataset, sampler: Iterable[Any]) -> None:
@@ -281,23 +214,12 @@ class GeoPatches(Dataset):
         return self.data[self.places[index]]
 
 
-AnyData = (
-    ChipData | TorchgeoData | Dataset | Mapping[str, Dataset] | L.LightningDataModule
-)
+AnyData = SplitData | Dataset | Mapping[str, Dataset] | L.LightningDataModule
 
 
 def as_data(data: Any, task: str, num_classes: int) -> Any:
-    """What `fit` and `evaluate` work with: anything but a `ChipData` is wrapped.
-
-    Args:
-        data: A `ChipData`, a `TorchgeoData`, or what the latter takes.
-        task: Of the model.
-        num_classes: Of the model.
-
-    Returns:
-        The data.
-    """
-    if isinstance(data, ChipData | TorchgeoData):
+    """Data as `fit` and `evaluate` take it; what torchgeo has is wrapped."""
+    if isinstance(data, SplitData):
         return data
     if isinstance(data, Dataset | Mapping | L.LightningDataModule):
         size = getattr(data, "batch_size", None) or 8

@@ -1,6 +1,6 @@
-"""The files of a chip folder, written one chip after another and taken back on error.
+"""Arrays and files of chips -> the files of a chip folder, checked on the way.
 
-`folder.write_chip_folder` uses this; the index of what was written is made here too.
+`folder.write_chip_folder` uses this.
 """
 
 from __future__ import annotations
@@ -8,45 +8,47 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from rasterio.dtypes import in_dtype_range
+from rasterio.errors import NotGeoreferencedWarning
+from rasterio.io import MemoryFile
 
 from geopeft_kit.data.chip import (
     Chip,
     Outline,
     check_same_size,
-    footprints,
     inspect,
     outline_of,
 )
-from geopeft_kit.data.encoding import check_image, checked_mask, encode
-from geopeft_kit.data.index_checks import COLUMNS
-from geopeft_kit.data.info import DatasetInfo
-from geopeft_kit.files import whole_file
-
-if TYPE_CHECKING:
-    import geopandas as gpd
+from geopeft_kit.data.index import COLUMNS
+from geopeft_kit.data.info import DatasetInfo, mask_value_message
 
 FOLDERS = {"image": "images", "image_after": "images_after", "mask": "masks"}
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 class ChipWriter:
-    """Writes the files of one chip after another, and can take them back."""
+    """Writes the files of one chip after another.
 
-    def __init__(self, folder: Path, info: DatasetInfo) -> None:
-        self.folder, self.info = folder, info
-        self.written: list[Path] = []
-        self.made = [p for p in (folder, *folder.parents) if not p.exists()]
+    Args:
+        folder: The chip folder; files that lie in it stay where they are.
+        part: Where new files go until the folder is whole.
+        info: Facts of the data set.
+    """
+
+    def __init__(self, folder: Path, part: Path, info: DatasetInfo) -> None:
+        self.folder, self.part, self.info = folder, part, info
         self.outlines: list[Outline] = []
         self.names: set[str] = set()
 
     def add(self, chip: Chip) -> dict[str, Any]:
-        """Write the files of a chip; returns its row of the index."""
+        """Write the files of a chip; its row of the index."""
         self._check_name(chip)
         row: dict[str, Any] = {}
         outline = self._put(chip, "image", chip.image, row)
@@ -117,12 +119,11 @@ class ChipWriter:
             array = checked_mask(chip.name, array, self.info)
         else:
             check_image(chip.name, array, self.info)
-        target = self.folder / FOLDERS[column] / f"{chip.name}.tif"
+        row[column] = f"{FOLDERS[column]}/{chip.name}.tif"
         outline = outline or outline_of(chip, *array.shape[-2:])
         encoded = encode(array, outline, self.info, column == "mask")
-        with self.new_file(target) as part:
-            part.write_bytes(encoded)
-        row[column] = target.relative_to(self.folder).as_posix()
+        with self.new_file(row[column]) as path:
+            path.write_bytes(encoded)
         height, width = array.shape[-2:]
         return Outline(height, width, outline.crs, outline.transform)
 
@@ -139,57 +140,100 @@ class ChipWriter:
                 f"chip {chip.name!r}: {source} has {count} bands, but the data set "
                 f"names {len(self.info.bands)}: {', '.join(self.info.bands)}."
             )
-        if source.resolve().is_relative_to(self.folder.resolve()):
-            target = source.resolve().relative_to(self.folder.resolve())
+        home = self.folder.resolve()
+        if source.resolve().is_relative_to(home):
+            row[column] = source.resolve().relative_to(home).as_posix()
         else:
-            target = Path(FOLDERS[column]) / f"{chip.name}{source.suffix}"
-            with self.new_file(self.folder / target) as part:
-                shutil.copyfile(source, part)
-        row[column] = target.as_posix()
+            row[column] = f"{FOLDERS[column]}/{chip.name}{source.suffix}"
+            with self.new_file(row[column]) as path:
+                shutil.copyfile(source, path)
         return outline
 
     @contextmanager
-    def new_file(self, target: Path) -> Iterator[Path]:
-        """A temporary path beside `target` that takes its place when all went well."""
+    def new_file(self, name: str) -> Iterator[Path]:
+        """Where to write a file of the folder; an error on the way names it."""
+        path = self.part / name
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(target) as part:
-                yield part
-            self.written.append(target)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield path
         except OSError as error:
             raise OSError(
                 error.errno,
                 f"{error.strerror or error}; nothing of this data set is left half-"
                 "written. Free some space or choose another folder, then run again. "
                 "The file was",
-                str(target),
+                str(self.folder / name),
             ) from error
 
-    def undo(self) -> None:
-        """Remove what this call has written, and the folders that it made."""
-        for path in reversed(self.written):
-            path.unlink(missing_ok=True)
-        folders = [self.folder / name for name in FOLDERS.values()]
-        for path in (*folders, *self.made):
-            if path.is_dir() and not any(path.iterdir()):
-                path.rmdir()
+
+def check_image(name: str, array: np.ndarray, info: DatasetInfo) -> None:
+    """Raise ValueError for an image of another shape, or with NaN not declared."""
+    if array.ndim != 3 or array.shape[0] != len(info.bands):
+        raise ValueError(
+            f"chip {name!r}: the image has shape {array.shape}; expected "
+            f"({len(info.bands)}, H, W), one channel for each of "
+            f"{', '.join(info.bands)}."
+        )
+    if array.dtype.kind == "f" and not (
+        info.nodata is not None and np.isnan(info.nodata)
+    ):
+        bad = int((~np.isfinite(array)).sum())
+        if bad:
+            raise ValueError(
+                f"chip {name!r}: {bad} of {array.size} image values are NaN or "
+                "infinite. Fill them, or set them to a number and declare it as nodata "
+                "(nodata=float('nan') declares NaN itself)."
+            )
 
 
-def make_index(
-    rows: list[dict[str, Any]], outlines: list[Outline], info: DatasetInfo
-) -> gpd.GeoDataFrame:
-    """The index: one row a chip, its footprint in EPSG:4326."""
-    import geopandas as gpd
-    import pandas as pd
+def checked_mask(name: str, array: np.ndarray, info: DatasetInfo) -> np.ndarray:
+    """A mask in the smallest type that holds it, its values checked."""
+    if array.ndim != 2:
+        raise ValueError(
+            f"chip {name!r}: the mask has shape {array.shape}; expected (H, W)."
+        )
+    if info.task == "regression":
+        return array.astype(np.float32)
+    allowed = {*range(len(info.classes)), info.ignore_index}
+    wrong = sorted(set(np.unique(array).tolist()) - allowed)
+    if wrong:
+        raise ValueError(mask_value_message(name, wrong, info))
+    small = np.uint8 if max(allowed) < 256 and min(allowed) >= 0 else np.int16
+    return array.astype(small)
 
-    table = pd.DataFrame(rows)
-    for name in ("date", "date_after"):
-        if name in table:
-            table[name] = pd.to_datetime(table[name], errors="raise")
-    if info.target not in table:
-        table[info.target] = None
-    if info.task == "classification" and "label" in table:
-        table["label"] = table["label"].astype("Int64")
-    order = [c for c in (*COLUMNS, "image_after", "mask", "label") if c in table]
-    table = table[[*order, *(c for c in table if c not in order)]]
-    return gpd.GeoDataFrame(table, geometry=footprints(outlines), crs="EPSG:4326")
+
+def encode(
+    array: np.ndarray, outline: Outline, info: DatasetInfo, is_mask: bool
+) -> bytes:
+    """A compressed GeoTIFF, in memory: writing bytes fails loudly on a full disk."""
+    array = array[None] if is_mask else array  # (C, H, W)
+    count, height, width = array.shape
+    nodata = info.nodata
+    if is_mask:
+        nodata = np.nan if info.task == "regression" else info.ignore_index
+    if nodata is not None and not in_dtype_range(nodata, array.dtype.name):
+        nodata = None  # a value that this type cannot hold is not in the file either
+    profile = {
+        "driver": "GTiff", "count": count, "height": height, "width": width,
+        "dtype": array.dtype.name, "nodata": nodata, "crs": outline.crs,
+        "compress": "deflate", "zlevel": 6,
+        "predictor": 3 if array.dtype.kind == "f" else 2,
+        # By band, so that reading three of twelve bands costs three.
+        "interleave": "band",
+    }  # fmt: skip
+    if outline.transform is not None:
+        profile["transform"] = outline.transform
+    if min(height, width) >= 512:
+        profile |= {"tiled": True, "blockxsize": 256, "blockysize": 256}
+    else:
+        profile["blockysize"] = height
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        with MemoryFile() as memory:
+            with memory.open(**profile) as raster:
+                raster.write(array)
+                if not is_mask:
+                    raster.descriptions = info.bands
+                    raster.scales = np.broadcast_to(info.scale, count).tolist()
+                    raster.offsets = np.broadcast_to(info.offset, count).tolist()
+            return bytes(memory.getbuffer())

@@ -8,20 +8,17 @@ import zlib
 import numpy as np
 from scipy import ndimage
 
-from geopeft_kit.data.landscape import CROPLAND, Land
-from geopeft_kit.data.noise import fractal_noise, gradient, quantile, smoothstep
-from geopeft_kit.data.spectra import PIXEL_SIZES, SPECTRA, WAVELENGTHS, WORLD_BANDS
-from geopeft_kit.data.surface import MATERIALS, Day, M
-from geopeft_kit.data.terrain import PIXEL
+from geopeft_kit.world.landscape import CROPLAND, Land
+from geopeft_kit.world.noise import fractal_noise, gradient, quantile, smoothstep
+from geopeft_kit.world.spectra import PIXEL_SIZES, SPECTRA, WAVELENGTHS, WORLD_BANDS
+from geopeft_kit.world.surface import MATERIALS, Day, M
+from geopeft_kit.world.terrain import PIXEL
 
 
 def endmembers(land: Land, day: Day, jitter: np.ndarray) -> np.ndarray:
     """Reflectance of every material in this scene, (K, 12) float32.
 
-    Args:
-        land: The place; its region decides on the soils.
-        day: The day; soils may be brighter or darker.
-        jitter: (K,) small log factors, so that no two scenes have the same colours.
+    `jitter` (K,) are small log factors, so that no two scenes have the same colours.
     """
     soils = land.region.soils
     names, shares = list(soils), np.array(list(soils.values()), np.float32)
@@ -131,19 +128,11 @@ def observe(
     rng: np.random.Generator,
     colours: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Photograph the scene.
+    """Photograph the scene; `cover` (K, H, W) is overwritten.
 
-    Args:
-        land: The place.
-        cover: (K, H, W) fractions; overwritten.
-        day: Light and weather.
-        bands: Names out of `WORLD_BANDS`.
-        rng: Random generator of the day; drawn from in the same way for all `bands`.
-        colours: (K,) log factors of the materials.
-
-    Returns:
-        image (C, H, W) float32 reflectance 0-1, direct light (H, W) with all shadows,
-        cloud opacity (H, W).
+    `rng` is drawn from in the same way for all `bands`; `colours` (K,) are log factors
+    of the materials. Returns the image (C, H, W) reflectance 0-1, direct light with all
+    shadows and cloud opacity, both (H, W).
     """
     size = cover.shape[1]
     index = [WORLD_BANDS.index(name) for name in bands]

@@ -13,37 +13,19 @@ from typing import Any
 
 import numpy as np
 
-from geopeft_kit.data.landscape import (
+from geopeft_kit.world.landscape import (
     BARE,
     CROPLAND,
     WETLAND,
     Land,
 )
-from geopeft_kit.data.noise import hash_unit, smoothstep
+from geopeft_kit.world.noise import hash_unit, smoothstep
 
 MATERIALS = (
-    "water_clear",
-    "water_turbid",
-    "crop",
-    "grass",
-    "dry_grass",
-    "broadleaf",
-    "conifer",
-    "shrub",
-    "wetland",
-    "scorched",
-    "soil_a",
-    "soil_b",
-    "soil_dark",
-    "mud",
-    "sand",
-    "asphalt",
-    "roof_bright",
-    "roof_tile",
-    "roof_dark",
-    "char",
-    "ash",
-)
+    "water_clear", "water_turbid", "crop", "grass", "dry_grass", "broadleaf",
+    "conifer", "shrub", "wetland", "scorched", "soil_a", "soil_b", "soil_dark",
+    "mud", "sand", "asphalt", "roof_bright", "roof_tile", "roof_dark", "char", "ash",
+)  # fmt: skip
 """Order of the fraction maps; `soil_*` and `mud` are mixed from the region's soils."""
 
 M = {name: number for number, name in enumerate(MATERIALS)}
@@ -51,43 +33,27 @@ M = {name: number for number, name in enumerate(MATERIALS)}
 
 @dataclass(frozen=True)
 class Day:
-    """Season, weather and light of one image.
+    """Season, weather and light of one image."""
 
-    Attributes:
-        season: Stage of the growing season, 0-1.
-        dryness: Share of dry plants away from water, 0-1.
-        turbidity: Sediment in the water, 0-1.
-        rain: Wetness of open soil after rain, 0-1.
-        soil_brightness: Natural logarithm of the factor on all soils.
-        sun_elevation, sun_azimuth: Degrees; azimuth clockwise from north.
-        haze: Optical thickness of the haze, 0-1 and above.
-        cloud: Cloud cover, 0-1.
-        glint: Sun glint on water, reflectance.
-        harvest: Salt of the fields harvested since the other date.
-    """
-
-    season: float
-    dryness: float
-    turbidity: float
-    rain: float
-    soil_brightness: float
-    sun_elevation: float
-    sun_azimuth: float
-    haze: float
-    cloud: float
-    glint: float
-    harvest: int
+    season: float  # stage of the growing season, 0-1
+    dryness: float  # share of dry plants away from water, 0-1
+    turbidity: float  # sediment in the water, 0-1
+    rain: float  # wetness of open soil after rain, 0-1
+    soil_brightness: float  # natural logarithm of the factor on all soils
+    sun_elevation: float  # degrees
+    sun_azimuth: float  # degrees, clockwise from north
+    haze: float  # optical thickness, 0-1 and above
+    cloud: float  # cover, 0-1
+    glint: float  # of the sun on water, reflectance
+    harvest: int  # salt of the fields harvested since the other date
 
 
 def lay_over(
     cover: np.ndarray, alpha: np.ndarray, materials: Mapping[str, np.ndarray | float]
 ) -> None:
-    """Cover a share of each pixel with something else, in place.
+    """Cover the share `alpha` (H, W) of each pixel with something else, in place.
 
-    Args:
-        cover: (K, H, W) fractions.
-        alpha: (H, W) share of the pixel that is covered, 0-1.
-        materials: What it is covered with; the shares add up to one.
+    `cover` is (K, H, W); the shares in `materials` add up to one.
     """
     flat = cover.reshape(len(MATERIALS), -1)
     alpha = alpha.ravel()
@@ -101,15 +67,7 @@ def lay_over(
 
 
 def surface(land: Land, day: Day) -> np.ndarray:
-    """Fractions of `MATERIALS` on one day without any event.
-
-    Args:
-        land: The place.
-        day: Season and weather.
-
-    Returns:
-        (K, H, W) float32, adding up to one.
-    """
+    """Fractions of `MATERIALS` on one day, before any event: (K, H, W), sum one."""
     cover = np.zeros((len(MATERIALS), *land.classes.shape), np.float32)
     _open_land(cover, land, day)
     _fields(cover, land, day)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import ndimage
 
-from geopeft_kit.data.landscape import (
+from geopeft_kit.world.landscape import (
     BARE,
     BUILT_UP,
     CROPLAND,
@@ -19,9 +19,9 @@ from geopeft_kit.data.landscape import (
     WETLAND,
     Land,
 )
-from geopeft_kit.data.noise import fractal_noise, hash_unit, quantile, smoothstep
-from geopeft_kit.data.parcels import split_cells, square_cells
-from geopeft_kit.data.surface import MATERIALS, Day, M
+from geopeft_kit.world.noise import fractal_noise, hash_unit, quantile, smoothstep
+from geopeft_kit.world.parcels import split_cells, square_cells
+from geopeft_kit.world.surface import MATERIALS, Day, M
 
 _HEIGHT = {  # metres of plant or house above the ground, to see over a flood
     "crop": 1.3,
@@ -41,19 +41,11 @@ _HEIGHT = {  # metres of plant or house above the ground, to see over a flood
 def flood(
     cover: np.ndarray, land: Land, day: Day, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Let the river rise over the low ground.
+    """Let the river rise over the low ground; changes `cover` (K, H, W) in place.
 
-    Tall plants, trees and houses stand out of the water in proportion to their height
-    above it, so a flooded wood is mostly canopy to the satellite.
-
-    Args:
-        cover: (K, H, W) fractions, changed in place.
-        land: The place.
-        day: The day of the image.
-        rng: Random generator of the event.
-
-    Returns:
-        inundated (bool, without permanent water) and depth in metres, both (H, W).
+    Plants and houses stand out of the water in proportion to their height above it, so
+    a flooded wood is mostly canopy to the satellite. Returns what is inundated (bool,
+    without permanent water) and the depth in metres, (H, W).
     """
     terrain = land.terrain
     size = terrain.hand.shape[0]
@@ -99,16 +91,9 @@ def _submerge(
 def burn(
     cover: np.ndarray, land: Land, rng: np.random.Generator, age: float = 0.0
 ) -> np.ndarray:
-    """Burn a few patches of wood, scrub and grass.
+    """Burn a few patches of wood, scrub and grass in `cover`; severity 0-1, (H, W).
 
-    Args:
-        cover: (K, H, W) fractions, changed in place.
-        land: The place.
-        rng: Random generator of the event.
-        age: 0 for a fresh scar; towards 1 the char is gone and shrubs are back.
-
-    Returns:
-        Severity 0-1, (H, W).
+    `age` 0 is a fresh scar; towards 1 the char is gone and shrubs are back.
     """
     size = land.classes.shape[0]
     fuel = sum(
@@ -158,15 +143,9 @@ def _turn_to_char(
 def construction(
     cover: np.ndarray, land: Land, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Build on a few fields: halls, houses, or a bare building site.
+    """Build on a few fields of `cover`: halls, houses, or a bare building site.
 
-    Args:
-        cover: (K, H, W) fractions, changed in place.
-        land: The place.
-        rng: Random generator of the event.
-
-    Returns:
-        sites (bool) and the new roofs' cover (float32), both (H, W).
+    Returns the sites (bool) and the new roofs' cover (float32), both (H, W).
     """
     number = land.layout.parcels.number
     free = np.isin(land.classes, (CROPLAND, GRASSLAND, BARE, TREES))

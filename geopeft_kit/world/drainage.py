@@ -1,7 +1,4 @@
-"""Where water runs: the streams of a terrain.
-
-Source: priority-flood drainage (Barnes et al. 2014, doi:10.1016/j.cageo.2013.04.024).
-"""
+"""Where water runs: the streams of a terrain."""
 
 from __future__ import annotations
 
@@ -10,22 +7,17 @@ import heapq
 import numpy as np
 from scipy import ndimage
 
-from geopeft_kit.data.noise import hash_unit
+from geopeft_kit.world.noise import hash_unit
 
 
 def drainage(height: np.ndarray, outlet: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where the water of each cell goes, and how much passes it.
+    """Where the water of each cell goes, and how much passes it: priority-flood.
 
-    Priority-flood: starting from the outlets and the border, the lowest cell seen so
-    far is taken next, and its unseen neighbours drain into it.
-
-    Args:
-        height: (h, w) terrain in metres; 64 x 64 is enough for a 256-pixel scene.
-        outlet: (h, w) bool, cells that are open water.
-
-    Returns:
-        receiver: (h*w,) index of the cell drained into, -1 at outlets and borders.
-        flow: (h*w,) float32, number of cells upstream, itself included.
+    From the outlets and the border, the lowest cell seen so far is taken next, and its
+    unseen neighbours drain into it. `height` (h, w) in metres and `outlet` (h, w) bool
+    -> index of the cell drained into (h*w,), -1 at outlets and borders, and the number
+    of cells upstream (h*w,) float32. Source: Barnes et al. 2014,
+    doi:10.1016/j.cageo.2013.04.024.
     """
     rows, columns = height.shape
     wide = columns + 2
@@ -70,20 +62,10 @@ def stream_distance(
     size: int,
     least: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Distance to the nearest stream and that stream's flow, without stair steps.
+    """Distance to the nearest stream (pixels) and its flow (cells), (size, size).
 
-    The cells of the coarse drainage grid are joined to lines; the lines are smoothed
-    along their course before they are drawn on the fine grid.
-
-    Args:
-        receiver: From `drainage`.
-        flow: From `drainage`.
-        shape: Of the coarse grid.
-        size: Side of the fine grid in pixels.
-        least: Cells with less flow than this carry no stream.
-
-    Returns:
-        distance (pixels) and flow (coarse cells), both (size, size) float32.
+    The coarse cells of `drainage` with a flow of at least `least` are joined to lines,
+    which are smoothed along their course before they are drawn on the fine grid.
     """
     cells = np.flatnonzero((flow > least) & (receiver >= 0))
     if cells.size == 0:

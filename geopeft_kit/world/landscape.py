@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from geopeft_kit.data.noise import fractal_noise, quantile, smoothstep
-from geopeft_kit.data.parcels import Layout, Parcels, split_cells, square_cells
-from geopeft_kit.data.regions import Region
-from geopeft_kit.data.settlements import buildings, roads_and_tracks, towns
-from geopeft_kit.data.terrain import Terrain, build_terrain, sand_bars
+from geopeft_kit.world.noise import fractal_noise, quantile, smoothstep
+from geopeft_kit.world.parcels import Layout, Parcels, split_cells, square_cells
+from geopeft_kit.world.regions import Region
+from geopeft_kit.world.settlements import buildings, roads_and_tracks, towns
+from geopeft_kit.world.terrain import Terrain, build_terrain, sand_bars
 
 WATER, TREES, GRASSLAND, CROPLAND, BARE, BUILT_UP, WETLAND = range(7)
 
@@ -45,17 +45,7 @@ class Land:
 
 
 def build_land(region: Region, rng: np.random.Generator, size: int, salt: int) -> Land:
-    """Lay out fields, trees, towns and roads on the terrain.
-
-    Args:
-        region: What the land is like.
-        rng: Random generator of the place.
-        size: Side in pixels.
-        salt: Number of the place, for everything that is a hash of a cell.
-
-    Returns:
-        The land, without season or weather.
-    """
+    """Lay out fields, trees, towns and roads on the terrain; no season, no weather."""
     terrain = build_terrain(region, rng, size)
     patch = fractal_noise(rng, size, 2.6)
     broad = fractal_noise(rng, size, 3.0)

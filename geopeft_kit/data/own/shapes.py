@@ -1,44 +1,118 @@
-"""Polygons and points on a raster: read, checked, brought to its CRS.
-
-Taught in `notebooks/14_your_own_data.ipynb`.
-"""
+"""The user's polygons and points: read, checked, and brought to a raster's CRS."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+import geopandas as gpd
 import numpy as np
+import pandas as pd
 import rasterio
 import shapely
-from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from pyogrio.errors import DataSourceError
 from rasterio.warp import transform_bounds
 
-from geopeft_kit.data.ground import apply_affine, footprint_of
 from geopeft_kit.data.info import DatasetInfo
-
-if TYPE_CHECKING:
-    import geopandas as gpd
+from geopeft_kit.data.open_raster import open_raster
+from geopeft_kit.data.own.pixel_size import apply_affine, footprint_of
+from geopeft_kit.data.own.tables import read_csv
 
 AREAS, POINTS = {"Polygon", "MultiPolygon"}, {"Point"}
+VECTORS = (".gpkg", ".shp", ".geojson", ".json", ".parquet", ".csv", ".fgb")
+
+
+def is_vector(source: Any) -> bool:
+    """Whether this is a GeoDataFrame, or a file with a vector format's ending."""
+    if hasattr(source, "geometry") and hasattr(source, "crs"):
+        return True
+    single = isinstance(source, str | os.PathLike)
+    return single and Path(source).suffix.lower() in VECTORS
+
+
+def read_vector(
+    source: str | os.PathLike[str] | gpd.GeoDataFrame, what: str
+) -> gpd.GeoDataFrame:
+    """Polygons or points of a file or GeoDataFrame, with a CRS and a geometry each.
+
+    A GeoPackage, shapefile, GeoJSON or GeoParquet, or a CSV with the columns lon and
+    lat (degrees); `what` they are is for messages.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is not readable, empty, without a CRS, or a row has no
+            geometry.
+    """
+    if isinstance(source, gpd.GeoSeries):
+        source = gpd.GeoDataFrame(geometry=source)
+    if isinstance(source, gpd.GeoDataFrame):
+        table, name = source, f"the {what}"
+    else:
+        name = os.fspath(source)
+        table = _read_file(Path(name), what)
+    if table.empty:
+        raise ValueError(f"{name} has no features; give at least one of the {what}.")
+    if table.crs is None:
+        raise ValueError(
+            f"{name} has no CRS, so where it lies is not known. Set the one that it "
+            'was drawn in: geopandas.read_file(...).set_crs("EPSG:...").'
+        )
+    lacking = np.flatnonzero((table.geometry.isna() | table.geometry.is_empty).array)
+    if len(lacking):
+        raise ValueError(
+            f"{name}: {len(lacking)} of {len(table)} rows have no geometry or an empty "
+            f"one, the first is row {lacking[0]}. Remove them: "
+            "table[~(table.geometry.isna() | table.is_empty)]."
+        )
+    return table.reset_index(drop=True)
+
+
+def _read_file(path: Path, what: str) -> gpd.GeoDataFrame:
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {path} of {what}. Check the path.")
+    if path.suffix.lower() == ".csv":
+        table = read_csv(path)
+        if not {"lon", "lat"} <= set(table):
+            raise ValueError(
+                f"{path} has the columns {', '.join(map(str, table))}; points need lon "
+                "and lat, in degrees."
+            )
+        degrees = table[["lon", "lat"]].apply(pd.to_numeric, errors="coerce")
+        bad = np.flatnonzero(
+            degrees.isna().any(axis=1)
+            | degrees.abs().gt({"lon": 180, "lat": 90}).any(axis=1)
+        )
+        if len(bad):
+            raise ValueError(
+                f"{path}: row {bad[0]} has no longitude from -180 to 180 and latitude "
+                "from -90 to 90. Correct it, or check that they are not swapped."
+            )
+        places = gpd.points_from_xy(degrees["lon"], degrees["lat"], crs="EPSG:4326")
+        return gpd.GeoDataFrame(table, geometry=places)
+    read = gpd.read_parquet if path.suffix == ".parquet" else gpd.read_file
+    try:
+        table = read(path)
+    except (DataSourceError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not readable as {what}: {error}. Pass a GeoPackage, shapefile, "
+            "GeoJSON or GeoParquet."
+        ) from error
+    if not isinstance(table, gpd.GeoDataFrame):
+        raise ValueError(f"{path} has no geometry, so it holds no {what}.")
+    return table
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """What is burnt: shapes with a number each.
+    """What is burnt: shapes with a number each."""
 
-    Attributes:
-        table: GeoDataFrame with a column "value".
-        fill: Value of pixels outside of all shapes.
-        nothing: Value that means "no label".
-    """
-
-    table: gpd.GeoDataFrame
-    fill: float
-    nothing: float
+    table: gpd.GeoDataFrame  # with a column "value"
+    fill: float  # of pixels outside of all shapes
+    nothing: float  # means "no label"
 
 
 def make_shapes(
@@ -47,17 +121,10 @@ def make_shapes(
     column: str | None = None,
     background: str | None = None,
 ) -> Shapes:
-    """Shapes with the numbers of their classes.
+    """Shapes with the numbers of their classes, still in their own CRS.
 
-    Args:
-        table: Polygons or points.
-        info: Facts of the data set to be.
-        column: Where the class or value stands; None where there is one class only.
-        background: Class of the ground between the shapes; None leaves it without a
-            label.
-
-    Returns:
-        The shapes, still in their own CRS.
+    `column` holds the class or value, None where there is one class only; `background`
+    is the class of the ground between the shapes, None leaves it without a label.
 
     Raises:
         ValueError: Shapes of another kind, no such column, or a value that is no
@@ -112,15 +179,9 @@ def _values(
     return values
 
 
-def open_scene(path: Path, bands: int) -> rasterio.DatasetReader:
-    """Open a big raster, and refuse one that cannot be cut.
-
-    Args:
-        path: Of the raster.
-        bands: How many it has to have.
-
-    Returns:
-        The open raster.
+@contextmanager
+def open_scene(path: Path, bands: int) -> Iterator[rasterio.DatasetReader]:
+    """A big raster, open; one without a CRS or with other bands cannot be cut.
 
     Raises:
         FileNotFoundError: There is none.
@@ -128,40 +189,25 @@ def open_scene(path: Path, bands: int) -> rasterio.DatasetReader:
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no raster {path}. Check the path.")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            raster = rasterio.open(path)
-    except RasterioError as error:
-        raise ValueError(
-            f"{path} cannot be read as a raster: {error}. Copy or download it again."
-        ) from error
-    problem = None
-    if raster.crs is None:
-        problem = (
-            "has no CRS, so no shape can be placed on it. Assign the right one "
-            "(gdal_edit.py -a_srs EPSG:...)"
-        )
-    elif raster.count != bands:
-        problem = f"has {raster.count} bands, but {bands} are named. Name each band"
-    if problem:
-        raster.close()
-        raise ValueError(f"{path} {problem}.")
-    return raster
+    with open_raster(path) as raster:
+        if raster.crs is None:
+            raise ValueError(
+                f"{path} has no CRS, so no shape can be placed on it. Assign the right "
+                "one (gdal_edit.py -a_srs EPSG:...)."
+            )
+        if raster.count != bands:
+            raise ValueError(
+                f"{path} has {raster.count} bands, but {bands} are named. Name each "
+                "band."
+            )
+        yield raster
 
 
 def to_scene(shapes: Shapes, raster: rasterio.DatasetReader) -> gpd.GeoDataFrame:
-    """Shapes near a raster, in its CRS.
+    """Shapes near a raster, in its CRS; the later of two overlapping shapes wins.
 
     Edges are cut into steps of at most ten pixels before they are projected: a line
     that is straight in one CRS is bent in another.
-
-    Args:
-        shapes: In any CRS.
-        raster: The scene.
-
-    Returns:
-        Columns value and geometry; the later of two overlapping shapes wins.
     """
     table = shapes.table
     target = raster.crs.to_wkt()
@@ -182,16 +228,7 @@ def to_scene(shapes: Shapes, raster: rasterio.DatasetReader) -> gpd.GeoDataFrame
 def check_places(
     paths: Sequence[Path], table: gpd.GeoDataFrame, info: DatasetInfo
 ) -> None:
-    """Refuse points that lie in none of the scenes, and polygons that touch none.
-
-    Args:
-        paths: Of the rasters.
-        table: Polygons or points.
-        info: Facts of the data set to be.
-
-    Raises:
-        ValueError: Names the first point, and the scenes.
-    """
+    """Refuse points that are in none of the scenes, and polygons that touch none."""
     found = np.zeros(len(table), bool)
     for path in paths:
         with open_scene(path, len(info.bands)) as raster:
@@ -216,15 +253,7 @@ def check_places(
 
 
 def inside(points: gpd.GeoDataFrame, raster: rasterio.DatasetReader) -> np.ndarray:
-    """Which points lie in a raster.
-
-    Args:
-        points: In the raster's CRS.
-        raster: The scene.
-
-    Returns:
-        (N,) bool.
-    """
+    """Which points, in the raster's CRS, are in the raster: (N,) bool."""
     column, row = pixel_of(points, raster)
     return (column >= 0) & (column < raster.width) & (row >= 0) & (row < raster.height)
 
@@ -232,14 +261,6 @@ def inside(points: gpd.GeoDataFrame, raster: rasterio.DatasetReader) -> np.ndarr
 def pixel_of(
     points: gpd.GeoDataFrame, raster: rasterio.DatasetReader
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Columns and rows of points, as fractions.
-
-    Args:
-        points: In the raster's CRS.
-        raster: The scene.
-
-    Returns:
-        (N,) columns and (N,) rows.
-    """
+    """Columns and rows (N,) of points in the raster's CRS, as fractions."""
     x, y = points.geometry.x.to_numpy(), points.geometry.y.to_numpy()
     return apply_affine(~raster.transform, x, y)

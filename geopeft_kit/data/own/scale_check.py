@@ -18,52 +18,35 @@ import numpy as np
 import rasterio
 
 from geopeft_kit.bands import BANDS, SENSORS, resolve_bands
-from geopeft_kit.data.chip import ALONE
-from geopeft_kit.data.opening import opened
+from geopeft_kit.data.open_raster import ALONE, open_raster
 
 FILES, SIDE = 8, 256  # files looked at, and pixels along a side of each
 BRIGHT = 1.6  # reflectance above this is glint, cloud or a wrong scale
 
 
 @dataclass(frozen=True)
-class Looks:
-    """What a first look at some files finds.
+class StoredValues:
+    """A sample of what some files hold."""
 
-    Attributes:
-        count: Bands.
-        dtype: Of the first file.
-        names: Band descriptions of the first file.
-        values: (C, N) stored values that are data.
-        tags: Scale and offset that the files state themselves, or None.
-        nodata: That the files state, or None.
-    """
-
-    count: int
+    count: int  # bands
     dtype: str
-    names: tuple[str | None, ...]
-    values: np.ndarray
-    tags: tuple[float, float] | None
-    nodata: float | None
+    names: tuple[str | None, ...]  # band descriptions of the first file
+    values: np.ndarray  # (C, N) stored values that are data
+    tags: tuple[float, float] | None  # scale and offset that the files state themselves
+    nodata: float | None  # that the files state
 
 
-def look_at(files: Sequence[Path], nodata: float | None = None) -> Looks:
-    """Read a few pixels of a few files.
-
-    Args:
-        files: All images; up to eight of them, evenly spaced, are read.
-        nodata: Stored value that is no data; None takes the files' own.
-
-    Returns:
-        What was found.
+def sample_values(files: Sequence[Path], nodata: float | None = None) -> StoredValues:
+    """A few pixels of up to eight of the files; `nodata` None takes the files' own.
 
     Raises:
         ValueError: A file is no raster, or has other bands or another type than the
             first.
     """
     step = max(1, len(files) // FILES)
-    found: list[Looks] = []
+    found: list[StoredValues] = []
     for path in files[::step][:FILES]:
-        seen = _look_at_one(path, nodata)
+        seen = _sample_of(path, nodata)
         first = found[0] if found else seen
         for what in ("count", "dtype"):
             here, there = getattr(seen, what), getattr(first, what)
@@ -76,13 +59,13 @@ def look_at(files: Sequence[Path], nodata: float | None = None) -> Looks:
         found.append(seen)
     values = np.concatenate([seen.values for seen in found], axis=1)
     first = found[0]
-    return Looks(
+    return StoredValues(
         first.count, first.dtype, first.names, values, first.tags, first.nodata
     )
 
 
-def _look_at_one(path: Path, nodata: float | None) -> Looks:
-    with rasterio.Env(**ALONE), opened(path) as raster:
+def _sample_of(path: Path, nodata: float | None) -> StoredValues:
+    with rasterio.Env(**ALONE), open_raster(path) as raster:
         size = min(raster.height, SIDE), min(raster.width, SIDE)
         pixels = raster.read(out_shape=(raster.count, *size))
         nodata = raster.nodata if nodata is None else nodata
@@ -93,43 +76,36 @@ def _look_at_one(path: Path, nodata: float | None) -> Looks:
     if nodata is not None:
         good &= (values != nodata).all(axis=0)
     stated = tags if tags != (1.0, 0.0) else None
-    return Looks(len(pixels), dtype, names, values[:, good], stated, nodata)
+    return StoredValues(len(pixels), dtype, names, values[:, good], stated, nodata)
 
 
-def propose_bands(looks: Looks) -> str:
+def propose_bands(stored: StoredValues) -> str:
     """Which bands the files may hold, as the argument to pass."""
     try:
-        return f"bands={list(resolve_bands([str(name) for name in looks.names]))}"
+        return f"bands={list(resolve_bands([str(name) for name in stored.names]))}"
     except ValueError:
         pass
-    sensors = [name for name, bands in SENSORS.items() if len(bands) == looks.count]
+    sensors = [name for name, bands in SENSORS.items() if len(bands) == stored.count]
     if not sensors:
-        return f"bands=[...], {looks.count} names"
+        return f"bands=[...], {stored.count} names"
     return f"bands={sensors[0]!r} (they would be {', '.join(SENSORS[sensors[0]])})"
 
 
-def propose_scale(looks: Looks) -> tuple[float, float, str]:
-    """Scale and offset that would make reflectance of the stored values.
-
-    Args:
-        looks: As `look_at` returns it.
-
-    Returns:
-        Scale, offset, and why.
-    """
-    if not looks.values.size:
+def propose_scale(stored: StoredValues) -> tuple[float, float, str]:
+    """Scale and offset that would make reflectance of the stored values, and why."""
+    if not stored.values.size:
         return 1e-4, 0.0, "there is no data to judge by"
-    low, middle, high = np.percentile(looks.values, [1, 50, 99])
-    span = f"{looks.dtype} from {low:.4g} to {high:.4g} (1st and 99th percentile)"
-    if looks.tags is not None:
-        return *looks.tags, f"the files say so themselves; they hold {span}"
-    if looks.dtype == "uint8":
+    low, middle, high = np.percentile(stored.values, [1, 50, 99])
+    span = f"{stored.dtype} from {low:.4g} to {high:.4g} (1st and 99th percentile)"
+    if stored.tags is not None:
+        return *stored.tags, f"the files say so themselves; they hold {span}"
+    if stored.dtype == "uint8":
         return 1 / 255, 0.0, f"they hold {span}, as pictures do"
     if high <= BRIGHT:
         return 1.0, 0.0, f"they hold {span}, reflectance as it is"
     if high <= 100:
         return 0.01, 0.0, f"they hold {span}, like per cent"
-    if looks.dtype == "uint16" and low > 5000 and high < 50_000:
+    if stored.dtype == "uint16" and low > 5000 and high < 50_000:
         return 2.75e-5, -0.2, f"they hold {span}, like Landsat's collection 2"
     if low >= 900 and middle > 1500:
         why = f"they hold {span}, like Sentinel-2 since baseline 04.00"
@@ -137,22 +113,13 @@ def propose_scale(looks: Looks) -> tuple[float, float, str]:
     return 1e-4, 0.0, f"they hold {span}, so 10000 may stand for reflectance 1"
 
 
-def ask(looks: Looks, bands: object, scale: object) -> None:
-    """Refuse to go on without bands and scale, and propose them.
-
-    Args:
-        looks: As `look_at` returns it.
-        bands: What the user stated, or None.
-        scale: Likewise.
-
-    Raises:
-        ValueError: One of the two is None.
-    """
+def require_bands_and_scale(stored: StoredValues, bands: object, scale: object) -> None:
+    """Raise ValueError where bands or scale are not stated, and propose them."""
     wanted = []
     if bands is None:
-        wanted.append(f"{propose_bands(looks)}, in the order of the files")
+        wanted.append(f"{propose_bands(stored)}, in the order of the files")
     if scale is None:
-        number, offset, why = propose_scale(looks)
+        number, offset, why = propose_scale(stored)
         text = f"scale={number:.6g}" + (f", offset={offset:.6g}" if offset else "")
         wanted.append(f"{text}, since {why}")
     if wanted:
@@ -163,33 +130,27 @@ def ask(looks: Looks, bands: object, scale: object) -> None:
 
 
 def check_scale(
-    looks: Looks,
+    stored: StoredValues,
     bands: Sequence[str],
     scale: float | Sequence[float] | None,
     offset: float | Sequence[float],
 ) -> None:
-    """Refuse a scale with which the files hold no reflectance.
-
-    Args:
-        looks: As `look_at` returns it.
-        bands: Names of the bands; those that are not optical are passed over.
-        scale: Stated, one number or one a band.
-        offset: Likewise.
+    """Refuse a scale with which the optical bands hold no reflectance.
 
     Raises:
         ValueError: Half of the pixels are brighter than a white sheet many times over,
             or nearly all are black.
     """
     rows = [i for i, name in enumerate(bands) if BANDS[name].kind == "optical"]
-    if not rows or not looks.values.size:
+    if not rows or not stored.values.size:
         return
     gains = np.broadcast_to(np.asarray(scale, float), len(bands))[rows, None]
     shifts = np.broadcast_to(np.asarray(offset, float), len(bands))[rows, None]
-    values = looks.values[rows] * gains + shifts  # (C', N)
+    values = stored.values[rows] * gains + shifts  # (C', N)
     middle, high = np.percentile(values, [50, 99])
-    if -0.5 < middle < 5 and (high > 2e-3 or not looks.values.any()):
+    if -0.5 < middle < 5 and (high > 2e-3 or not stored.values.any()):
         return
-    number, other, why = propose_scale(looks)
+    number, other, why = propose_scale(stored)
     raise ValueError(
         f"with scale={scale} and offset={offset} the images have a median reflectance "
         f"of {middle:.4g} and a 99th percentile of {high:.4g}; reflectance is from 0 "

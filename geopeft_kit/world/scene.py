@@ -5,7 +5,7 @@ linear mixing of spectra, sun and shadow, haze, the camera's blur), so that less
 tests need no download. They are not satellite images: nothing measured on them says
 how a method works on Earth.
 
-Taught in notebook 00.
+Taught in `notebooks/00_quickstart.ipynb`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from rasterio.warp import transform as reproject
 from scipy import ndimage
 
 from geopeft_kit.bands import resolve_bands
-from geopeft_kit.data import landscape, sensor
-from geopeft_kit.data.events import burn, construction, flood
-from geopeft_kit.data.regions import REGIONS, Region
-from geopeft_kit.data.spectra import WORLD_BANDS
-from geopeft_kit.data.surface import MATERIALS, Day, M, surface
-from geopeft_kit.data.terrain import PIXEL
+from geopeft_kit.world import landscape, sensor
+from geopeft_kit.world.events import burn, construction, flood
+from geopeft_kit.world.regions import REGIONS, Region
+from geopeft_kit.world.spectra import WORLD_BANDS
+from geopeft_kit.world.surface import MATERIALS, Day, M, surface
+from geopeft_kit.world.terrain import PIXEL
 
 GENERATOR_VERSION = 1
 """Raised whenever the same arguments give other pixels, so that caches are renewed."""

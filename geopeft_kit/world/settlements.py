@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 
-from geopeft_kit.data.noise import curve_distance, fractal_noise, hash_unit, smoothstep
-from geopeft_kit.data.parcels import Layout, split_cells, square_cells
-from geopeft_kit.data.regions import Region
-from geopeft_kit.data.terrain import Terrain
+from geopeft_kit.world.noise import curve_distance, fractal_noise, hash_unit, smoothstep
+from geopeft_kit.world.parcels import Layout, split_cells, square_cells
+from geopeft_kit.world.regions import Region
+from geopeft_kit.world.terrain import Terrain
 
 
 def towns(
@@ -43,18 +43,10 @@ def buildings(
     fields: np.ndarray,
     terrain: Terrain,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Fields cut into blocks, blocks into lots.
+    """Cover 0-1 of roofs (3, H, W: bright, tile, dark), streets and gardens (H, W).
 
-    Args:
-        region: What the roofs are made of.
-        salt: Number of the place.
-        layout: The fields.
-        town: (H, W) how urban, 0-1.
-        fields: (H, W) bool, where farms may stand.
-        terrain: Nobody builds in the water.
-
-    Returns:
-        Cover 0-1 of roofs (3, H, W: bright, tile, dark), streets and gardens (H, W).
+    Fields are cut into blocks, blocks into lots. `town` (H, W) is how urban a pixel is,
+    `fields` (H, W) bool where farms may stand.
     """
     size = town.shape[0]
     roofs = np.zeros((3, size, size), np.float32)
@@ -106,17 +98,9 @@ def roads_and_tracks(
     layout: Layout,
     terrain: Terrain,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Main roads across the land, country roads around blocks, tracks between fields.
+    """Cover 0-1 of asphalt and of dirt, both (H, W).
 
-    Args:
-        region: Share of country roads with asphalt.
-        rng: Random generator of the place.
-        salt: Number of the place.
-        layout: The fields.
-        terrain: Slopes and lakes that roads avoid.
-
-    Returns:
-        Cover of asphalt and of dirt, both (H, W), 0-1.
+    Main roads cross the land, country roads run around blocks, tracks between fields.
     """
     main = _main_roads(rng, terrain)
     side, u, v = region.parcel * 4, layout.u, layout.v

@@ -1,11 +1,7 @@
 """Random fields and hashed numbers: the raw material of the simulated world.
 
-Everything here works in pixels and knows nothing of land cover. Random fields are
-drawn in the frequency domain (one inverse FFT each); a hash gives a cell its own
-numbers, whatever the order of drawing.
-
-Source: spectral synthesis of fractal terrain (Voss 1985, in Fundamental Algorithms
-for Computer Graphics).
+Everything is in pixels and knows nothing of land cover. Source: spectral synthesis of
+fractal terrain (Voss 1985, in Fundamental Algorithms for Computer Graphics).
 """
 
 from __future__ import annotations
@@ -35,16 +31,10 @@ def _amplitude(size: int, beta: float, shortest: float) -> np.ndarray:
 def fractal_noise(
     rng: np.random.Generator, size: int, beta: float, shortest: float = 0.0
 ) -> np.ndarray:
-    """Draw a random field with a power-law spectrum.
+    """A random field with a power-law spectrum, (size, size), mean 0 and deviation 1.
 
-    Args:
-        rng: Random generator.
-        size: Side in pixels.
-        beta: Exponent of the power spectrum: 1-2 grain, 2.5 patches, 3.5-4 hills.
-        shortest: Wavelengths well below this (pixels) are smoothed away.
-
-    Returns:
-        (size, size) float32, mean 0 and standard deviation 1.
+    `beta` is the exponent of the power spectrum: 1-2 grain, 2.5 patches, 3.5-4 hills.
+    Wavelengths well below `shortest` pixels are smoothed away.
     """
     shape = (size, size // 2 + 1)
     spectrum = np.empty(shape, np.complex64)
@@ -57,16 +47,10 @@ def fractal_noise(
 
 
 def hash_unit(number: np.ndarray | int, salt: int) -> np.ndarray:
-    """Map integers to uniform numbers in [0, 1), the same ones on every machine.
+    """Map integers to uniform float32 in [0, 1), the same ones on every machine.
 
-    Args:
-        number: Cell numbers, any shape, any integer type.
-        salt: Which property of the cell is asked for.
-
-    Returns:
-        float32 array of the same shape.
-
-    Source: the `lowbias32` integer hash of Chris Wellons (public domain).
+    `salt` is the property asked for. Source: Chris Wellons' `lowbias32` (public
+    domain).
     """
     return (hash_integer(number, salt) >> 8).astype(np.float32) * np.float32(2**-24)
 
@@ -105,15 +89,8 @@ def curve_distance(field: np.ndarray, steepness: float = 0.35) -> np.ndarray:
     """Signed distance in pixels to the zero line of a field, close to the line.
 
     A zero line of a smooth random field meanders, forks around islands and leaves
-    cut-off loops, as rivers do; drawn lines do not.
-
-    Args:
-        field: (H, W).
-        steepness: Slopes below this count as this much, so that the distance stays
-            finite on plateaus.
-
-    Returns:
-        (H, W), positive where the field is.
+    cut-off loops, as rivers do. Slopes below `steepness` count as this much: finite on
+    plateaus.
     """
     rows, columns = gradient(field)
     return field / np.maximum(np.sqrt(rows * rows + columns * columns), steepness)

@@ -10,20 +10,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from geopeft_kit.data.noise import hash_integer, hash_unit
+from geopeft_kit.world.noise import hash_integer, hash_unit
 
 
 @dataclass(frozen=True)
 class Parcels:
-    """The rectangle that each pixel lies in, in the (u, v) frame of its district.
+    """The rectangle that each pixel lies in, in the (u, v) frame of its district."""
 
-    Attributes:
-        number: Cell number, uint32.
-        left, right, bottom, top: The rectangle's sides, in pixels.
-    """
-
-    number: np.ndarray
-    left: np.ndarray
+    number: np.ndarray  # of the cell, uint32
+    left: np.ndarray  # this and the next three: sides in pixels
     right: np.ndarray
     bottom: np.ndarray
     top: np.ndarray
@@ -47,23 +42,14 @@ class Parcels:
 
 @dataclass(frozen=True)
 class Layout:
-    """How farmland is cut up, all (H, W).
+    """How farmland is cut up, all (H, W)."""
 
-    Attributes:
-        u: Pixel coordinate along the fields of the district.
-        v: Pixel coordinate across them.
-        turn: Angle of the district in radians.
-        block: Squares with a road around.
-        parcels: The fields.
-        edge: Distance to the field's border, pixels.
-    """
-
-    u: np.ndarray
-    v: np.ndarray
-    turn: np.ndarray
-    block: Parcels
-    parcels: Parcels
-    edge: np.ndarray
+    u: np.ndarray  # pixel coordinate along the fields of the district
+    v: np.ndarray  # and across them
+    turn: np.ndarray  # angle of the district in radians
+    block: Parcels  # squares with a road around
+    parcels: Parcels  # the fields
+    edge: np.ndarray  # distance to the field's border, pixels
 
 
 def square_cells(u: np.ndarray, v: np.ndarray, side: float, salt: int) -> Parcels:
@@ -84,19 +70,11 @@ def split_cells(
     spread: float = 0.5,
     elongation: float = 1.5,
 ) -> Parcels:
-    """Cut each rectangle in two, again and again, as farmland is inherited.
+    """Cut each rectangle in two, `levels` times, as farmland is inherited.
 
-    Args:
-        parcels: Rectangles to start from.
-        u: Pixel coordinate along the rectangles' one side.
-        v: Pixel coordinate along the other.
-        smallest: A side below about twice this is not cut any more (pixels).
-        levels: Number of rounds.
-        spread: 0 cuts in the middle, 1 anywhere.
-        elongation: Above 1 leaves strips, 1 leaves squares.
-
-    Returns:
-        Parcels with the same shape as `u`.
+    `u`, `v` are pixel coordinates along the sides. A side below about twice `smallest`
+    is not cut any more; `spread` 0 cuts in the middle, 1 anywhere; `elongation` above 1
+    leaves strips.
     """
     number = parcels.number
     left, right, bottom, top = (

@@ -1,30 +1,48 @@
-"""The index of a chip folder, checked before anything is read through it."""
+"""The index of a chip folder, one row a chip: made, checked, and as arrays."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
+import shapely
 
+from geopeft_kit.data.chip import Outline, footprints
 from geopeft_kit.data.info import DatasetInfo
 
 if TYPE_CHECKING:
     import geopandas as gpd
+    from torch import Tensor
 
 INDEX = "chips.parquet"
 COLUMNS = ("chip", "split", "region", "geometry", "date", "image", "width", "height")
 FILE_COLUMNS = ("image", "image_after", "mask")
 
 
-def check_index(folder: Path, index: gpd.GeoDataFrame, info: DatasetInfo) -> None:
-    """Raise where an index cannot be right; the text says what, and what to do.
+def make_index(
+    rows: list[dict[str, Any]], outlines: list[Outline], info: DatasetInfo
+) -> gpd.GeoDataFrame:
+    """The index of rows as `ChipWriter.add` returns them, footprints in EPSG:4326."""
+    import geopandas
 
-    Args:
-        folder: The chip folder.
-        index: One row a chip.
-        info: Facts of the data set.
+    table = pd.DataFrame(rows)
+    for name in ("date", "date_after"):
+        if name in table:
+            table[name] = pd.to_datetime(table[name], errors="raise")
+    if info.target not in table:
+        table[info.target] = None
+    if info.task == "classification" and "label" in table:
+        table["label"] = table["label"].astype("Int64")
+    order = [c for c in (*COLUMNS, "image_after", "mask", "label") if c in table]
+    table = table[[*order, *(c for c in table if c not in order)]]
+    return geopandas.GeoDataFrame(table, geometry=footprints(outlines), crs="EPSG:4326")
+
+
+def check_index(folder: Path, index: gpd.GeoDataFrame, info: DatasetInfo) -> None:
+    """Refuse an index that cannot be right; says what, and what to do.
 
     Raises:
         FileNotFoundError: A file of a chip is missing.
@@ -59,7 +77,6 @@ def check_index(folder: Path, index: gpd.GeoDataFrame, info: DatasetInfo) -> Non
 
 def _check_cells(folder: Path, index: gpd.GeoDataFrame) -> None:
     """Names are text, sizes are whole numbers above 0, dates are dates."""
-    import pandas as pd
 
     def refuse(name: str, value: object, wanted: str) -> None:
         raise ValueError(
@@ -125,3 +142,51 @@ def _check_labels(folder: Path, index: gpd.GeoDataFrame, info: DatasetInfo) -> N
                 info.class_number(number)
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{folder / INDEX}: chip {chip!r}: {error}") from error
+
+
+def labels_of(
+    index: gpd.GeoDataFrame, task: str, num_classes: int
+) -> list[Tensor | None]:
+    """Labels of all rows; None where a row has none, as with masks.
+
+    () int64 for classification, (K,) float32 zeros and ones for multilabel.
+    """
+    import torch
+
+    if task == "classification":
+        return [
+            None if label != label or label is None else torch.tensor(int(label))
+            for label in index["label"].astype(float)
+        ]
+    if task == "multilabel":
+        rows: list[Tensor | None] = []
+        for label in index["label"]:
+            if label is None:
+                rows.append(None)
+                continue
+            hot = torch.zeros(num_classes)  # (K,)
+            hot[[int(number) for number in label]] = 1.0
+            rows.append(hot)
+        return rows
+    return [None] * len(index)
+
+
+def dates_of(index: gpd.GeoDataFrame, pair: bool) -> np.ndarray:
+    """(N, T, 2) float32: year, and day of the year counted from 0; NaN where unknown.
+
+    `pair` is a change pair, which has two dates.
+    """
+    names = ["date", "date_after"] if pair else ["date"]
+    found = np.full((len(index), len(names), 2), np.nan, np.float32)
+    for step, name in enumerate(names):
+        if name in index:
+            days = pd.to_datetime(index[name])
+            found[:, step, 0] = days.dt.year
+            found[:, step, 1] = days.dt.day_of_year - 1
+    return found
+
+
+def lonlat_of(index: gpd.GeoDataFrame) -> np.ndarray:
+    """Centres of the footprints, (N, 2) float32 degrees; NaN without a footprint."""
+    centres = shapely.centroid(index.geometry.to_numpy())
+    return np.stack([shapely.get_x(centres), shapely.get_y(centres)], 1).astype("f4")

@@ -14,19 +14,9 @@ from types import MappingProxyType
 import numpy as np
 
 WORLD_BANDS = (
-    "COASTAL_AEROSOL",
-    "BLUE",
-    "GREEN",
-    "RED",
-    "RED_EDGE_1",
-    "RED_EDGE_2",
-    "RED_EDGE_3",
-    "NIR_BROAD",
-    "NIR_NARROW",
-    "WATER_VAPOUR",
-    "SWIR_1",
-    "SWIR_2",
-)
+    "COASTAL_AEROSOL", "BLUE", "GREEN", "RED", "RED_EDGE_1", "RED_EDGE_2",
+    "RED_EDGE_3", "NIR_BROAD", "NIR_NARROW", "WATER_VAPOUR", "SWIR_1", "SWIR_2",
+)  # fmt: skip
 """The bands that the simulated world can be seen in: Sentinel-2's twelve."""
 
 WAVELENGTHS = np.array(

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-from geopeft_kit.data.drainage import drainage, stream_distance
-from geopeft_kit.data.noise import (
+from geopeft_kit.world.drainage import drainage, stream_distance
+from geopeft_kit.world.noise import (
     curve_distance,
     fractal_noise,
     gradient,
     quantile,
     smoothstep,
 )
-from geopeft_kit.data.regions import Region
+from geopeft_kit.world.regions import Region
 
 PIXEL = 10.0
 """Pixel size in metres."""
@@ -28,31 +28,18 @@ PIXEL = 10.0
 
 @dataclass
 class Terrain:
-    """Relief and water; every field is (size, size) float32.
+    """Relief and water; every field is (size, size) float32."""
 
-    Attributes:
-        height: Metres.
-        hand: Height above the nearest river or lake, metres.
-        slope: Metres per metre.
-        wet: Soil moisture from position, 0-1.
-        water: Share of the pixel under permanent water.
-        river: Signed distance to the bank of the main river, pixels, below 0 inside.
-        side: Which bank, signed distance to the middle of the river.
-        stream: Distance to the nearest stream, pixels.
-        flow: Upstream area of that stream, coarse cells.
-        lake: Share of the pixel under a lake.
-    """
-
-    height: np.ndarray
-    hand: np.ndarray
-    slope: np.ndarray
-    wet: np.ndarray
-    water: np.ndarray
-    river: np.ndarray
-    side: np.ndarray
-    stream: np.ndarray
-    flow: np.ndarray
-    lake: np.ndarray
+    height: np.ndarray  # metres
+    hand: np.ndarray  # height above the nearest river or lake, metres
+    slope: np.ndarray  # metres per metre
+    wet: np.ndarray  # soil moisture from position, 0-1
+    water: np.ndarray  # share of the pixel under permanent water
+    river: np.ndarray  # signed distance to the bank, pixels, below 0 inside
+    side: np.ndarray  # which bank: signed distance to the middle of the river
+    stream: np.ndarray  # distance to the nearest stream, pixels
+    flow: np.ndarray  # upstream area of that stream, coarse cells
+    lake: np.ndarray  # share of the pixel under a lake
 
 
 def build_terrain(region: Region, rng: np.random.Generator, size: int) -> Terrain:
@@ -99,11 +86,10 @@ def build_terrain(region: Region, rng: np.random.Generator, size: int) -> Terrai
 def _rivers(
     region: Region, rng: np.random.Generator, size: int, grid: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Zero lines of tilted noise.
+    """Zero lines of tilted noise: distances in pixels, (H, W) each.
 
-    Returns:
-        signed distance to the middle of the river, distance to its bank, and a
-        distance that stays smooth far away, for the shape of the valley.
+    To the middle of the river (signed), to its bank, and one that stays smooth far
+    away, for the shape of the valley.
     """
     angle = rng.uniform(0, np.pi)
     low, high = (math.log(width) for width in region.river_width)
@@ -140,11 +126,9 @@ def _without_rings(to_bank: np.ndarray) -> np.ndarray:
 def _lakes(
     region: Region, rng: np.random.Generator, size: int, rough: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Lakes fill the lowest basins.
+    """Lakes fill the lowest basins: distance to the shore, positive inside.
 
-    Returns:
-        distance to the shore in pixels, positive inside, and the field whose zero line
-        is the shore, which stays smooth far away.
+    With the field whose zero line is the shore, which stays smooth far away.
     """
     share = region.lakes * rng.uniform(0.2, 1.8)
     if share < 0.002:

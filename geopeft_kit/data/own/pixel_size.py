@@ -1,4 +1,4 @@
-"""Pixels on the ground: affine transforms, footprints, metres."""
+"""How large pixels are on the ground: affine transforms, footprints, metres."""
 
 from __future__ import annotations
 
@@ -12,31 +12,13 @@ from rasterio.crs import CRS
 def apply_affine(
     transform: Affine, x: np.ndarray, y: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """An affine transform of many points.
-
-    Args:
-        transform: As rasterio's.
-        x: (N,) columns or eastings.
-        y: (N,) rows or northings.
-
-    Returns:
-        (N,) and (N,) transformed.
-    """
+    """An affine transform of points x and y, (N,) each."""
     a, b, c, d, e, f = tuple(transform)[:6]
     return a * x + b * y + c, d * x + e * y + f
 
 
 def footprint_of(transform: Affine, height: float, width: float) -> Any:
-    """Footprint of a raster or window in its own CRS.
-
-    Args:
-        transform: As rasterio's.
-        height: In pixels.
-        width: In pixels.
-
-    Returns:
-        A polygon with four corners.
-    """
+    """Polygon of a raster or window of height x width pixels, in its own CRS."""
     from shapely.geometry import Polygon
 
     x, y = np.array([0, width, width, 0]), np.array([0, 0, height, height])
@@ -44,19 +26,11 @@ def footprint_of(transform: Affine, height: float, width: float) -> Any:
 
 
 def metres_per_unit(crs: CRS, transform: Affine, height: float, width: float) -> float:
-    """Ground length of one step along a row or column, the shortest there is.
+    """Metres on the ground of one step along a row or column, the shortest there is.
 
-    Measured on the ellipsoid at the corners and the centre, since a degree or a unit
-    of Web Mercator is no fixed number of metres. The shortest keeps buffers safe.
-
-    Args:
-        crs: Of the raster.
-        transform: Its transform; the identity for plain coordinates.
-        height: Extent along the second axis, in steps.
-        width: Extent along the first axis, in steps.
-
-    Returns:
-        Metres.
+    Measured on the ellipsoid at the corners and the centre of height x width steps,
+    since a degree or a unit of Web Mercator is no fixed number of metres. The shortest
+    keeps buffers safe. `transform` is the identity for plain coordinates.
     """
     from pyproj import Geod, Transformer
 
