@@ -87,7 +87,7 @@ def group_slots(
     """Which channels of the image a group reads, and with which of its kernels.
 
     A band that is left out is a kernel that is left out, as in any other backbone;
-    under ``new_bands="copy_nearest"`` two channels may share a kernel.
+    under a nearest policy two channels may share a kernel.
 
     Args:
         card: the backbone's card.
@@ -104,8 +104,8 @@ def group_slots(
     if None in plan.kernels:
         raise ValueError(
             f"{card.name} reads its bands in groups, and a new band with a random "
-            "kernel belongs to none: use new_bands='copy_nearest' or 'ignore', or "
-            "leave it out"
+            "kernel belongs to none: use new_bands='share_nearest', 'copy_nearest' or "
+            "'ignore', or leave it out"
         )
     return [
         [
