@@ -179,7 +179,7 @@ class BandPlan:
         """Names of the bands that the embedding reads."""
         return tuple(self.bands[position] for position in self.read)
 
-    def share(self, kernel: int) -> float:
+    def share(self, kernel: int | None) -> float:
         """Factor on a kernel: 1/n where n bands share it under "share_nearest"."""
         shared = self.new_bands == "share_nearest"
         return 1 / self.kernels.count(kernel) if shared else 1.0
