@@ -22,6 +22,7 @@ from geopeft_kit.backbones import find_card, galileo, list_backbones, load_backb
 from geopeft_kit.backbones.base import Backbone, adapt_kernels, tap_points
 from geopeft_kit.backbones.card import plan_bands
 from geopeft_kit.backbones.prithvi import resize_table, sine_cosine_table
+from geopeft_kit.backbones.torchgeo_facts import S2_STATISTICS, SENTINEL2
 from geopeft_kit.files import hash_of
 
 HLS = ("BLUE", "GREEN", "RED", "NIR_NARROW", "SWIR_1", "SWIR_2")
@@ -210,7 +211,7 @@ def with_bands(full: Backbone, bands: object, new_bands: str = "error") -> Backb
     plan = plan_bands(full.card, bands, new_bands)
     model = copy.deepcopy(full.model)
     first = {"vit": "patch_embed.proj", "convnext": "stem.0", "resnet": "conv1"}
-    adapt_kernels(model.get_submodule(first[full.layout]), plan.kernels)
+    adapt_kernels(model.get_submodule(first[full.layout]), plan)
     other = copy.deepcopy(full)
     Backbone.__init__(other, full.card, model, plan)
     return other.eval()
@@ -261,8 +262,44 @@ def test_rgb_networks_meet_new_bands_by_policy(layout: str) -> None:
     maps = nearest(wide[:, :4])
     assert maps[0].shape == expected[0].shape
 
-    with pytest.raises(ValueError, match="VV has no wavelength"):
-        load_backbone(SMALL[layout], wanted, None, new_bands="copy_nearest")
+    # A band that says what its neighbour says leaves the answer where it was.
+    shared = with_bands(full, wanted[:4], "share_nearest")
+    same = wide[:, :4].clone()
+    same[:, 3] = shared.normalised(same)[:, 2] * shared.std[3] + shared.mean[3]
+    same[:, 3] /= full.card.normalisation.scale
+    for one, other in zip(shared(same), expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+
+    for policy in ("copy_nearest", "share_nearest"):
+        with pytest.raises(ValueError, match="VV has no wavelength"):
+            load_backbone(SMALL[layout], wanted, None, new_bands=policy)
+
+
+@pytest.mark.parametrize(
+    "name", ["geopeft_tiny_rgb", "gfm_swin_base", "satlas_swin_v2_t"]
+)
+def test_a_shared_band_arrives_where_its_neighbour_does(name: str) -> None:
+    """Whatever the card's convention: z-scores, photographs, or a division alone."""
+    card = find_card(name)
+    bands = (*card.bands, "NIR_NARROW", "WATER_VAPOUR")
+    plan = plan_bands(card, bands, "share_nearest")
+    published = S2_STATISTICS
+    scale = card.normalisation.scale / published.scale
+
+    def arrives(band: str, deviations: float) -> float:
+        """A place so many deviations above the world's mean, standardised."""
+        place = SENTINEL2.index(band)
+        value = published.mean[place] + deviations * published.std[place]
+        index = bands.index(band)
+        return (scale * value - plan.mean[index]) / plan.std[index]
+
+    for band in bands[-2:]:
+        neighbour = card.bands[plan.kernels[bands.index(band)]]
+        for deviations in (0.0, 1.0):
+            expected = arrives(neighbour, deviations)
+            assert arrives(band, deviations) == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(ValueError, match=r"no statistics of PAN.*copy_nearest"):
+        plan_bands(card, (*card.bands, "PAN"), "share_nearest")
 
 
 def test_band_plans() -> None:
@@ -274,7 +311,7 @@ def test_band_plans() -> None:
     assert plan_bands(card, "hls", "error").kernels == (0, 1, 2, 3, 4, 5)
     with pytest.raises(ValueError, match="knows none of VV, VH"):
         plan_bands(card, ["VV", "VH"], "ignore")
-    with pytest.raises(ValueError, match=r"new_bands='zero'.*copy_nearest"):
+    with pytest.raises(ValueError, match=r"new_bands='zero'.*share_nearest"):
         plan_bands(card, "hls", "zero")
 
 

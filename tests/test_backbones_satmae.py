@@ -146,6 +146,9 @@ def test_a_copied_kernel_reads_both_bands(tmp_path: Path) -> None:
     whole[:, 0] = image[:, 0] + image[:, 1]
     whole[:, 8] = image[:, 2]
     assert_close(ours(image), plain(state, whole, [0, 2]))
+    ours = load_backbone(NAME, bands, file, new_bands="share_nearest", normalise=False)
+    whole[:, 0] /= 2
+    assert_close(ours(image), plain(state, whole, [0, 2]))
     with pytest.raises(ValueError, match=r"in groups.*copy_nearest"):
         load_backbone(NAME, bands, None, new_bands="random")
     ignored = load_backbone(NAME, bands, file, new_bands="ignore")

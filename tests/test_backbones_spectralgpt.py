@@ -113,6 +113,12 @@ def test_any_bands_in_any_order(tmp_path: Path) -> None:
     whole = torch.zeros(1, 12, 48, 48)
     whole[:, 9], whole[:, 10] = image[:, 0], image[:, 1]
     assert_close(ours(image[:, :2]), plain(state, whole, [3]))
+
+    bands = ["WATER_VAPOUR", "SWIR_1", "CIRRUS"]
+    options = {"new_bands": "share_nearest", "normalise": False}
+    ours = load_backbone(NAME, bands, file, **options)
+    whole[:, 10] = (image[:, 1] + image[:, 2]) / 2
+    assert_close(ours(image), plain(state, whole, [3]))
     with pytest.raises(ValueError, match="in groups"):
         load_backbone(NAME, bands, None, new_bands="random")
 

@@ -169,7 +169,11 @@ def load_backbone(
         image_size: height and width in pixels that you will use most; None means the
             card's own. ViTs take other sizes all the same.
         new_bands: what to do with a band that the backbone does not know:
-            ``"error"``, ``"random"``, ``"copy_nearest"`` or ``"ignore"``.
+            ``"error"``; ``"random"``, a random kernel; ``"copy_nearest"``, the kernel
+            nearest in wavelength, with its band's statistics; ``"share_nearest"``, the
+            same shared out among all bands that meet it, so that the response keeps
+            its size, with published statistics of the band itself; or ``"ignore"``,
+            which hands the band on without reading it.
         normalise: apply the card's normalisation to images of reflectance 0-1; False
             hands values through as they are.
         **options: the family's own, as ``dates`` and ``metadata`` of Prithvi,

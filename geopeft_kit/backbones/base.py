@@ -323,23 +323,23 @@ def tapped_tokens(model: Any, tokens: Tensor, taps: Sequence[int]) -> Iterator[T
                 yield model.norm(tokens) if index == taps[-1] else tokens
 
 
-def adapt_kernels(layer: nn.Module, kernels: Sequence[int | None]) -> None:
+def adapt_kernels(layer: nn.Module, plan: BandPlan) -> None:
     """Rearrange the input kernels (D, C, kh, kw) of a convolution in place.
 
-    `kernels` has one entry per new channel: the index of the old kernel, or None for a
-    random one with the spread of the old ones. Raises TypeError for a layer that is not
-    an ungrouped `nn.Conv2d`.
+    `plan.kernels` has one entry per new channel: the index of the old kernel, or None
+    for a random one with the spread of the old ones. Raises TypeError for a layer that
+    is not an ungrouped `nn.Conv2d`.
     """
     if not isinstance(layer, nn.Conv2d) or layer.groups != 1:
         raise TypeError(f"bands can be changed on a plain Conv2d, not on {layer!r}")
-    if list(kernels) == list(range(layer.in_channels)):
+    if plan.kernels == tuple(range(layer.in_channels)):
         return
     old: Tensor = layer.weight.detach()
     new: list[Any] = []
-    for index in kernels:
+    for index in plan.kernels:
         if index is None:
             new.append(torch.randn_like(old[:, 0]) * old.std())
         else:
-            new.append(old[:, index])
-    layer.weight = nn.Parameter(torch.stack(new, dim=1))  # (D, len(kernels), kh, kw)
-    layer.in_channels = len(kernels)
+            new.append(old[:, index] * plan.share(index))
+    layer.weight = nn.Parameter(torch.stack(new, dim=1))  # (D, C of the plan, kh, kw)
+    layer.in_channels = len(new)

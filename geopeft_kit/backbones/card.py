@@ -13,12 +13,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from html import escape
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from geopeft_kit.bands import BANDS, resolve_bands
 
-NewBands = Literal["error", "random", "copy_nearest", "ignore"]
-NEW_BANDS: tuple[str, ...] = ("error", "random", "copy_nearest", "ignore")
+NewBands = Literal["error", "random", "copy_nearest", "share_nearest", "ignore"]
+NEW_BANDS: tuple[str, ...] = get_args(NewBands)
+NEAREST = ("copy_nearest", "share_nearest")
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,11 @@ class BandPlan:
         """Names of the bands that the embedding reads."""
         return tuple(self.bands[position] for position in self.read)
 
+    def share(self, kernel: int | None) -> float:
+        """Factor on a kernel: 1/n where n bands share it under "share_nearest"."""
+        shared = self.new_bands == "share_nearest"
+        return 1 / self.kernels.count(kernel) if shared else 1.0
+
 
 def plan_bands(
     card: BackboneCard,
@@ -188,7 +194,15 @@ def plan_bands(
     """Match the bands of an image with the kernels of a backbone, by name.
 
     A band the card does not know gets the statistics of the known band nearest in
-    wavelength; a band without a wavelength (radar) is passed on as it is.
+    wavelength, but for ``"share_nearest"``; a band without a wavelength (radar) is
+    passed on as it is.
+
+    ``"share_nearest"`` keeps the pretrained response: n bands that meet one kernel each
+    take 1/n of it, and a new band is standardised by statistics of its own, so that it
+    arrives with the mean and spread of its neighbour. These are the published means and
+    deviations of SSL4EO-S12 (Sentinel-2 L1C, places all over the world), brought into
+    the card's unit by way of the neighbour, whatever its convention. Only Sentinel-2's
+    bands have them.
 
     Args:
         card: the backbone's card.
@@ -196,15 +210,17 @@ def plan_bands(
             None means the card's own.
         new_bands: what to do with a band the card does not know. ``"error"``;
             ``"random"``: a random kernel of the known kernels' spread;
-            ``"copy_nearest"``: the kernel of the nearest wavelength; ``"ignore"``:
-            the image carries the band and the embedding does not read it.
+            ``"copy_nearest"``: the kernel of the nearest wavelength, at full strength;
+            ``"share_nearest"``: a share of it, see above; ``"ignore"``: the image
+            carries the band and the embedding does not read it.
 
     Returns:
         The plan, one entry per band of the image.
 
     Raises:
         ValueError: for an unknown policy, a band that needs one, a band with no
-            wavelength under ``"copy_nearest"``, or no known band at all.
+            wavelength under a nearest policy, one without statistics under
+            ``"share_nearest"``, or no known band at all.
     """
     if new_bands not in NEW_BANDS:
         raise ValueError(f"new_bands={new_bands!r}: allowed are {', '.join(NEW_BANDS)}")
@@ -215,7 +231,7 @@ def plan_bands(
         raise ValueError(
             f"{card.name} does not know {', '.join(unknown)}; it knows "
             f"{', '.join(known)}. Leave them out, or choose new_bands='random', "
-            "'copy_nearest' or 'ignore'"
+            "'share_nearest', 'copy_nearest' or 'ignore'"
         )
     if len(unknown) == len(names) and new_bands != "random":
         raise ValueError(
@@ -225,10 +241,10 @@ def plan_bands(
     read, kernels, mean, std = [], [], [], []
     for position, name in enumerate(names):
         nearest = _nearest(card, name)
-        kernel = nearest if new_bands == "copy_nearest" else None
+        kernel = nearest if new_bands in NEAREST else None
         if name in card.bands:
             kernel = card.bands.index(name)
-        elif new_bands == "copy_nearest" and nearest is None and name in unknown:
+        elif new_bands in NEAREST and nearest is None and name in unknown:
             raise ValueError(
                 f"{name} has no wavelength, so no band of {card.name} is nearest to "
                 "it; choose new_bands='random' or 'ignore'"
@@ -237,6 +253,8 @@ def plan_bands(
         if nearest is not None:
             numbers = card.normalisation
             statistics = numbers.mean[nearest], numbers.std[nearest]
+            if new_bands == "share_nearest" and name in unknown:
+                statistics = _own_statistics(card, name, nearest)
         mean_here, std_here = card.also_reads.get(name, statistics)
         mean.append(mean_here)
         std.append(std_here)
@@ -262,3 +280,25 @@ def _nearest(card: BackboneCard, name: str) -> int | None:
     if target is None or not known:
         return None
     return min(known, key=lambda pair: abs(pair[1] - target))[0]
+
+
+def _own_statistics(card: BackboneCard, name: str, nearest: int) -> tuple[float, float]:
+    """Mean and deviation that bring a band to where its neighbour arrives."""
+    from geopeft_kit.backbones.torchgeo_facts import S2_STATISTICS, SENTINEL2
+
+    neighbour = card.bands[nearest]
+    missing = [band for band in (name, neighbour) if band not in SENTINEL2]
+    if missing:
+        raise ValueError(
+            f"no statistics of {', '.join(missing)} are published, so {name} cannot "
+            f"be brought to the range of {neighbour}; choose "
+            "new_bands='copy_nearest', 'random' or 'ignore'"
+        )
+    published, scale = S2_STATISTICS, card.normalisation.scale / S2_STATISTICS.scale
+    own, other = SENTINEL2.index(name), SENTINEL2.index(neighbour)
+    spread = published.std[own] / published.std[other]
+    offset = scale * published.mean[other] - card.normalisation.mean[nearest]
+    return (
+        scale * published.mean[own] - offset * spread,
+        card.normalisation.std[nearest] * spread,
+    )

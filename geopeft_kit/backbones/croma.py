@@ -132,7 +132,7 @@ def build(
     if state is not None:
         kept = encoder_state(state, card.architecture["encoder"], card.patch)
         load_strictly(model, kept, card.name)
-    adapt_kernels(model.patch_embed.proj, plan.kernels)
+    adapt_kernels(model.patch_embed.proj, plan)
     backbone = ViTBackbone(card, model, plan)
     bias = DistanceBias(card.architecture["heads"], backbone.grid)
     for block in model.blocks:

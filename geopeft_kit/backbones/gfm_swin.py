@@ -83,7 +83,7 @@ def build(
         kept, mask_token = _encoder(state)
         # Microsoft's names as timm's, which has each merging in the next stage.
         load_strictly(model, checkpoint_filter_fn(kept, model), card.name)
-    adapt_kernels(model.get_submodule("patch_embed.proj"), plan.kernels)
+    adapt_kernels(model.get_submodule("patch_embed.proj"), plan)
     backbone = GFMBackbone(card, model, plan, "swin")
     backbone.register_buffer("mask_token", mask_token, persistent=False)
     return backbone

@@ -79,14 +79,14 @@ def group_slots(
     """For each group, its pairs (channel among those read, kernel of the group).
 
     `groups` holds indices of the card's bands. A band that is missing is a kernel that
-    is left out; under ``new_bands="copy_nearest"`` two channels may share a kernel.
+    is left out; under a nearest policy two channels may share a kernel.
     Raises ValueError for a random kernel, which belongs to no group.
     """
     if None in plan.kernels:
         raise ValueError(
             f"{card.name} reads its bands in groups, and a new band with a random "
-            "kernel belongs to none: use new_bands='copy_nearest' or 'ignore', or "
-            "leave it out"
+            "kernel belongs to none: use new_bands='share_nearest', 'copy_nearest' or "
+            "'ignore', or leave it out"
         )
     return [
         [

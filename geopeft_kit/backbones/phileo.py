@@ -70,9 +70,9 @@ def build(
         with torch.device("meta"):  # no memory and no time for random numbers
             model = GeoAwareUNet(len(card.bands), *arguments)
         load_strictly(model, strip_prefixes(state, ("module.",)), card.name)
-    adapt_kernels(model.stem.conv1, plan.kernels)
+    adapt_kernels(model.stem.conv1, plan)
     if model.stem.matcher is not None:
-        adapt_kernels(model.stem.matcher, plan.kernels)
+        adapt_kernels(model.stem.matcher, plan)
     return PhilEOUNetBackbone(card, model, plan)
 
 

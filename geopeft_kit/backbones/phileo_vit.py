@@ -217,7 +217,7 @@ def build(
         with torch.device("meta"):  # no memory and no time for random numbers
             model = ViTUPerNet(card, patch, stem)
         load_strictly(model, kept, card.name)
-    adapt_kernels(model.vit.patch_embed.proj, plan.kernels)
+    adapt_kernels(model.vit.patch_embed.proj, plan)
     return PhilEOViTBackbone(card, model, plan, patch)
 
 

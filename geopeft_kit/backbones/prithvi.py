@@ -208,7 +208,7 @@ def build(
     # A buffer under timm's name: the plain model runs alone, and nothing trains it.
     del model.pos_embed
     model.register_buffer("pos_embed", table, persistent=False)
-    adapt_kernels(model.patch_embed.proj, plan.kernels)
+    adapt_kernels(model.patch_embed.proj, plan)
     used = {} if metadata is False else scales
     return PrithviBackbone(card, model, plan, dates, used)
 

@@ -70,7 +70,7 @@ def build_dino_mc(
                 f"and patch={patch}. Load it with patch={kernel.shape[-1]}"
             )
         load_strictly(model, kept, card.name)
-    adapt_kernels(model.patch_embed.proj, plan.kernels)
+    adapt_kernels(model.patch_embed.proj, plan)
     return ViTBackbone(card, model, plan)
 
 
@@ -97,7 +97,7 @@ def build_mae(
     # A buffer under timm's name: the plain model runs alone, and nothing trains it.
     del model.pos_embed
     model.register_buffer("pos_embed", table, persistent=False)
-    adapt_kernels(model.patch_embed.proj, plan.kernels)
+    adapt_kernels(model.patch_embed.proj, plan)
     return ViTBackbone(card, model, plan)
 
 

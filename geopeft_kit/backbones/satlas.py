@@ -139,7 +139,7 @@ def build(
         with torch.device("meta"):  # no memory and no time for random numbers
             model = SwinV2(**made)
         load_strictly(model, stage_state(state), card.name)
-    adapt_kernels(model.get_submodule("patch_embed.proj"), plan.kernels)
+    adapt_kernels(model.get_submodule("patch_embed.proj"), plan)
     return SatlasBackbone(card, model, plan, "swin")
 
 

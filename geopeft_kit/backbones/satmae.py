@@ -14,6 +14,7 @@ Taught in notebook 01 (load a geospatial foundation model).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -91,7 +92,8 @@ class SatMAEBackbone(GroupedViTBackbone):
                 continue
             self.positions[str(number)] = [channel for channel, _ in slots]
             embedding = model.get_submodule(f"patch_embed.{number}.proj")
-            adapt_kernels(embedding, [kernel for _, kernel in slots])
+            kernels = tuple(kernel for _, kernel in slots)
+            adapt_kernels(embedding, replace(plan, kernels=kernels))
 
     def embed(self, image: Tensor, meta: Meta | None) -> Tensor:
         """Normalised image (B, C, H, W) -> tokens with positions (B, h, w, N, D)."""

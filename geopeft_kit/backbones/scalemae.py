@@ -96,7 +96,7 @@ def build_scalemae(
         kept = strip_prefixes(state, ("module.",))
         kept = {key: t for key, t in kept.items() if not key.startswith(_NOT_ENCODER)}
         load_strictly(model, kept, card.name)
-    adapt_kernels(model.patch_embed.proj, plan.kernels)
+    adapt_kernels(model.patch_embed.proj, plan)
     backbone = ScaleMAEBackbone(card, model, plan)
     backbone.resolution = float(resolution)
     return backbone

@@ -82,7 +82,7 @@ class SpectralGPTBackbone(GroupedViTBackbone):
         slots = torch.zeros(len(self.rows), _TOGETHER, len(plan.read))
         for place, number in enumerate(self.rows):
             for channel, kernel in found[number]:
-                slots[place, kernel, channel] = 1
+                slots[place, kernel, channel] = plan.share(plan.kernels[channel])
         self.register_buffer("slots", slots.flatten(0, 1), persistent=False)  # (3N, C)
 
     def embed(self, image: Tensor, meta: Meta | None) -> Tensor:

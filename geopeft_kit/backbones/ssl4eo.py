@@ -61,7 +61,7 @@ def build_vit(
         kept.setdefault("norm.weight", torch.ones(card.width))
         kept.setdefault("norm.bias", torch.zeros(card.width))
         load_strictly(model, kept, card.name)
-    adapt_kernels(model.patch_embed.proj, plan.kernels)
+    adapt_kernels(model.patch_embed.proj, plan)
     return ViTBackbone(card, model, plan)
 
 
@@ -83,7 +83,7 @@ def build_resnet(
         with torch.device("meta"):  # no memory and no time for random numbers
             model = make()
         load_strictly(model, encoder_state(state, "fc."), card.name)
-    adapt_kernels(model.conv1, plan.kernels)
+    adapt_kernels(model.conv1, plan)
     return HierarchicalBackbone(card, model, plan, "resnet")
 
 

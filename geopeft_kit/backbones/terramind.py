@@ -107,7 +107,7 @@ def build(
             model = _network(card, len(known))
         model.register_buffer("pos_embed", torch.empty_like(table, device="meta"))
         load_strictly(model, encoder_state(state, card, modality), card.name)
-    adapt_kernels(model.patch_embed.proj, plan.kernels)
+    adapt_kernels(model.patch_embed.proj, plan)
     return TerraMindBackbone(card, model, plan)
 
 

@@ -144,7 +144,7 @@ def build(
     if state is not None:
         load_strictly(model, _timm_state(model, state), card.name)
     first = str(_config(card.name.removeprefix(PREFIX)).first_conv)
-    adapt_kernels(model.get_submodule(first), plan.kernels)
+    adapt_kernels(model.get_submodule(first), plan)
     if isinstance(model, Eva):
         return RotaryViTBackbone(card, model, plan)
     if layout == "vit":
@@ -168,7 +168,7 @@ def build_from_scratch(
     )
     if state is not None:
         load_strictly(model, _timm_state(model, state), card.name)
-    adapt_kernels(model.get_submodule("conv1"), plan.kernels)
+    adapt_kernels(model.get_submodule("conv1"), plan)
     return HierarchicalBackbone(card, model, plan, "resnet")
 
 
