@@ -103,17 +103,31 @@ def tables(notebook: nbformat.NotebookNode) -> list[str]:
     ]
 
 
+def last_text(widget: dict[str, str], states: dict[str, dict]) -> str:
+    """What a progress bar said last; nothing for a widget without words."""
+    state = states.get(widget["model_id"], {}).get("state", {})
+    parts = [child.removeprefix("IPY_MODEL_") for child in state.get("children", [])]
+    texts = [states.get(part, {}).get("state", {}).get("value") for part in parts]
+    words = [html.unescape(text) for text in texts if isinstance(text, str)]
+    return "".join(words).replace("\u2007", " ").strip()
+
+
 def make_static(notebook: nbformat.NotebookNode) -> None:
     """Replace, in place, what needs a kernel or the web by what stands alone."""
-    notebook.metadata.pop("widgets", None)
+    kept = notebook.metadata.pop("widgets", {})
+    states = kept.get("application/vnd.jupyter.widget-state+json", {}).get("state", {})
     for cell in notebook.cells:
         if cell.cell_type == "markdown":  # a badge: its picture lives on the web
             text = re.sub(r"!\[([^]]*)\]\(https?://[^)]*\)", r"\1", cell.source)
             cell.source = re.sub(r"<img[^>]*src=.https?://[^>]*>", "", text)
         for output in cell.get("outputs", []):
             data = output.get("data", {})
-            if data.pop(WIDGET, None) is not None:
-                data.setdefault("text/html", NO_WIDGET)
+            widget = data.pop(WIDGET, None)
+            if widget is not None:
+                words = html.escape(last_text(widget, states))
+                data.setdefault(
+                    "text/html", f"<pre>{words}</pre>" if words else NO_WIDGET
+                )
 
 
 def fold_solutions(page: str) -> str:

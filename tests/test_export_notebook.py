@@ -39,6 +39,11 @@ CONTROL = """
 import ipywidgets
 ipywidgets.IntSlider()
 """
+BAR = """
+from geopeft_kit.progress import progress_bar
+for _ in progress_bar(range(3), desc="work"):
+    pass
+"""
 
 
 def write(path: Path, *sources: str) -> Path:
@@ -54,7 +59,7 @@ def write(path: Path, *sources: str) -> Path:
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     folder = tmp_path_factory.mktemp("export")
-    path = write(folder / "00_page.ipynb", TABLE, FIGURE, FRAME, CONTROL)
+    path = write(folder / "00_page.ipynb", TABLE, FIGURE, FRAME, CONTROL, BAR)
     before = path.read_bytes()
     result = tool.export(path, folder / "out")
     assert path.read_bytes() == before, "the notebook itself must not change"
@@ -67,7 +72,8 @@ def test_page_stands_alone(exported):
     assert tool.external_requests(page) == []
     assert re.search(r'<img[^>]*src="data:image/png;base64', page)
     assert "srcdoc=" in page
-    assert "A control stands here" in page
+    assert page.count("A control stands here") == 1
+    assert "<pre>work: 100% 3/3 [" in page
     assert "widget-state" not in page
     assert [p.name for p in exported[0].parent.iterdir()] == ["00_page.html"]
 
