@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock
-from tqdm.auto import tqdm
 
 from .files import hash_of, whole_file
+from .progress import progress_bar
 
 ATTEMPTS = 5
 TIMEOUT_S = 30.0
@@ -250,12 +250,8 @@ def _transfer(url: str, part: _Part, progress: bool) -> None:
             print(f"Downloading {url} ({whole}{done})")
         with (
             open(part.path, "ab" if start else "wb") as file,
-            tqdm(
-                total=total,
-                initial=start,
-                unit="B",
-                unit_scale=True,
-                disable=not progress,
+            progress_bar(
+                shown=progress, total=total, initial=start, unit="B", unit_scale=True
             ) as bar,
         ):
             while block := _read(answer):

@@ -32,6 +32,7 @@ from torch import nn
 
 from .kept_rows import KeptRows
 from .pictures import Colours, class_colours
+from .progress import progress_bar
 from .rasters import RowWriter, SceneReader
 
 CLASS_NODATA = 255
@@ -360,8 +361,6 @@ def blended_rows(
         (K, r*n, r*W) float32 blended predictions of the next n rows of the scene and
         (r*n, r*W) bool, True where the scene has data.
     """
-    from tqdm.auto import tqdm
-
     tops = window_starts(reader.height, window, step)
     lefts = window_starts(reader.width, window, step)
     weight = blend_weight(window * finer)
@@ -372,9 +371,9 @@ def blended_rows(
     following_tops = [*tops[1:], reader.height]
     edge = tops[done] if done < len(tops) else reader.height
     first = sum(top + window <= edge for top in tops) if done < len(tops) else done
-    bar = tqdm(
-        range(first, len(tops)), desc="predict", unit=" rows of windows",
-        initial=first, total=len(tops), disable=not progress,
+    bar = progress_bar(
+        range(first, len(tops)), progress, desc="predict", unit=" rows of windows",
+        initial=first, total=len(tops),
     )  # fmt: skip
     for number in bar:
         top, following = tops[number], following_tops[number]

@@ -265,16 +265,6 @@ def test_default_learning_rate_is_the_cards_and_is_printed(
     assert f"{card.learning_rate:g}" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_progress_in_a_log_is_about_ten_lines(
-    data: gk.ChipData, capsys: pytest.CaptureFixture[str]
-) -> None:
-    gk.fit(make_model("frozen"), data, epochs=40)
-    lines = [line for line in capsys.readouterr().out.splitlines() if "epoch" in line]
-    assert 8 <= len(lines) <= 12
-    assert lines[-1].startswith("epoch 40/40")
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

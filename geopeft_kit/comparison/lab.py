@@ -14,6 +14,7 @@ from geopeft_kit.comparison.candidate import Candidate
 from geopeft_kit.data.chips import ChipData
 from geopeft_kit.methods import Adapter, attach
 from geopeft_kit.model import Model, build_model
+from geopeft_kit.training.callbacks import Progress
 from geopeft_kit.training.evaluate import HEADLINE
 from geopeft_kit.training.fit import DECODER_LEARNING_RATE, Run, fit
 from geopeft_kit.training.head_start import start_decoder
@@ -30,10 +31,14 @@ class Lab:
         decoder: str,
         epochs: int,
         place: torch.device,
+        bar: Any,
+        runs: int,
     ) -> None:
         self.all_data = data
         self.name, self.options, self.decoder = backbone, dict(options), decoder
         self.epochs, self.place = epochs, place
+        self.bar, self.runs, self.run = bar, runs, 0
+        self.title = "0"
         self.pretrained: dict[str, Backbone] = {}
 
     def start_seed(self, seed: int, train_chips: int | None) -> None:
@@ -47,6 +52,10 @@ class Lab:
 
     def train(self, candidate: Candidate, rate: float | None) -> tuple[Run, Adapter]:
         """Train a candidate with this seed; its adapter stays on the backbone."""
+        self.run += 1
+        self.title = f"{self.run}/{self.runs} {candidate.label}, seed {self.seed}"
+        self.bar.set_postfix_str("", refresh=False)
+        self.bar.set_description_str(self.title)
         key, backbone = self._backbone(candidate)
         start = {}
         if not candidate.fresh_decoder:
@@ -69,6 +78,7 @@ class Lab:
             device=self.place.type,
             seed=self.seed,
             progress=False,
+            callbacks=[Progress(self.bar, title=f"{self.title}, ", runs=self.runs)],
         )
         return run, adapter
 

@@ -23,6 +23,7 @@ from geopeft_kit.comparison.lab import Lab
 from geopeft_kit.comparison.result import Comparison, Trained
 from geopeft_kit.data.chips import ChipData
 from geopeft_kit.methods import Adapter
+from geopeft_kit.progress import progress_bar
 from geopeft_kit.training.evaluate import HEADLINE, evaluate
 from geopeft_kit.training.fit import Run
 from geopeft_kit.training.hardware import choose_device
@@ -58,17 +59,46 @@ def compare(
         seeds: Start of decoder and adapters, order of samples, and draw of the subset.
         train_chips: Train on that many chips, drawn anew for each seed; None for all.
         device: As in `fit`.
-        progress: Print a line for each trained model.
+        progress: Show which training of how many, its steps, its loss and the time that
+            is left, and print a line for each trained model.
 
     Returns:
         The `Comparison`.
 
     Raises:
         ValueError: Labels repeat, or candidates have unequal numbers of trials.
+        KeyboardInterrupt: You stopped it; the text says in which training.
     """
     check_candidates(candidates)
     place = choose_device(device)
-    lab = Lab(data, backbone, backbone_options or {}, decoder, epochs, place)
+    runs = sum(len(seeds) + len(one.learning_rates) for one in candidates)
+    bar = progress_bar(shown=progress, desc="preparing", unit=" steps", smoothing=0)
+    options = backbone_options or {}
+    lab = Lab(data, backbone, options, decoder, epochs, place, bar, runs)
+    try:
+        with bar:
+            rows, searches, trained = _train_all(lab, candidates, seeds, train_chips)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"stopped in training {lab.title}. A comparison is kept only when it is "
+            "complete; fewer epochs, seeds or candidates make it shorter."
+        ) from None
+    return Comparison(
+        rows=pd.DataFrame(rows),
+        searches=pd.DataFrame(searches),
+        trained=trained,
+        score=HEADLINE[data.task][0],
+        splits=[split for split in data.splits if split != "train"],
+    )
+
+
+def _train_all(
+    lab: Lab,
+    candidates: Sequence[Candidate],
+    seeds: Sequence[int],
+    train_chips: int | None,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Trained]]:
+    """Rows, searches and trained candidates of a `Comparison`."""
     rows, searches, trained = [], [], {}
     chosen: dict[str, float | None] = {}
     for seed in seeds:
@@ -79,25 +109,18 @@ def compare(
                 chosen[candidate.label] = rate
                 searches += trials
             run, adapter = lab.train(candidate, chosen[candidate.label])
-            row = _row(candidate, seed, run, adapter, data, place)
+            row = _row(candidate, seed, run, adapter, lab.all_data, lab.place)
             rows.append(row)
-            if progress:
-                print(
+            if not lab.bar.disable:
+                lab.bar.write(
                     f"seed {seed}  {candidate.label:<22} val {row['val']:.3f}  "
-                    f"test {row['test']:.3f}  {row['step_ms']:.0f} ms a step",
-                    flush=True,
+                    f"test {row['test']:.3f}  {row['step_ms']:.0f} ms a step"
                 )
             if seed == seeds[0]:
                 trained[candidate.label] = Trained(candidate, run.model, adapter)
             else:
                 adapter.detach()
-    return Comparison(
-        rows=pd.DataFrame(rows),
-        searches=pd.DataFrame(searches),
-        trained=trained,
-        score=HEADLINE[data.task][0],
-        splits=[split for split in data.splits if split != "train"],
-    )
+    return rows, searches, trained
 
 
 def adapter_kib(adapter: Adapter) -> float:

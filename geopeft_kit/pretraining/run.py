@@ -26,6 +26,7 @@ from geopeft_kit.pretraining.task import Objective, PretextTask
 from geopeft_kit.training.callbacks import Checkpoint
 from geopeft_kit.training.fit import quiet_lightning
 from geopeft_kit.training.hardware import choose_device, choose_precision
+from geopeft_kit.training.interruption import stoppable, what_is_kept
 from geopeft_kit.training.tracker import Tracker
 
 WEIGHTS = "weights.safetensors"
@@ -110,6 +111,7 @@ def pretrain(
         ValueError: Backbone, teacher, images or options do not fit, or are not those of
             the run to resume.
         FileNotFoundError: `resume=True` without a checkpoint.
+        KeyboardInterrupt: You stopped the run; the text says what is kept.
     """
     _check_counts(
         epochs=epochs,
@@ -136,9 +138,8 @@ def pretrain(
         total_steps=draws.steps * epochs,
     )
     log, tracker = _Log(seed, progress, minutes), Tracker()
-    callbacks: list[L.Callback] = [log, tracker]
-    if checkpoint is not None:
-        callbacks.append(Checkpoint(checkpoint))
+    writer = Checkpoint(checkpoint)
+    callbacks: list[L.Callback] = [log, tracker, writer]
     with quiet_lightning():
         precision = choose_precision(precision, place)
         trainer = _trainer(place, devices, strategy, precision, epochs, callbacks)
@@ -152,9 +153,20 @@ def pretrain(
         began = time.perf_counter()
         backbone.train()
         resume_from = str(checkpoint) if resume else None
-        trainer.fit(task, loader, ckpt_path=resume_from, weights_only=True)
+
+        def train() -> None:
+            trainer.fit(task, loader, ckpt_path=resume_from, weights_only=True)
+
+        def words() -> str:
+            written = resume or writer.written
+            return what_is_kept(len(log.rows), epochs, folder, written)
+
+        try:
+            stoppable(train, task, words)
+        finally:
+            task.to(place)  # Lightning leaves it on the CPU
         seconds = time.perf_counter() - began
-    task.to(place).eval()
+    task.eval()
     run = Pretraining(
         task,
         pd.DataFrame(log.rows),

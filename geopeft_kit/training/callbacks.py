@@ -1,7 +1,8 @@
-"""Lightning callbacks of `fit`: history and progress, checkpoint, early stopping."""
+"""Lightning callbacks of `fit`: history, progress, checkpoint, early stopping."""
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from pathlib import Path
@@ -13,32 +14,24 @@ import torch
 from torch import Tensor
 
 from geopeft_kit.data.chips import ChipData
+from geopeft_kit.progress import REDRAW_S
 from geopeft_kit.training.evaluate import HEADLINE, evaluate
 from geopeft_kit.training.task import trained_names
 
 
 class History(L.Callback):
-    """Keeps one row an epoch and shows it.
-
-    In a notebook one display is updated in place, at most twice a second; in a log each
-    epoch is a line, thinned out to about ten lines a run.
+    """Keeps one row an epoch.
 
     Args:
         data: For validation scores.
         validate_every: Epochs between two validations; None for none.
-        epochs: Epochs in all, for the display.
-        progress: Whether to show anything.
     """
 
-    def __init__(
-        self, data: ChipData, validate_every: int | None, epochs: int, progress: bool
-    ) -> None:
+    def __init__(self, data: ChipData, validate_every: int | None) -> None:
         self.data = data
         self.validate_every = validate_every
-        self.epochs = epochs
         self.rows: list[dict[str, Any]] = []
         self.losses: list[Tensor] = []
-        self.display = _Display(epochs) if progress else None
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.rows}
@@ -72,12 +65,68 @@ class History(L.Callback):
             scores = evaluate(pl_module.model, self.data, "val", pl_module.device)
             row |= {f"val_{name}": value for name, value in scores["overall"].items()}
         self.rows.append(row)
-        if self.display:
-            self.display.show(row)
 
     def table(self) -> pd.DataFrame:
         """The rows as a DataFrame, one an epoch."""
         return pd.DataFrame(self.rows)
+
+
+class Progress(L.Callback):
+    """Shows epoch, steps, loss, scores and the time that is left.
+
+    Args:
+        bar: From `progress_bar`, without a total yet; the caller closes it.
+        history: Where the scores come from, or None.
+        title: What comes before the epoch.
+        runs: How many trainings, equally long, share the bar.
+    """
+
+    def __init__(
+        self, bar: Any, history: History | None = None, title: str = "", runs: int = 1
+    ) -> None:
+        self.bar, self.history, self.title, self.runs = bar, history, title, runs
+        self.shown = -math.inf
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._name_epoch(trainer)
+        if self.bar.total is None:
+            self.bar.reset(pl_module.total_steps * self.runs)
+        if trainer.global_step:  # resumed: those steps say nothing about the speed
+            self.bar.n = self.bar.initial = self.bar.last_print_n = trainer.global_step
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._name_epoch(trainer)
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if time.monotonic() - self.shown > REDRAW_S / 2:  # a GPU waits to tell a loss
+            self._show_numbers(float(outputs["loss"]))
+        self.bar.update()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if self.history is not None:
+            self._show_numbers(self.history.rows[-1]["loss"])
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if self.runs == 1:
+            self.bar.total = self.bar.n  # stopped early, it is complete all the same
+
+    def _name_epoch(self, trainer: L.Trainer) -> None:
+        epoch = f"{self.title}epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+        self.bar.set_description_str(epoch, refresh=False)
+
+    def _show_numbers(self, loss: float) -> None:
+        row = self.history.rows[-1] if self.history and self.history.rows else {}
+        scores = [f"{k[4:]} {v:.3f}" for k, v in row.items() if k.startswith("val_")]
+        text = ", ".join([f"loss {loss:.4f}", *scores])
+        self.bar.set_postfix_str(text, refresh=False)
+        self.shown = time.monotonic()
 
 
 class EarlyStop(L.Callback):
@@ -128,60 +177,26 @@ class Checkpoint(L.Callback):
 
     Args:
         path: The file; the one of the epoch before is replaced only by a complete one.
+            None writes nothing.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
         self.path = path
+        self.written = False
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if self.path is None:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self.path.with_suffix(".part")
         try:
             trainer.save_checkpoint(unfinished)  # every process takes part in it
             if trainer.is_global_zero:
                 os.replace(unfinished, self.path)
+            self.written = True
         except (OSError, RuntimeError) as error:
             unfinished.unlink(missing_ok=True)
             raise OSError(
                 f"could not write the checkpoint {self.path} ({error}). The one of the "
                 "epoch before is untouched; free some space and pass resume=True."
             ) from error
-
-
-class _Display:
-    """One line in place in a notebook, about ten lines in a log."""
-
-    def __init__(self, epochs: int) -> None:
-        self.epochs = epochs
-        self.handle: Any = None
-        self.last = 0.0
-
-    def show(self, row: dict[str, Any]) -> None:
-        scores = [f"{k[4:]} {v:.3f}" for k, v in row.items() if k.startswith("val_")]
-        text = f"epoch {row['epoch']}/{self.epochs}  loss {row['loss']:.4f}"
-        text = "  ".join([text, *scores])
-        final = row["epoch"] == self.epochs
-        if _in_notebook():
-            if final or time.monotonic() - self.last > 0.5:
-                self._update(text)
-                self.last = time.monotonic()
-        elif final or row["epoch"] % max(1, self.epochs // 10) == 0:
-            print(text, flush=True)
-
-    def _update(self, text: str) -> None:
-        from IPython.display import DisplayHandle
-
-        content = {"text/plain": text}
-        if self.handle is None:
-            self.handle = DisplayHandle()
-            self.handle.display(content, raw=True)
-        else:
-            self.handle.update(content, raw=True)
-
-
-def _in_notebook() -> bool:
-    try:
-        from IPython import get_ipython
-    except ImportError:
-        return False
-    return type(get_ipython()).__name__ == "ZMQInteractiveShell"

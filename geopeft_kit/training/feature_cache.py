@@ -9,7 +9,7 @@ and 08.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from geopeft_kit.data.loading import (
     symmetry,
 )
 from geopeft_kit.model import Model
+from geopeft_kit.progress import progress_bar
 from geopeft_kit.training.map_store import MapStore, store_key
 from geopeft_kit.training.prefix_cache import Prefix
 from geopeft_kit.training.task import batch_features
@@ -46,6 +47,7 @@ class FeatureCache(Dataset):
             preprocessing and pixels.
         augment: Keep all eight symmetries of each image, for a sampler that augments.
         prefix: Keep what these frozen blocks put out, and not the features.
+        progress: Show a bar where it takes more than a second.
 
     Raises:
         OSError: The maps go to disk, and it has no room.
@@ -59,6 +61,7 @@ class FeatureCache(Dataset):
         limit_mib: float = LIMIT_MIB,
         augment: bool = False,
         prefix: Prefix | None = None,
+        progress: bool = False,
     ) -> None:
         chips: Any = loader.dataset
         self.name = "prefix" if prefix else "features"
@@ -80,7 +83,10 @@ class FeatureCache(Dataset):
             # no_grad rather than inference_mode, whose tensors could not train
             with torch.no_grad():
                 for number in range(self.variants):
-                    self._read(loader, number, compute)
+                    batches = progress_bar(
+                        loader, progress, desc=self.name, leave=False, delay=1
+                    )
+                    self._read(batches, number, compute)
         finally:
             model.train(training)
 
@@ -109,9 +115,11 @@ class FeatureCache(Dataset):
         batch["size"] = self.size
         return batch
 
-    def _read(self, loader: DataLoader, number: int, compute: Compute) -> None:
+    def _read(
+        self, batches: Iterable[dict[str, Any]], number: int, compute: Compute
+    ) -> None:
         """One pass over the images in one of their symmetries."""
-        for batch in loader:
+        for batch in batches:
             if number == 0:
                 self._keep_targets(batch)
             if self.store.complete and number:

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,18 +25,20 @@ from geopeft_kit.data.chips import ChipData
 from geopeft_kit.data.loading import EpochSampler
 from geopeft_kit.data.torchgeo_data import AnyData, as_data
 from geopeft_kit.model import Model
+from geopeft_kit.progress import progress_bar
 from geopeft_kit.training.batch_size import (
     largest_batch,
     room_mib,
     with_batch_size,
 )
-from geopeft_kit.training.callbacks import Checkpoint, EarlyStop, History
+from geopeft_kit.training.callbacks import Checkpoint, EarlyStop, History, Progress
 from geopeft_kit.training.checkpointing import checkpointed
 from geopeft_kit.training.evaluate import evaluate
 from geopeft_kit.training.feature_cache import FeatureCache
 from geopeft_kit.training.frozen_precision import frozen_held_in
 from geopeft_kit.training.hardware import choose_device, choose_precision
 from geopeft_kit.training.head_start import resolve_head_start, start_decoder
+from geopeft_kit.training.interruption import stoppable, what_is_kept
 from geopeft_kit.training.out_of_memory import explanation, survive
 from geopeft_kit.training.prefix_cache import Prefix
 from geopeft_kit.training.settings import (
@@ -149,7 +152,8 @@ def fit(
             trained.
         resume: Continue from the checkpoint in `folder`. On a CPU, at an equal number
             of threads, the final weights are those of a run never interrupted.
-        progress: Show a line or a bar that is updated at most twice a second.
+        progress: Show steps, loss and the time that is left: a bar in a notebook or a
+            terminal, some lines in a log.
         callbacks: Lightning callbacks of your own, called after the kit's.
 
     Returns:
@@ -158,6 +162,8 @@ def fit(
     Raises:
         ValueError: An argument is out of its range, or the data's task is another.
         FileNotFoundError: `resume=True` and `folder` holds no checkpoint.
+        KeyboardInterrupt: You stopped the run; the text says what is kept and how to go
+            on. The model is alive, part of the way trained.
         MemoryError: Memory ran out; the text names the three cheapest ways out. The
             model is alive, part of the way trained.
     """
@@ -197,18 +203,17 @@ def fit(
     }
     checkpoint = Path(folder) / "last.ckpt" if folder is not None else None
     tracker = Tracker()
-    history = History(
-        chips, validate_every or (1 if patience else None), epochs, progress
-    )
+    history = History(chips, validate_every or (1 if patience else None))
+    writer = Checkpoint(checkpoint)
+    bar = progress_bar(shown=progress, desc="preparing", unit=" steps")
     own: list[L.Callback] = [history, tracker]
     if patience:
         own.append(EarlyStop(history, patience))
-    if checkpoint is not None:
-        own.append(Checkpoint(checkpoint))
+    own += [writer, Progress(bar, history)]
 
     def train() -> None:
         prefix = Prefix(model) if cache_prefix else None
-        loader = _start(model, chips, prefix, settings, place, resume)
+        loader = _start(model, chips, prefix, settings, place, resume, progress)
         task = _make_task(model, chips, loader, settings, prefix)
         trainer = _make_trainer(settings, place, [*own, *callbacks])
         with (
@@ -221,8 +226,22 @@ def fit(
             resume_from = str(checkpoint) if resume else None
             trainer.fit(task, loader, ckpt_path=resume_from, weights_only=True)
 
-    survive(train, model, lambda: explanation(model, run, place, room))
-    model.to(place).eval()
+    def words() -> str:
+        written = resume or writer.written
+        return what_is_kept(len(history.rows), epochs, folder, written)
+
+    guarded = partial(stoppable, train, model, words)
+    try:
+        with bar:
+            survive(guarded, model, lambda: explanation(model, run, place, room))
+    finally:
+        model.to(place)  # Lightning leaves it on the CPU
+    model.eval()
+    if not tracker.times:
+        raise ValueError(
+            f"nothing is left to train: the run in {folder} has its {epochs} epochs. "
+            "The model now has its weights."
+        )
     model.classes = getattr(chips, "classes", None)  # torchgeo's data has no names
     model.colours = getattr(chips, "colours", None)
     model.adapter = model.backbone.adapter
@@ -243,6 +262,7 @@ def _start(
     settings: dict[str, Any],
     place: torch.device,
     resume: bool,
+    progress: bool,
 ) -> DataLoader:
     """Start the decoder, and make the batches of images or of what is cached of them.
 
@@ -250,12 +270,15 @@ def _start(
     """
     seed, cache = settings["seed"], None
     if not resume:
-        cache = start_decoder(model, data, place, settings["head_start"], seed)
+        how = settings["head_start"]
+        cache = start_decoder(model, data, place, how, seed, progress)
     if not (settings["cache_features"] or prefix):
         return data.dataloader("train", shuffle=True, seed=seed)
     if prefix or cache is None or data.augment:
         images = data.dataloader("train", augment=False)
-        cache = FeatureCache(model, images, place, augment=data.augment, prefix=prefix)
+        cache = FeatureCache(
+            model, images, place, augment=data.augment, prefix=prefix, progress=progress
+        )
     sampler = EpochSampler(len(cache), seed, data.augment, data.batch_size)
     return DataLoader(cache, data.batch_size, sampler=sampler, collate_fn=cache.collate)
 

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from geopeft_kit.data.chips import ChipData
 from geopeft_kit.model import WHOLE_IMAGE_TASKS, Model
+from geopeft_kit.progress import progress_bar
 from geopeft_kit.training.feature_cache import FeatureCache
 from geopeft_kit.training.task import batch_features, batch_target, compute_loss
 
@@ -25,7 +26,12 @@ def resolve_head_start(model: Model, how: str) -> str:
 
 
 def start_decoder(
-    model: Model, data: ChipData, device: torch.device, how: str = "auto", seed: int = 0
+    model: Model,
+    data: ChipData,
+    device: torch.device,
+    how: str = "auto",
+    seed: int = 0,
+    progress: bool = False,
 ) -> FeatureCache | None:
     """Give the decoder what it starts from.
 
@@ -36,20 +42,25 @@ def start_decoder(
         how: "probe", "calibrate" or "none"; "auto" is "probe" for a linear decoder,
             else "calibrate".
         seed: Order of the samples of a probe.
+        progress: Show a bar where it takes more than a second.
 
     Returns:
         The features of all training chips where a probe computed them, else None.
     """
     how = resolve_head_start(model, how)
     if how == "probe":
-        return start_head(model, data, device, seed=seed)
+        return start_head(model, data, device, seed=seed, progress=progress)
     if how == "calibrate":
-        calibrate(model, data, device)
+        calibrate(model, data, device, progress=progress)
     return None
 
 
 def calibrate(
-    model: Model, data: ChipData, device: torch.device, limit: int = 512
+    model: Model,
+    data: ChipData,
+    device: torch.device,
+    limit: int = 512,
+    progress: bool = False,
 ) -> None:
     """Set the standardisation in front of the decoder from training features.
 
@@ -58,11 +69,13 @@ def calibrate(
         data: Its training split is read, at most `limit` chips of it.
         device: Where to compute.
         limit: Chips that are enough for a mean and a spread per channel.
+        progress: As for `start_decoder`.
     """
     chosen = data.subset(limit) if len(data.dataset("train")) > limit else data
     loader = chosen.dataloader("train", augment=False)
+    batches = progress_bar(loader, progress, desc="features", leave=False, delay=1)
     # One batch at a time: four large maps of many chips would fill the memory.
-    model.calibrate(batch_features(model, batch, device) for batch in loader)
+    model.calibrate(batch_features(model, batch, device) for batch in batches)
 
 
 def start_head(
@@ -73,6 +86,7 @@ def start_head(
     batch_size: int | None = None,
     learning_rate: float = 5e-3,
     seed: int = 0,
+    progress: bool = False,
 ) -> FeatureCache:
     """Train the decoder alone, on features of the backbone as it stands.
 
@@ -85,13 +99,15 @@ def start_head(
             have a label for each pixel.
         learning_rate: Highest rate of a one-cycle cosine.
         seed: Order of the samples.
+        progress: As for `start_decoder`.
 
     Returns:
         The features, so that a probe can go on from them.
 
     Source: the first stage of LP-FT, Kumar et al. 2022 (arXiv 2202.10054), section 3.
     """
-    cache = FeatureCache(model, data.dataloader("train", augment=False), device)
+    images = data.dataloader("train", augment=False)
+    cache = FeatureCache(model, images, device, progress=progress)
     model.calibrate([level.to(device) for level in cache.maps])
     if batch_size is None:
         batch_size = 64 if model.task in WHOLE_IMAGE_TASKS else 8
@@ -104,7 +120,7 @@ def start_head(
     optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     model.train()
-    for batch in loader:
+    for batch in progress_bar(loader, progress, desc="probe", leave=False, delay=1):
         maps = [level.to(device) for level in batch["features"]]
         output = model.from_features(maps, batch["size"])
         target = batch_target(batch).to(device)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from geopeft_kit.model import Model
 from geopeft_kit.training.checkpointing import parts_to_recompute
@@ -71,13 +72,25 @@ def survive(
         if not is_out_of_memory(error):
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no room"
-        traceback.clear_frames(error.__traceback__)  # they hold the step's tensors
-    model.zero_grad(set_to_none=True)
-    model.eval()  # as after a run that ended well
+        let_go(model, error)
+    raise MemoryError(f"{explain()}\n(PyTorch said: {reason[:200]})")
+
+
+def let_go(network: nn.Module, error: BaseException) -> None:
+    """Free what a training held that ended in an error; eval mode, as after a good end.
+
+    Args:
+        network: Its gradients are dropped.
+        error: Its frames hold the tensors of the last step.
+    """
+    for one in (error, error.__context__):
+        if one is not None:
+            traceback.clear_frames(one.__traceback__)
+    network.zero_grad(set_to_none=True)
+    network.eval()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    raise MemoryError(f"{explain()}\n(PyTorch said: {reason[:200]})")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
