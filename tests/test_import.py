@@ -29,7 +29,9 @@ FLOORS = (
 )
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 # Rooms that serve the ones above and stand on their floors.
-LEVEL |= dict.fromkeys(["pictures", "rasters", "files", "kept_rows"], LEVEL["plots"])
+LEVEL |= dict.fromkeys(
+    ["devices", "pictures", "rasters", "files", "kept_rows"], LEVEL["plots"]
+)
 LEVEL |= dict.fromkeys(
     [
         "map_layers",

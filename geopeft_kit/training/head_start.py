@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from geopeft_kit.data.chips import ChipData
+from geopeft_kit.devices import moved
 from geopeft_kit.model import WHOLE_IMAGE_TASKS, Model
 from geopeft_kit.training.feature_cache import FeatureCache
 from geopeft_kit.training.task import batch_features, batch_target, compute_loss
@@ -92,7 +93,7 @@ def start_head(
     Source: the first stage of LP-FT, Kumar et al. 2022 (arXiv 2202.10054), section 3.
     """
     cache = FeatureCache(model, data.dataloader("train", augment=False), device)
-    model.calibrate([level.to(device) for level in cache.maps])
+    model.calibrate(moved(cache.maps, device))
     if batch_size is None:
         batch_size = 64 if model.task in WHOLE_IMAGE_TASKS else 8
     order = torch.Generator().manual_seed(seed)
@@ -105,9 +106,9 @@ def start_head(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     model.train()
     for batch in loader:
-        maps = [level.to(device) for level in batch["features"]]
-        output = model.from_features(maps, batch["size"])
-        target = batch_target(batch).to(device)
+        batch = moved(batch, device)
+        output = model.from_features(batch["features"], batch["size"])
+        target = batch_target(batch)
         loss = compute_loss(output, target, model.task, data.ignore_index)
         optimiser.zero_grad()
         loss.backward()
