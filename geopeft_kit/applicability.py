@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from .data.splits import spatial_blocks
 from .decoders.neck import pad_to_multiple
+from .devices import moved
 from .training.hardware import choose_device
 from .training.task import batch_meta
 
@@ -100,10 +101,9 @@ def _training_patches(
         folds = spatial_blocks(index)
     found, numbers, first = [], [], 0
     for batch in data.dataloader(split):
-        features = _patches(backbone.to(device), batch["image"].to(device),
-                            batch_meta(batch))  # fmt: skip
+        features = _patches(backbone.to(device), batch["image"], batch_meta(batch))
         count, width = features.shape[:2]
-        found.append(features.flatten(2).transpose(1, 2).reshape(-1, width).cpu())
+        found.append(features.flatten(2).transpose(1, 2).reshape(-1, width))
         own = torch.from_numpy(np.array(folds[first : first + count], dtype=np.int64))
         numbers.append(own.repeat_interleave(features.shape[2] * features.shape[3]))
         first += count
@@ -117,8 +117,6 @@ def _patches(backbone: Backbone, image: Tensor, meta: Meta | None = None) -> Ten
     try:
         with torch.inference_mode():
             padded = pad_to_multiple(image, max(backbone.strides))
-            if meta is not None:
-                meta = {key: value.to(image.device) for key, value in meta.items()}
             return backbone(padded, meta)[-1].float()
     finally:
         backbone.train(training)
@@ -169,7 +167,7 @@ class AreaOfApplicability(nn.Module):
         self.threshold = upper_whisker(self.training_dissimilarity.numpy())
 
     def forward(self, image: Tensor, meta: Meta | None = None) -> Tensor:
-        """Dissimilarity of every pixel.
+        """Dissimilarity of every pixel, on the CPU.
 
         Args:
             image: (B, C, H, W) reflectance 0-1.
@@ -179,6 +177,7 @@ class AreaOfApplicability(nn.Module):
             (B, 1, H, W), 0 on a training patch; all pixels of a patch share its value.
         """
         maps = _patches(self.backbone, image, meta)  # (B, D, h, w)
+        maps = moved(maps, self.known.device)
         batch, width, rows, columns = maps.shape
         points = maps.flatten(2).transpose(1, 2).reshape(-1, width)  # (B*h*w, D)
         points = (points - self.mean) / self.spread
@@ -190,10 +189,13 @@ class AreaOfApplicability(nn.Module):
         grid = max(self.backbone.strides)
         padded = (-(-height // grid) * grid, -(-breadth // grid) * grid)
         pixels = nn.functional.interpolate(index, padded, mode="nearest")
-        return pixels[..., :height, :breadth]
+        return pixels[..., :height, :breadth].cpu()
 
     def inside(self, image: Tensor, meta: Meta | None = None) -> Tensor:
-        """Whether each pixel lies in the area of applicability, (B, H, W) bool."""
+        """Whether each pixel lies in the area of applicability, (B, H, W) bool.
+
+        On the CPU.
+        """
         return self(image, meta).squeeze(1) <= self.threshold
 
     def __repr__(self) -> str:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geopeft_kit.data.chips import ChipData
+from geopeft_kit.devices import on_own_device
 
 # name: (band a, band b, whether the class lies above) of (a - b) / (a + b)
 INDICES = {
@@ -155,6 +156,7 @@ class PixelStatistics(nn.Module):
             (features - self.mean) / self.std, labels, self.num_classes
         )
 
+    @on_own_device
     def forward(self, image: Tensor, meta: object = None) -> Tensor:
         """(B,C,H,W) reflectance -> (B,K,H,W) or (B,K) logits."""
         features = (self.describe(image) - self.mean) / self.std

@@ -44,6 +44,7 @@ from torchvision.transforms import RandomErasing
 from geopeft_kit.backbones.base import Backbone
 from geopeft_kit.data.chips import ChipData
 from geopeft_kit.data.loading import symmetry
+from geopeft_kit.devices import on_own_device
 from geopeft_kit.pretraining.samples import corpus
 from geopeft_kit.training.hardware import choose_device
 from geopeft_kit.training.task import cosine_with_warmup
@@ -87,6 +88,7 @@ class GeoAwareHeads(nn.Module):
         self.place = nn.Linear(channels[-1], 4)
         self.climate = nn.Linear(channels[-1], climates)
 
+    @on_own_device
     def forward(self, maps: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Four maps -> image (B,C,H,W), place (B,4), climate logits (B,K).
 

@@ -30,6 +30,7 @@ import torch
 from rasterio.transform import Affine
 from torch import nn
 
+from .devices import device_of, moved
 from .kept_rows import KeptRows
 from .pictures import Colours, class_colours
 from .progress import progress_bar
@@ -134,7 +135,7 @@ def predict_scene(
         )
     window, step = _window_and_step(model, window, overlap)
     finer = int(getattr(model, "factor", 1)) if task == "super_resolution" else 1
-    device = torch.device(device) if device is not None else _device_of(model)
+    device = torch.device(device) if device is not None else device_of(model)
     wanted = getattr(getattr(model, "backbone", None), "bands", None)
     with ExitStack() as stack:
         stack.enter_context(_predicting(model.to(device)))
@@ -286,9 +287,8 @@ class _Predictor:
         batch = torch.from_numpy(images).to(self.device)
         known: list[dict[str, torch.Tensor]] = []  # a second argument, or none
         if self.meta is not None:
-            known = [
-                {k: v.expand(len(batch), *v.shape[1:]) for k, v in self.meta.items()}
-            ]
+            meta = moved(self.meta, self.device)
+            known = [{k: v.expand(len(batch), *v.shape[1:]) for k, v in meta.items()}]
         low = LOW_PRECISIONS.get(self.precision)
         with torch.autocast(self.device.type, low, enabled=low is not None):
             logits = self.model(batch, *known).float()
@@ -325,11 +325,6 @@ def _predicting(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    first = next(model.parameters(), None)
-    return torch.device("cpu") if first is None else first.device
 
 
 def blended_rows(

@@ -37,6 +37,10 @@ class Raster:
     crs: Any
     place: str = ""
 
+    def __post_init__(self) -> None:
+        """Take tensors of any device."""
+        object.__setattr__(self, "array", as_numpy(self.array))
+
 
 Source = str | os.PathLike[str] | Raster
 

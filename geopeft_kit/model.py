@@ -25,6 +25,7 @@ from geopeft_kit.decoders import (
     construct,
 )
 from geopeft_kit.decoders.neck import Standardise, channel_statistics, pad_to_multiple
+from geopeft_kit.devices import on_own_device
 
 if TYPE_CHECKING:
     from geopeft_kit.backbones.base import Backbone, Meta
@@ -207,8 +208,9 @@ class Model(nn.Module):
         """Whether the decoder is one linear map, which a probe solves to its best."""
         return self.config["decoder"] == "linear"
 
+    @on_own_device
     def forward(self, image: Tensor, meta: Meta | None = None) -> Tensor:
-        """Images -> answer.
+        """Images -> answer, on the device of the images.
 
         Args:
             image: (B, C, H, W) reflectance 0-1, any H and W; (B, C, T, H, W) for a
@@ -226,6 +228,7 @@ class Model(nn.Module):
         size = (image.shape[-2], image.shape[-1])
         return self.from_features(self.features(image, meta), size)
 
+    @on_own_device
     def features(self, image: Tensor, meta: Meta | None = None) -> list[Tensor]:
         """The maps that this model's decoder reads, ready to be stored.
 
@@ -254,6 +257,7 @@ class Model(nn.Module):
         maps = self._maps(image, meta)
         return [*maps, image] if self.adds_detail else maps
 
+    @on_own_device
     def from_features(
         self, maps: Sequence[Tensor], size: tuple[int, int] | None = None
     ) -> Tensor:

@@ -30,7 +30,7 @@ FLOORS = (
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 # Rooms that serve the ones above and stand on their floors.
 LEVEL |= dict.fromkeys(
-    ["pictures", "progress", "rasters", "files", "kept_rows"], LEVEL["plots"]
+    ["devices", "pictures", "progress", "rasters", "files", "kept_rows"], LEVEL["plots"]
 )
 LEVEL |= dict.fromkeys(
     [

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from geopeft_kit.backbones.card import BackboneCard, BandPlan
+from geopeft_kit.devices import on_own_device
 
 Meta = Mapping[str, Tensor]
 SAMPLE = 1024  # numbers of each tensor that show whether it was trained
@@ -149,8 +150,9 @@ class Backbone(nn.Module):
         self.register_buffer("std", std, persistent=False)
         object.__setattr__(self, "adapter", None)
 
+    @on_own_device
     def forward(self, image: Tensor, meta: Meta | None = None) -> list[Tensor]:
-        """Compute the four feature maps.
+        """Compute the four feature maps, on the device of the image.
 
         Args:
             image: (B, C, H, W) or (B, C, 1, H, W) for one date, (B, C, T, H, W) for
@@ -189,11 +191,19 @@ class Backbone(nn.Module):
     def strides(self, strides: Sequence[int]) -> None:
         self._strides = list(strides)
 
+    @on_own_device
     def normalised(self, image: Tensor) -> Tensor:
         """Reflectance 0-1 as the network wants it, (B, C, H, W) both."""
         if not self.normalise:
             return image
         return (image * self.card.normalisation.scale - self.mean) / self.std
+
+    @on_own_device
+    def reflectance(self, image: Tensor) -> Tensor:
+        """The opposite of `normalised`, (B, C, H, W) both."""
+        if not self.normalise:
+            return image
+        return (image * self.std + self.mean) / self.card.normalisation.scale
 
     def forward_maps(self, image: Tensor, meta: Meta | None) -> list[Tensor]:
         """Feature maps of a normalised image; each family writes its own.

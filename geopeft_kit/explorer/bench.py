@@ -27,7 +27,12 @@ from geopeft_kit.model import Model, build_model
 from geopeft_kit.training.evaluate import HEADLINE, evaluate
 from geopeft_kit.training.fit import fit
 from geopeft_kit.training.hardware import choose_device, free_gib
-from geopeft_kit.training.task import batch_meta, batch_target, compute_loss
+from geopeft_kit.training.task import (
+    batch_meta,
+    batch_target,
+    compute_loss,
+    images_on,
+)
 from geopeft_kit.training.tracker import MIB, count_saved_bytes, weight_bytes
 
 PARTS = ("weights", "gradients", "optimiser", "activations")
@@ -300,12 +305,12 @@ class Bench:
         """
         if position not in run.maps:
             sample = self.data_of(run.choice).dataset("test")[position]
-            image = sample["image"][None].to(self.device)  # (1, C, H, W)
+            image = sample["image"][None]  # (1, C, H, W)
             meta = batch_meta({k: v for k, v in sample.items() if k != "label"})
             if meta is not None:
-                meta = {key: value[None].to(self.device) for key, value in meta.items()}
+                meta = {key: value[None] for key, value in meta.items()}
             with self.turns.borrow(run.model.backbone), torch.inference_mode():
-                output = self.activate(run)(image, meta)[0].cpu()
+                output = self.activate(run)(image, meta)[0]
             run.maps[position] = _decide(output, run.model.task).numpy()
         return run.maps[position]
 
@@ -334,12 +339,9 @@ def predict_memory(
     chips = data.dataset("train")
     few, size = min(2, len(chips)), min(data.batch_size, len(chips))
     small = default_collate(chips.__getitems__(range(few)))
-    meta = batch_meta(small)
-    if meta is not None:
-        meta = {key: value.to(device) for key, value in meta.items()}
     model.train()
     with count_saved_bytes(model) as saved:
-        output = model(small["image"].to(device), meta)
+        output = model(*images_on(small, device))
         target = batch_target(small).to(device)
         compute_loss(output, target, data.task, data.ignore_index)
     activations = sum(saved.values()) * size / few

@@ -188,7 +188,7 @@ def plot_spectrum(
     figure.set_size_inches(3.8, 2.6)
     order = np.argsort(places)
     for (name, values), marker in zip(spectra.items(), MARKERS * 9, strict=False):
-        heights = np.asarray(values, dtype=float)[order]
+        heights = as_numpy(values).astype(float)[order]
         axis.plot(
             np.asarray(places)[order], heights, marker=marker, label=plain_text(name)
         )

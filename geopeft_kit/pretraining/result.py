@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from geopeft_kit.devices import device_of, moved
 from geopeft_kit.pretraining.masking import draw_cells, enlarged
 from geopeft_kit.pretraining.task import PretextTask
 from geopeft_kit.training.tracker import Resources
@@ -62,20 +63,19 @@ class Pretraining:
 
         Returns:
             What is hidden, (B, H, W) bool, and the painted images, (B, C, H, W)
-            reflectance: all of them painted, the visible cells too.
+            reflectance: all of them painted, the visible cells too. Both are on the
+            CPU.
 
         Raises:
             ValueError: `mask_ratio` is no share.
         """
-        task, backbone = self.task, self.task.backbone
+        task = self.task
         ratio = task.objective.mask_ratio if mask_ratio is None else mask_ratio
         if not 0 <= ratio <= 1:
             raise ValueError(f"mask_ratio is {ratio}; it is a share from 0 to 1.")
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            cells = draw_cells(image, task.unit, ratio)
-        painted = task.paint(task.encode(image, cells)[0])
-        if backbone.normalise:
-            painted = painted * backbone.std + backbone.mean
-            painted = painted / backbone.card.normalisation.scale
-        return enlarged(cells, task.unit), painted
+            cells = draw_cells(image.cpu(), task.unit, ratio)
+        tokens, _ = task.encode(*moved((image, cells), device_of(task)))
+        painted = task.paint(tokens)
+        return enlarged(cells, task.unit), task.backbone.reflectance(painted).cpu()

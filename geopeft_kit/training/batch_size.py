@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from geopeft_kit.data.chips import ChipData
+from geopeft_kit.devices import moved
 from geopeft_kit.model import Model
 from geopeft_kit.training.checkpointing import checkpointed
 from geopeft_kit.training.frozen_precision import frozen_held_in
@@ -106,10 +107,7 @@ def _one_step(
     )
     buffers = {n: b.clone() for n, b in model.named_buffers()}
     training = model.training
-    there = {
-        key: value.to(device) if torch.is_tensor(value) else value
-        for key, value in batch.items()
-    }
+    there = moved(batch, device)
     devices = [device] if device.type == "cuda" else []
     try:
         with (

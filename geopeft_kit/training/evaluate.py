@@ -17,7 +17,7 @@ from geopeft_kit.data.torchgeo_data import AnyData, as_data
 from geopeft_kit.model import Model
 from geopeft_kit.training.hardware import choose_device
 from geopeft_kit.training.metrics import VALUE_TASKS, RegionalMetrics
-from geopeft_kit.training.task import batch_meta, batch_target
+from geopeft_kit.training.task import batch_target, images_on
 
 # The score that model selection looks at, and whether more of it is better.
 HEADLINE = {
@@ -90,14 +90,11 @@ def outputs_of(
     low = any(p.dtype == torch.bfloat16 for p in model.parameters())
     try:
         for batch in data.dataloader(split):
-            meta = batch_meta(batch)
-            if meta is not None:
-                meta = {key: value.to(device) for key, value in meta.items()}
             with (  # not across the yield: it would leak out
                 torch.inference_mode(),
                 torch.autocast(device.type, torch.bfloat16, enabled=low),
             ):
-                output = model(batch["image"].to(device), meta).float().cpu()
+                output = model(*images_on(batch, device)).float().cpu()
             yield output, batch
     finally:
         model.train(training)

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from geopeft_kit.data.chips import ChipData
+from geopeft_kit.devices import moved
 from geopeft_kit.model import WHOLE_IMAGE_TASKS, Model
 from geopeft_kit.progress import progress_bar
 from geopeft_kit.training.feature_cache import FeatureCache
@@ -108,7 +109,7 @@ def start_head(
     """
     images = data.dataloader("train", augment=False)
     cache = FeatureCache(model, images, device, progress=progress)
-    model.calibrate([level.to(device) for level in cache.maps])
+    model.calibrate(moved(cache.maps, device))
     if batch_size is None:
         batch_size = 64 if model.task in WHOLE_IMAGE_TASKS else 8
     order = torch.Generator().manual_seed(seed)
@@ -121,9 +122,9 @@ def start_head(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     model.train()
     for batch in progress_bar(loader, progress, desc="probe", leave=False, delay=1):
-        maps = [level.to(device) for level in batch["features"]]
-        output = model.from_features(maps, batch["size"])
-        target = batch_target(batch).to(device)
+        batch = moved(batch, device)
+        output = model.from_features(batch["features"], batch["size"])
+        target = batch_target(batch)
         loss = compute_loss(output, target, model.task, data.ignore_index)
         optimiser.zero_grad()
         loss.backward()

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
+from geopeft_kit.devices import moved
 from geopeft_kit.methods.base import TrainingRule
 from geopeft_kit.model import Model
 from geopeft_kit.training.optimisers import make_optimiser
@@ -94,10 +95,7 @@ def images_on(
     batch: Mapping[str, Any], device: torch.device | str
 ) -> tuple[Tensor, dict[str, Tensor] | None]:
     """Images of a batch, and their date and place, on a device."""
-    meta = batch_meta(batch)
-    if meta is not None:
-        meta = {key: value.to(device) for key, value in meta.items()}
-    return batch["image"].to(device), meta
+    return moved((batch["image"], batch_meta(batch)), device)
 
 
 def trained_names(model: nn.Module) -> set[str]:
