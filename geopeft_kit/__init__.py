@@ -39,8 +39,10 @@ if TYPE_CHECKING:
         estimate_memory,
         evaluate,
         fit,
+        mixed_precision,
         region_gap,
         score_regions,
+        usable_mib,
     )
 
 __version__ = "0.1.0"
@@ -71,6 +73,7 @@ __all__ = [
     "list_methods",
     "load_adapter",
     "load_backbone",
+    "mixed_precision",
     "plots",
     "predict_place",
     "predict_scene",
@@ -83,6 +86,7 @@ __all__ = [
     "show_map",
     "simulated_data",
     "touching_chips",
+    "usable_mib",
 ]
 
 # Room -> the public names it holds. `_MODULES` are public as modules.
@@ -113,8 +117,10 @@ _ROOMS = {
         "estimate_memory",
         "evaluate",
         "fit",
+        "mixed_precision",
         "region_gap",
         "score_regions",
+        "usable_mib",
     ),
 }
 _MODULES = ("baselines", "bands", "plots")
