@@ -14,7 +14,7 @@ PARALLEL ?= -n auto --dist loadgroup --no-loadscope-reorder
 REAL   := $(or $(GEOPEFT_REAL_DATA),../shared/data)
 
 .DEFAULT_GOAL := help
-.PHONY: help tour test quick lab real gallery lint clean
+.PHONY: help tour test quick lab real gpu gallery lint clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,6 +36,12 @@ real: $(VENV)/.dev ## Repeat the comparison on real pixels and real weights
 	"Set GEOPEFT_REAL_DATA to the folder that holds it."; exit 1; }
 	GEOPEFT_REAL_DATA="$(abspath $(REAL))" $(PY) -m pytest -m real
 	$(PY) benchmarks/real.py --data "$(REAL)" --out build/real
+
+gpu: $(VENV)/.dev ## Write docs/results/gpu_memory.csv, run the tests that need a GPU
+	@$(PY) -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else \
+	'PyTorch sees no GPU here: run make gpu on a machine with a CUDA card.')"
+	$(PY) benchmarks/gpu_memory.py
+	$(PY) -m pytest -m gpu
 
 gallery: $(VENV)/.notebooks ## Write every notebook, executed, to build/gallery/
 	$(PY) docs/export_notebook.py notebooks/*.ipynb --out build/gallery

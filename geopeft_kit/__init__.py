@@ -40,8 +40,10 @@ if TYPE_CHECKING:
         estimate_memory,
         evaluate,
         fit,
+        mixed_precision,
         region_gap,
         score_regions,
+        usable_mib,
     )
 
 __version__ = "0.1.0"
@@ -73,6 +75,7 @@ __all__ = [
     "load_adapter",
     "load_backbone",
     "load_model",
+    "mixed_precision",
     "plots",
     "predict_place",
     "predict_scene",
@@ -86,6 +89,7 @@ __all__ = [
     "show_map",
     "simulated_data",
     "touching_chips",
+    "usable_mib",
 ]
 
 # Room -> the public names it holds. `_MODULES` are public as modules.
@@ -117,8 +121,10 @@ _ROOMS = {
         "estimate_memory",
         "evaluate",
         "fit",
+        "mixed_precision",
         "region_gap",
         "score_regions",
+        "usable_mib",
     ),
 }
 _MODULES = ("baselines", "bands", "plots")

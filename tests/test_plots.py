@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.colors import to_hex
 
 from geopeft_kit import plots
 from geopeft_kit.pictures import (
@@ -171,6 +172,17 @@ def test_history_resources_and_scores():
     assert "MiB" in texts(figure)
     right = max(bar.get_x() + bar.get_width() for bar in figure.axes[0].patches)
     assert right == pytest.approx(4)
+
+    cards = {"T4": 6 * 2**20, "H200": 2**30}
+    figure = plots.plot_resources({"lora": parts["lora"]}, cards)
+    assert figure.axes[0].lines[0].get_xdata()[0] == pytest.approx(6)
+    words = " ".join(text.get_text() for text in figure.axes[0].texts)
+    assert "T4" in words and "H200 1,024" in words
+    colours = [bar[0].get_facecolor() for bar in figure.axes[0].containers]
+    expected = [plots.CAUSE_COLOURS[cause] for cause in parts["lora"]]
+    assert [to_hex(colour) for colour in colours] == expected
+    with pytest.raises(ValueError, match="No colour.*wieghts"):
+        plots.plot_resources({"lora": {"wieghts": 1.0}})
 
     rows = [
         {"method": m, "region": r, "seed": s, "miou": 0.5 + 0.1 * s}

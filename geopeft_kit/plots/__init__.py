@@ -13,6 +13,7 @@ from geopeft_kit.plots.chips import (
     show_chips,
 )
 from geopeft_kit.plots.colours import (
+    CAUSE_COLOURS,
     MARKERS,
     METHOD_COLOURS,
     SPLIT_STYLES,
@@ -24,6 +25,7 @@ from geopeft_kit.plots.runs import plot_gap, plot_history, plot_resources, plot_
 from geopeft_kit.plots.splits import plot_split
 
 __all__ = [
+    "CAUSE_COLOURS",
     "MARKERS",
     "METHOD_COLOURS",
     "SPLIT_STYLES",

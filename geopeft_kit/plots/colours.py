@@ -76,6 +76,17 @@ def method_marker(method: str) -> str:
     return MARKERS[list(METHOD_COLOURS).index(method) % len(MARKERS)]
 
 
+# What training holds in memory: one colour for each cause, in every figure.
+CAUSE_COLOURS: Mapping[str, str] = {
+    "weights": OKABE_ITO["sky"],
+    "originals": "#b0b0b0",
+    "gradients": OKABE_ITO["orange"],
+    "optimiser": OKABE_ITO["green"],
+    "activations": OKABE_ITO["purple"],
+    "temporary": OKABE_ITO["yellow"],
+}
+
+
 # Colour, marker and its size: later ones are smaller, so that all stay in sight.
 SPLIT_STYLES: Mapping[str, tuple[str, str, int]] = {
     "train": (OKABE_ITO["blue"], "o", 130),

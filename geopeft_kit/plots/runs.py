@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from geopeft_kit.pictures import OKABE_ITO
-from geopeft_kit.plots.colours import METHOD_COLOURS, method_colour, method_marker
+from geopeft_kit.plots.colours import (
+    CAUSE_COLOURS,
+    METHOD_COLOURS,
+    method_colour,
+    method_marker,
+)
 from geopeft_kit.plots.drawing import new_panels, plain_text
 
 if TYPE_CHECKING:
@@ -43,30 +48,60 @@ def plot_history(
     return figure
 
 
-def plot_resources(parts: Mapping[str, Mapping[str, float]]) -> Figure:
-    """Memory of each method as one stacked bar.
+def plot_resources(
+    parts: Mapping[str, Mapping[str, float]],
+    limits: Mapping[str, float] | None = None,
+) -> Figure:
+    """Memory of each run as one stacked bar.
 
     Args:
-        parts: Method -> part ("weights", "gradients", "optimiser", "activations")
-            -> bytes.
+        parts: Run -> cause, of `CAUSE_COLOURS` -> bytes.
+        limits: Card -> bytes that it has: a line where it is near the bars, else words
+            at the edge.
     """
     figure, (axis,) = new_panels(1, side=4.2)
     figure.set_size_inches(6.5, 0.9 + 0.4 * len(parts))
     names = list(dict.fromkeys(part for one in parts.values() for part in one))
-    shades = ["#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#999999", "#f0e442"]
+    unknown = [name for name in names if name not in CAUSE_COLOURS]
+    if unknown:
+        raise ValueError(
+            f"No colour is set for {', '.join(unknown)}. Known causes of memory: "
+            f"{', '.join(CAUSE_COLOURS)}."
+        )
+    longest = max(sum(one.values()) for one in parts.values())
+    unit, size, digits = ("GiB", 2**30, 1) if longest > 2**31 else ("MiB", 2**20, 0)
     left = np.zeros(len(parts))
-    for name, shade in zip(names, shades, strict=False):
-        size = np.array([one.get(name, 0) for one in parts.values()]) / 2**20
-        axis.barh(list(parts), size, left=left, color=shade, label=plain_text(name))
-        left += size
+    for name in names:
+        width = np.array([one.get(name, 0) for one in parts.values()]) / size
+        colour = CAUSE_COLOURS[name]
+        axis.barh(list(parts), width, left=left, color=colour, label=plain_text(name))
+        left += width
     for row, total in enumerate(left):
-        axis.text(total, row, f" {total:,.0f}", va="center", fontsize="small")
+        axis.text(total, row, f" {total:,.{digits}f}", va="center", fontsize="small")
     axis.invert_yaxis()
     axis.margins(x=0.12)
-    axis.set_xlabel("memory (MiB)")
+    axis.set_xlabel(f"memory ({unit})")
     axis.legend(frameon=False, fontsize="small", ncols=len(names), loc="lower center",
                 bbox_to_anchor=(0.5, 1.0))  # fmt: skip
+    _draw_limits(axis, {n: byte / size for n, byte in (limits or {}).items()}, unit)
     return figure
+
+
+def _draw_limits(axis: Axes, limits: Mapping[str, float], unit: str) -> None:
+    """A line for each card within twice the axis; the larger ones in words."""
+    edge = 2 * axis.get_xlim()[1]
+    near = {name: limit for name, limit in limits.items() if limit < edge}
+    far = [f"{name} {limit:,.0f}" for name, limit in limits.items() if limit >= edge]
+    for name, limit in near.items():
+        axis.axvline(limit, color="0.3", linestyle="--", linewidth=1)
+        axis.text(limit, 0.02, f" {name}", transform=axis.get_xaxis_transform(),
+                  fontsize="small")  # fmt: skip
+    if near:
+        axis.set_xlim(right=1.15 * max(near.values()))
+    if far:
+        words = f"farther right ({unit}): {', '.join(far)}"
+        axis.annotate(words, (1, 0), (0, -30), xycoords="axes fraction", ha="right",
+                      textcoords="offset points", fontsize="small")  # fmt: skip
 
 
 def plot_scores(scores: pd.DataFrame, metric: str = "miou") -> Figure:

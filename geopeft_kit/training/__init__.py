@@ -2,8 +2,9 @@
 
 from geopeft_kit.training.evaluate import evaluate
 from geopeft_kit.training.fit import Run, fit
+from geopeft_kit.training.hardware import mixed_precision
 from geopeft_kit.training.intervals import region_gap, score_regions
-from geopeft_kit.training.memory import MemoryEstimate, estimate_memory
+from geopeft_kit.training.memory import MemoryEstimate, estimate_memory, usable_mib
 from geopeft_kit.training.tracker import Resources, Tracker, count_saved_bytes
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "estimate_memory",
     "evaluate",
     "fit",
+    "mixed_precision",
     "region_gap",
     "score_regions",
+    "usable_mib",
 ]

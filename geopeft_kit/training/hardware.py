@@ -61,13 +61,27 @@ def choose_precision(
             )
         return "32-true" if precision == "auto" else precision
     if precision == "bf16-mixed" and not has_bf16(device):
+        leave = "frozen_precision=None and " if frozen_precision else ""
         raise ValueError(
             f"{torch.cuda.get_device_name(device)} has no bf16 in hardware. Choose "
-            "'16-mixed' or '32-true'."
+            f"{leave}precision='16-mixed' or '32-true'."
         )
-    if precision == "auto":
-        return "bf16-mixed" if has_bf16(device) else "16-mixed"
-    return precision
+    return mixed_precision(device.type) if precision == "auto" else precision
+
+
+def mixed_precision(device: str = "auto") -> str:
+    """The mixed precision that a device computes in hardware, as `fit` takes it.
+
+    Args:
+        device: "auto" (a GPU where there is one), "cpu" or "cuda".
+
+    Returns:
+        "bf16-mixed"; "16-mixed" on a GPU without bf16, such as a T4. A CPU has
+        "bf16-mixed" alone, and gains time only with matrix units for it (AMX).
+    """
+    place = choose_device(device)
+    lacking = place.type == "cuda" and not has_bf16(place)
+    return "16-mixed" if lacking else "bf16-mixed"
 
 
 def has_bf16(device: torch.device) -> bool:

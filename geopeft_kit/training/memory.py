@@ -32,9 +32,11 @@ from geopeft_kit.training.tracker import MIB, weight_bytes
 # Nominal size in GB, and GiB that CUDA offers, as error messages of PyTorch report.
 CARDS = {
     "T4": (16, 14.56),
+    "L4": (24, 22.03),
     "RTX 4090": (24, 23.5),
     "A100 40GB": (40, 39.4),
     "A100 80GB": (80, 79.1),
+    "H200": (141, 139.72),
 }
 # The driver's own share and the allocator's gaps; ours, not measured on a GPU.
 CONTEXT_GIB = 0.5
