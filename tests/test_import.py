@@ -40,6 +40,7 @@ LEVEL |= dict.fromkeys(
         "places",
         "stac",
         "exports",
+        "widget_versions",
     ],
     LEVEL["maps"],
 )
