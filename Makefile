@@ -14,7 +14,7 @@ PARALLEL ?= -n auto --dist loadgroup --no-loadscope-reorder
 REAL   := $(or $(GEOPEFT_REAL_DATA),../shared/data)
 
 .DEFAULT_GOAL := help
-.PHONY: help tour test quick lab real gpu gallery lint clean
+.PHONY: help tour test quick lab real gpu gallery wheel lint clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,6 +45,9 @@ gpu: $(VENV)/.dev ## Write docs/results/gpu_memory.csv, run the tests that need 
 
 gallery: $(VENV)/.notebooks ## Write every notebook, executed, to build/gallery/
 	$(PY) docs/export_notebook.py notebooks/*.ipynb --out build/gallery
+
+wheel: $(VENV)/.python ## Build dist/geopeft_kit-*.whl, which Colab can install
+	$(build)
 
 lint: $(VENV)/.dev ## Check style and types
 	$(PY) -m ruff check .
@@ -81,9 +84,11 @@ $(VENV)/.python:
 
 ifneq ($(UV),)
 install = $(UV) pip install --python $(PY) -e ".[$(1)]"
+build = $(UV) build --wheel --python $(PY) --out-dir dist
 else
-install = { $(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip; } \
-	&& $(PY) -m pip install -e ".[$(1)]"
+pip := { $(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip; } && $(PY) -m pip
+install = $(pip) install -e ".[$(1)]"
+build = $(pip) wheel --no-deps --wheel-dir dist .
 endif
 
 $(VENV)/.notebooks: pyproject.toml | $(VENV)/.python

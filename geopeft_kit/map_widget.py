@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .map_page import legends
 from .overlays import Drawing, DrawnLayer
 from .pixel_values import pixel_html
+from .widget_versions import tooltip
 
 if TYPE_CHECKING:
     import ipyleaflet
@@ -48,6 +49,7 @@ def leaflet_map(scene: SceneMap) -> ipyleaflet.Map:
     if scene.tools:
         import leafmap
 
+        settings["measure_control"] = True
         drawn = leafmap.Map(height=f"{scene.height}px", **settings)
     else:
         drawn = ipyleaflet.Map(**settings)
@@ -185,12 +187,13 @@ class MapControls:
 
         layer = self.scene.drawing.layers[number]
         switch = widgets.Checkbox(
-            value=layer.visible, description=layer.name, tooltip=layer.name,
-            indent=False, layout={"width": "160px"},
+            value=layer.visible, description=layer.name, indent=False,
+            layout={"width": "160px"}, **tooltip(widgets.Checkbox, layer.name),
         )  # fmt: skip
         slider = widgets.FloatSlider(
             value=layer.opacity, min=0, max=1, step=0.01, readout=False,
-            tooltip=f"opacity of {layer.name}", layout={"width": "80px"},
+            layout={"width": "80px"},
+            **tooltip(widgets.FloatSlider, f"opacity of {layer.name}"),
         )  # fmt: skip
         switch.add_class("gpk-layer")
         slider.add_class("gpk-opacity")

@@ -23,6 +23,7 @@ from .map_page import frame, page
 from .map_widget import MapControls, leaflet_map, legend_html
 from .overlays import Box, Drawing, draw
 from .pixel_values import Reading, read_pixel
+from .widget_versions import show_bundle, view_bundle
 
 if TYPE_CHECKING:
     import ipyleaflet
@@ -60,8 +61,8 @@ def show_map(
         title: Title of the saved page.
         basemap: Name of a tile provider ("Esri.WorldImagery"), fetched from the web.
             By default nothing is fetched: the ground is plain grey.
-        tools: Use leafmap's map, with its drawing and measuring tools. Importing
-            leafmap takes some ten seconds.
+        tools: Use leafmap's map, with its drawing and measuring tools; `pip install
+            leafmap` brings it. Importing leafmap takes some ten seconds.
         on_box: Called with (west, south, east, north) in degrees when a box is drawn
             on the widget; the layers that it returns are added to the map.
 
@@ -74,7 +75,13 @@ def show_map(
     Raises:
         ValueError: A layer has no place on Earth, or its values, classes, bands or
             names do not fit; the text says which.
+        ModuleNotFoundError: `tools=True`, and leafmap is not installed.
     """
+    if tools and importlib.util.find_spec("leafmap") is None:
+        raise ModuleNotFoundError(
+            "tools=True draws leafmap's map, and leafmap is not installed. Run "
+            "`pip install leafmap`, or leave tools out."
+        )
     drawing = draw(layers)
     names = [layer.name for layer in drawing.layers]
     for name in swipe or ():
@@ -212,8 +219,10 @@ class SceneMap:
         if importlib.util.find_spec("ipyleaflet") is None:
             print("map: ipyleaflet is not installed, so this is the page, no widget.")
             return bundle
-        view = "application/vnd.jupyter.widget-view+json"
-        return bundle | {view: self.widget._repr_mimebundle_()[view]}
+        return bundle | view_bundle(self.widget)
+
+    def _ipython_display_(self) -> None:
+        show_bundle(self._repr_mimebundle_())
 
 
 def _basemap(name: str | None) -> dict[str, str] | None:

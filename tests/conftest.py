@@ -16,6 +16,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
 from browser import chromium, visit  # noqa: F401  (fixtures: a browser)
+from colab import colab  # noqa: F401  (fixture: an environment like Colab's)
 
 if TYPE_CHECKING:
     import torch

@@ -196,6 +196,9 @@ def setup_cell(notebook: NotebookNode, path: Path) -> Iterator[str]:
                 yield f"the setup cell names {word}: Colab's own has to stay"
         if repository() not in cell.source:
             yield f"the setup cell does not install from {repository()}"
+        code = "".join(cell.source for cell in code_cells(notebook))
+        if ("geopeft-kit[maps]" in cell.source) != ("tools=True" in code):
+            yield "geopeft-kit[maps], with leafmap, goes with show_map(tools=True)"
         for node in parse(cell.source).body:
             colab_only = (
                 isinstance(node, ast.If)

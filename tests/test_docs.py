@@ -14,6 +14,7 @@ import pytest
 import yaml
 from notebook_form import LINK, anchors, repository
 from notebook_tools import NOTEBOOKS, REPO
+from packaging.requirements import Requirement
 
 import geopeft_kit as gk
 
@@ -137,6 +138,19 @@ def test_versions_are_lower_bounds_only():
             assert re.fullmatch(pattern, requirement)
     names = [re.split(r"[\[>]", entry)[0] for entry in PROJECT["dependencies"]]
     assert names.index("torchvision") == names.index("torch") + 1
+
+
+def test_lower_bounds_admit_what_colab_ships():
+    lines = (REPO / "tests" / "colab.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if line and line[0] != "#")
+    extras = PROJECT["optional-dependencies"]
+    entries = [*PROJECT["dependencies"], *extras["maps"], *extras["notebooks"]]
+    compared = [one for one in map(Requirement, entries) if one.name in pins]
+    assert {"ipywidgets", "ipykernel", "ipyleaflet", "timm"} <= {
+        one.name for one in compared
+    }
+    for one in compared:
+        assert one.specifier.contains(pins[one.name]), one
 
 
 def test_what_tests_and_energy_look_for_comes_with_an_extra():

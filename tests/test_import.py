@@ -42,6 +42,7 @@ LEVEL |= dict.fromkeys(
         "places",
         "stac",
         "exports",
+        "widget_versions",
     ],
     LEVEL["maps"],
 )

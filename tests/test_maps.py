@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import io
 import json
 import subprocess
@@ -29,6 +30,7 @@ from geopeft_kit.maps import (
 )
 from geopeft_kit.overlays import draw, ramp_colours
 from geopeft_kit.pixel_values import pixel_html, read_pixel
+from geopeft_kit.widget_versions import tooltip
 
 EVIL = '<img src=x onerror="window.hacked=1">'
 CLASSES = [EVIL, "water </script> & ice"]
@@ -282,6 +284,38 @@ def test_widget_asks_for_no_tiles_and_gives_each_layer_its_own_pane():
     assert len(set(held)) == len(held) == 2 * 6
 
 
+@pytest.mark.slow
+def test_tools_are_leafmaps_and_keep_what_is_drawn():
+    import ipyleaflet
+
+    scene = show_map(layers(chips(side=1)), swipe=("truth", "lora"), tools=True)
+    assert scene.widget.children[0] is scene.map
+    kinds = {type(control).__name__ for control in scene.map.controls}
+    assert {"DrawControl", "MeasureControl", "SplitMapControl"} <= kinds
+    tiles = [one for one in scene.map.layers if isinstance(one, ipyleaflet.TileLayer)]
+    assert [tile.url for tile in tiles] == [""]
+    pencil = next(c for c in scene.map.controls if type(c).__name__ == "DrawControl")
+    draw_box(pencil, (1.0, 2.0, 1.5, 2.5))
+    (feature,) = scene.map.user_rois["features"]
+    assert feature["geometry"]["coordinates"][0][2] == [1.5, 2.5]
+
+
+def test_tools_without_leafmap_say_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="pip install leafmap"):
+        show_map(layers(chips(side=1)), tools=True)
+
+
+@pytest.mark.parametrize("name", ["tooltip", "description_tooltip"])
+def test_a_tooltip_is_named_as_the_version_of_ipywidgets_names_it(name):
+    class Widget:
+        @classmethod
+        def class_trait_names(cls):
+            return ["value", name]
+
+    assert tooltip(Widget, "a layer") == {name: "a layer"}
+
+
 # --- the numbers behind a click -------------------------------------------------------
 
 
@@ -398,7 +432,8 @@ def draw_box(pencil, box):
     ring = [[west, south], [west, north], [east, north], [east, south], [west, south]]
     shape = {"type": "Polygon", "coordinates": [ring]}
     for handler in pencil._draw_callbacks.callbacks:
-        handler(pencil, action="created", geo_json={"geometry": shape})
+        drawn = {"type": "Feature", "properties": {"style": {}}, "geometry": shape}
+        handler(pencil, action="created", geo_json=drawn)
 
 
 def test_plain_import_loads_no_map_library():

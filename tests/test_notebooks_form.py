@@ -11,7 +11,7 @@ import pytest
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from notebook_form import CHECKS, anchors, colab_address, repository
-from notebook_tools import NOTEBOOKS, REPO
+from notebook_tools import NOTEBOOKS, REPO, tagged
 
 PATH = REPO / "notebooks" / "00_small.ipynb"
 SOLUTION = (
@@ -28,6 +28,12 @@ def test_notebook(path: Path, check: str):
 
 def test_the_course_has_its_notebooks():
     assert {"00", "02"} <= {path.name[:2] for path in NOTEBOOKS}
+
+
+def test_setup_cells_are_the_same_but_for_leafmap():
+    notebooks = [nbformat.read(path, as_version=4) for path in NOTEBOOKS]
+    cells = [cell.source for one in notebooks for cell in tagged(one, "setup")]
+    assert len({source.replace("[maps]", "") for source in cells}) == 1
 
 
 def good() -> NotebookNode:
@@ -134,6 +140,8 @@ BAD: list[tuple[str, Callable[[NotebookNode], None]]] = [
     ("stripped", with_widgets),
     ("setup_cell", replaced(1, "geopeft-kit @", "torch geopeft-kit @")),
     ("setup_cell", replaced(1, repository(), "https://x.org")),
+    ("setup_cell", replaced(1, "geopeft-kit @", "geopeft-kit[maps] @")),
+    ("setup_cell", added("gk.show_map([], tools=True)")),
     ("setup_cell", replaced(1, 'if "google.colab" in sys.modules:', "if True:")),
     ("setup_cell", added("print(1)", "setup")),
     ("setup_cell", replaced(1, "    %pip", "    pass\nelse:\n    %pip")),

@@ -22,7 +22,6 @@ from typing import Any
 import timm
 import torch
 from timm.models.convnext import ConvNeXt
-from timm.models.efficientvim import EfficientViM
 from timm.models.eva import Eva
 from timm.models.mambaout import MambaOut
 from timm.models.resnet import ResNet
@@ -56,7 +55,6 @@ _LAYOUTS: dict[type[nn.Module], str] = {
     SwinTransformer: "swin",
     SwinTransformerV2: "swin",
     MambaOut: "mambaout",
-    EfficientViM: "efficientvim",
 }
 # Modules whose models take images of any size on request.
 _PLAIN_VITS = (
@@ -213,7 +211,12 @@ def _network(name: str, size: int) -> Any:
 
 def _classifier(model: nn.Module) -> tuple[str, ...]:
     """Names of the parts that only serve the classifier."""
-    return _STATE_CLASSIFIER if isinstance(model, EfficientViM) else _CLASSIFIER
+    return _STATE_CLASSIFIER if _is_efficientvim(model) else _CLASSIFIER
+
+
+def _is_efficientvim(model: nn.Module) -> bool:
+    """By name: timm 1.0.27, which Colab ships, has no such class to import."""
+    return type(model).__name__ == "EfficientViM"
 
 
 def _patch(model: Any, layout: str) -> int:
@@ -224,6 +227,8 @@ def _patch(model: Any, layout: str) -> int:
 
 
 def _layout(name: str, model: nn.Module) -> str:
+    if _is_efficientvim(model):
+        return "efficientvim"
     for kind, layout in _LAYOUTS.items():
         # Eva's other children (EVA-02, PE, ...) have blocks that methods do not know.
         if isinstance(model, kind) and (kind is not Eva or "dinov3" in name):

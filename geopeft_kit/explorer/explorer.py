@@ -35,6 +35,7 @@ from geopeft_kit.explorer.turns import Cancelled, Mailbox
 from geopeft_kit.methods import list_methods
 from geopeft_kit.model import Model
 from geopeft_kit.saved_model import save_model
+from geopeft_kit.widget_versions import show_bundle, view_bundle
 
 
 class Explorer:
@@ -311,8 +312,11 @@ class Explorer:
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict:
         """The widget, and for exported pages its last state as HTML."""
-        view = self.page.box._repr_mimebundle_()
-        return {**view, "text/plain": repr(self), "text/html": self.page.as_html()}
+        twin = {"text/plain": repr(self), "text/html": self.page.as_html()}
+        return twin | view_bundle(self.page.box)
+
+    def _ipython_display_(self) -> None:
+        show_bundle(self._repr_mimebundle_())
 
     def __repr__(self) -> str:
         return f"Explorer({len(self.bench.runs)} runs)"

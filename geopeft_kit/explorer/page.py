@@ -132,9 +132,10 @@ class Page:
                 ),
                 self.code,
             ],
-            titles=list(TABS),
             layout={"width": "auto"},
         )
+        for number, title in enumerate(TABS):
+            self.tabs.set_title(number, title)
         self.tabs.observe(lambda _: self._guarded(self._draw_tab), "selected_index")
         self.run.observe(self._go_to, names="value")
         for one in (self.other, self.place):
