@@ -125,6 +125,7 @@ def _rgb_study(
     options = {"bands": data.bands, "image_size": size, "new_bands": "ignore"}
     study = _study(name, data, "geopeft_tiny_rgb", options, epochs, 96, arguments)
     copied, drawn = {"new_bands": "copy_nearest"}, {"new_bands": "random"}
+    shared = {"new_bands": "share_nearest"}
     plan: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
         ("RGB only: probe", "frozen", {}, {}),
         ("RGB only: norm", "norm", {}, {}),
@@ -135,6 +136,8 @@ def _rgb_study(
         ("copied bands: probe", "frozen", {}, copied),
         ("copied bands: LoRA", "lora", {}, copied),
         ("copied bands: full", "full", {}, copied),
+        ("shared bands: probe", "frozen", {}, shared),
+        ("shared bands: LoRA", "lora", {}, shared),
         ("random bands: LoRA", "lora", {}, drawn),
         ("random bands: full", "full", {}, drawn),
         ("SLR with patch embedding", "slr", {"patch_embedding": True}, {}),

@@ -106,6 +106,8 @@ def build_model(
         finer = (factor or 2) if task == "super_resolution" else 1
         outputs = 1 if task == "regression" else num_classes * finer**2
         part = build_decoder(decoder, channels, strides, outputs, **options)
+        if task in ("regression", "super_resolution"):
+            part.start(reach=0.1)  # values from 0 to 1, most of them near 0
     config = {"decoder": decoder, "task": task, "num_classes": part.outputs, **options}
     if fusion:
         config["fusion"] = fusion

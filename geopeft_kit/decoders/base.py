@@ -30,10 +30,12 @@ class Decoder(nn.Module):
         reads: which of the four maps the decoder uses.
         standardise: one `Standardise` for each map that is read.
         head: the last layer, the one that knows the classes.
+        finer: further last layers, whose answers are added to the head's.
     """
 
     reads: tuple[int, ...] = (3,)
     head: nn.Module
+    finer: nn.ModuleList | tuple[nn.Module, ...] = ()
 
     def __init__(
         self,
@@ -56,6 +58,26 @@ class Decoder(nn.Module):
     def decode(self, maps: list[Tensor], grid: tuple[int, int]) -> Tensor:
         """Standardised maps -> logits (B, K, h', w') that cover at least the grid."""
         raise NotImplementedError
+
+    def start(self, reach: float = 2.0) -> None:
+        """Draw the last layer: weights with deviation reach / n, n its inputs; no bias.
+
+        A step of Adam moves each weight alike, so n inputs move an answer n times as
+        far as one. With 1/n a narrow decoder leaves its first answer as soon as a wide
+        one, and the first answers still lie within about 1 of zero.
+
+        Args:
+            reach: 2 for logits, whose answers are a few units; less for small values.
+
+        Source: the output layer of muP, Yang et al. 2022, arXiv 2203.03466, table 3; 2
+        is measured (benchmarks/decoder_start.py).
+        """
+        for layer in (self.head, *self.finer):
+            transposed = isinstance(layer, nn.ConvTranspose2d)  # (inputs, K, s, s)
+            inputs = layer.weight.shape[0 if transposed else 1]
+            nn.init.normal_(layer.weight, std=reach / inputs)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
     def forward(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """Decode feature maps.
@@ -100,10 +122,3 @@ def resize(logits: Tensor, size: tuple[int, int]) -> Tensor:
     if logits.shape[-2:] == size:
         return logits
     return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-
-
-def start_small(head: nn.Linear | nn.Conv2d | nn.ConvTranspose2d) -> None:
-    """Small random weights and zero bias: every class is equally likely at first."""
-    nn.init.normal_(head.weight, std=0.01)
-    if head.bias is not None:
-        nn.init.zeros_(head.bias)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from geopeft_kit.decoders.base import Decoder, resize, start_small
+from geopeft_kit.decoders.base import Decoder, resize
 from geopeft_kit.decoders.neck import group_norm
 
 
@@ -72,8 +72,7 @@ class LinearDecoder(Decoder):
             PatchTranspose2d(c, outputs, s, s, bias=False)
             for c, s in zip(self.channels[:-1], self.strides[:-1], strict=True)
         )
-        for layer in (self.head, *self.finer):
-            start_small(layer)
+        self.start()
 
     def decode(self, maps: list[Tensor], grid: tuple[int, int]) -> Tensor:
         """(B, D, h, w) -> (B, K, s*h, s*w); no resizing is needed."""
@@ -128,7 +127,7 @@ class FCNDecoder(Decoder):
         blocks = [_fcn_block(a, b) for a, b in zip(sizes, sizes[1:], strict=False)]
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Conv2d(sizes[-1], outputs, 1)
-        start_small(self.head)
+        self.start()
 
     def decode(self, maps: list[Tensor], grid: tuple[int, int]) -> Tensor:
         """(B, D, h, w) -> (B, K, H', W')."""
@@ -172,7 +171,7 @@ class ClassificationDecoder(Decoder):
     ) -> None:
         super().__init__(channels, strides, outputs, dropout, all_scales)
         self.head = nn.Linear(sum(self.channels), outputs)
-        start_small(self.head)
+        self.start()
 
     def forward(
         self, maps: Sequence[Tensor], size: tuple[int, int] | None = None

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from geopeft_kit.decoders.base import Decoder, resize, start_small
+from geopeft_kit.decoders.base import Decoder, resize
 from geopeft_kit.decoders.neck import Pyramid, group_norm
 
 
@@ -90,7 +90,7 @@ class UNetDecoder(PyramidDecoder):
         body = UnetDecoder([0, *self.pyramid_channels], widths, n_blocks=4)
         self.body = with_group_norm(body)
         self.head = nn.Conv2d(widths[-1], outputs, 1)
-        start_small(self.head)
+        self.start()
 
     def fuse(self, maps: list[Tensor], grid: tuple[int, int]) -> Tensor:
         """Four scales -> (B, width/8, H'/2, W'/2) for a first stride of 4."""
@@ -130,7 +130,7 @@ class UPerNetDecoder(PyramidDecoder):
         body = Body([0, 0, *self.pyramid_channels], 5, decoder_channels=width)
         self.body = with_group_norm(body)
         self.head = nn.Conv2d(width, outputs, 1)
-        start_small(self.head)
+        self.start()
 
     def fuse(self, maps: list[Tensor], grid: tuple[int, int]) -> Tensor:
         """Four scales -> (B, width, h', w') at the finest of them."""
