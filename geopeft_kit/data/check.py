@@ -213,7 +213,7 @@ def _no_label(label: Any) -> bool:
 
 
 def _duplicates(chips: pd.DataFrame) -> Iterator[Finding]:
-    readable = chips[chips["pixels"].notna() & ~chips["constant"].fillna(True)]
+    readable = chips[chips["pixels"].notna() & chips["constant"].eq(False)]
     same = readable[readable["pixels"].duplicated(keep=False)]
     if same.empty:
         return

@@ -108,7 +108,7 @@ def _east_of_the_widest_gap(lon: np.ndarray) -> np.ndarray:
     """Degrees east of the widest empty stretch, so that no group is cut at 180."""
     ring = np.sort(lon % 360)
     gaps = np.diff(ring, append=ring[0] + 360)
-    start = ring[(np.argmax(gaps) + 1) % len(ring)]
+    start = ring[(int(np.argmax(gaps)) + 1) % len(ring)]
     return (lon - start) % 360
 
 

@@ -174,7 +174,7 @@ class ChipReader:
             whole = values.astype(np.int64)
         if nodata is not None and nodata != info.ignore_index:
             whole[_equals(values, nodata)] = info.ignore_index
-        if whole.min() < 0 or whole.max() >= len(info.classes):
+        if np.min(whole) < 0 or np.max(whole) >= len(info.classes):
             self._check_classes(chip, values, whole)
         return whole
 
