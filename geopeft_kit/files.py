@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ def whole_folder(target: Path, replace: bool = True) -> Iterator[Path]:
     Raises:
         FileExistsError: `replace` is False, and the target holds something by now.
     """
+    made = [folder for folder in target.parents if not folder.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{target.name[:16]}.", dir=target.parent))
     old = part.with_name(f"{part.name}.old")
@@ -67,6 +68,9 @@ def whole_folder(target: Path, replace: bool = True) -> Iterator[Path]:
     finally:
         shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+        for folder in made:
+            with suppress(OSError):  # it holds the target, or something new
+                folder.rmdir()
 
 
 def _move(part: Path, target: Path) -> None:

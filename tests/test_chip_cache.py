@@ -119,7 +119,7 @@ def test_nothing_half_written_is_left(
         patch.setattr(files.os, "replace", full)
         with pytest.raises(OSError, match=r"No space left.*cache\(folder="):
             data.cache(tmp_path / "packs")
-    assert list((tmp_path / "packs").iterdir()) == []
+    assert not (tmp_path / "packs").exists()
     assert torch.equal(data.dataset("test")[0]["image"], before)
 
 
@@ -130,7 +130,7 @@ def test_chips_of_two_sizes_cannot_be_packed(tmp_path: Path) -> None:
     data = gk.ChipData(folder, test_regions=["b"])
     with pytest.raises(ValueError, match="6 x 8 x 16 uint16 as its image.*cut them"):
         data.cache(tmp_path / "packs")
-    assert list((tmp_path / "packs").iterdir()) == []
+    assert not (tmp_path / "packs").exists()
 
 
 @pytest.mark.slow

@@ -30,15 +30,10 @@ PHOTOGRAPHIC = (
 
 
 class Augmentation:
-    """Transforms of training chips, sorted into geometry and colour.
+    """kornia's 2-D transforms, or torchgeo's that derive from them, for training chips.
 
-    Args:
-        transforms: kornia's 2-D transforms, or torchgeo's that derive from them.
-            Geometry comes first, in the order given, then colour.
-        bands: Names of the channels of the images.
-        colour_bands: Bands that brightness, contrast, blur and noise may change; None
-            takes red, green and blue. Hue, saturation and the like always meet these
-            three alone.
+    Geometry comes first, in the order given, then colour on `colour_bands` (see
+    `ChipData`) of images with the channels `bands`.
 
     Raises:
         TypeError: Something that is no such transform.
@@ -82,19 +77,10 @@ class Augmentation:
     def __call__(
         self, image: Tensor, mask: Tensor | None, seed: Sequence[int], ignore: float
     ) -> tuple[Tensor, Tensor | None]:
-        """Transform one sample.
+        """Transform (C, H, W) or (C, 2, H, W) reflectance and its mask (H, W), if any.
 
-        Args:
-            image: (C, H, W) or (C, 2, H, W) reflectance.
-            mask: (H, W) or None.
-            seed: What the draw depends on.
-            ignore: Mask value of pixels that come from outside of the chip.
-
-        Returns:
-            Image and mask, shapes as before; the image is 0 outside of the chip.
-
-        Raises:
-            ValueError: The transforms change the size.
+        `seed` is what the draw depends on, `ignore` the mask value of pixels that come
+        from outside of the chip, where the image is 0.
         """
         number = int(np.random.SeedSequence(list(seed)).generate_state(1)[0])
         with torch.random.fork_rng(devices=[]):

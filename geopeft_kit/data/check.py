@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from geopeft_kit.bands import BANDS
-from geopeft_kit.data.chip_facts import bands_table, classes_table, read_facts
+from geopeft_kit.data.chip_statistics import bands_table, classes_table, read_facts
 from geopeft_kit.data.chips import ChipData
 from geopeft_kit.data.folder import FACTS, read_chip_folder
 from geopeft_kit.data.info import DatasetInfo

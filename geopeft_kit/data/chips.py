@@ -27,12 +27,11 @@ from geopeft_kit.data.own.from_pairs import from_pairs
 from geopeft_kit.data.packing import pack, pack_key
 from geopeft_kit.data.reading import ChipReader
 from geopeft_kit.data.split_data import SplitData
-from geopeft_kit.data.splits import resolve_split
+from geopeft_kit.data.splits import resolve_split, sorted_splits
 from geopeft_kit.data.subsets import n_shot, nested_order
 from geopeft_kit.download import cache_folder
 
 CACHE_LIMIT = 512 * 1024**2  # bytes of stored pixels that are kept in memory unasked
-_FIRST = ("train", "val", "test")
 
 
 class ChipData(SplitData):
@@ -153,8 +152,7 @@ class ChipData(SplitData):
     @property
     def splits(self) -> list[str]:
         """Names of the splits that have chips: train, val, test, then others."""
-        found = set(self.index["split"]) - {"unused"}
-        return [s for s in _FIRST if s in found] + sorted(found - set(_FIRST))
+        return sorted_splits(set(self.index["split"]) - {"unused"})
 
     @property
     def image_size(self) -> tuple[int, int]:

@@ -30,23 +30,15 @@ def group_chips(
 ) -> pd.Series:
     """Name the group of every chip.
 
-    Args:
-        index: Rows of a chip folder.
-        by: "region": the column of that name. "longitude": `blocks` strips of equally
-            many chips, "longitude_1" in the west. "country": the column `country`
-            where the index has one, else the region names up to the first comma or
-            slash ("Bolivia/Beni" is Bolivia), and one line says so; the kit carries
-            no map of countries. "cluster": `blocks` clusters of near chips,
-            "cluster_1" in the west.
-        blocks: Number of strips or clusters.
-        seed: Of the start of the clusters.
-
-    Returns:
-        One name a row.
+    "region" is the column of that name. "longitude" makes `blocks` strips of equally
+    many chips, "longitude_1" in the west. "country" is the column `country` where the
+    index has one, else the region names up to the first comma or slash ("Bolivia/Beni"
+    is Bolivia), and one line says so; the kit carries no map of countries. "cluster"
+    makes `blocks` clusters of near chips, "cluster_1" in the west.
 
     Raises:
-        ValueError: An unknown kind of group, chips without a place, or places that
-            are too few for `blocks`.
+        ValueError: An unknown kind of group, chips without a place, or places that are
+            too few for `blocks`.
     """
     if by not in GROUPS:
         raise ValueError(f"by is {by!r}; allowed are {', '.join(GROUPS)}.")

@@ -112,17 +112,7 @@ class DatasetInfo:
         return "mask" if self.task in MASK_TASKS else "label"
 
     def class_number(self, label: int | str) -> int:
-        """Number of a class given by name or number.
-
-        Args:
-            label: A class name, or its number.
-
-        Returns:
-            The number, from 0.
-
-        Raises:
-            ValueError: There is no such class.
-        """
+        """Number, from 0, of a class given by name or number; else ValueError."""
         if isinstance(label, str):
             if label in self.classes:
                 return self.classes.index(label)
@@ -135,17 +125,7 @@ class DatasetInfo:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DatasetInfo:
-        """Build from plain values, refusing names that are not known.
-
-        Args:
-            values: The attributes of this class by name.
-
-        Returns:
-            The checked facts.
-
-        Raises:
-            ValueError: A name is missing or unknown, or a value is not allowed.
-        """
+        """Build from the attributes by name; an unknown name is a ValueError."""
         fields = {f.name: f for f in dataclasses.fields(cls)}
         unknown = [name for name in values if name not in fields]
         if unknown:
@@ -164,31 +144,14 @@ class DatasetInfo:
         return cls(**values)
 
     def to_json(self, index_sha256: str) -> str:
-        """The text of `dataset.json`.
-
-        Args:
-            index_sha256: Hash of `chips.parquet`, which the reader compares.
-
-        Returns:
-            Indented JSON.
-        """
+        """The text of `dataset.json`, with the hash of `chips.parquet`."""
         values = {"format": FORMAT, **dataclasses.asdict(self)}
         values["chips_sha256"] = index_sha256
         return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
     def read(cls, path: Path) -> tuple[DatasetInfo, str]:
-        """Read and check `dataset.json`.
-
-        Args:
-            path: The file.
-
-        Returns:
-            The facts, and the hash that `chips.parquet` must have.
-
-        Raises:
-            ValueError: The file is no JSON, of another format, or incomplete.
-        """
+        """The checked facts, and the hash that `chips.parquet` must have."""
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -83,20 +83,10 @@ def check_leakage(
     strict: bool = True,
     warn: bool = True,
 ) -> int:
-    """Look for test chips that touch, or show the same ground as, training chips.
+    """Number of test chips that touch, or show the same ground as, training chips.
 
-    Args:
-        index: Rows of a chip folder.
-        split: Split of every row.
-        buffer_m: Distance in metres that counts as touching.
-        strict: Raise where more than 1 % of a footprint is shared; else warn.
-        warn: Say it where chips touch without an error.
-
-    Returns:
-        The number of touching pairs.
-
-    Raises:
-        ValueError: `strict`, and test chips overlap training chips.
+    A warning says so (with `warn`); more than 1 % of a shared footprint is an error
+    where `strict`.
     """
     pairs = touching_chips(index, split, buffer_m)
     if pairs.empty:

@@ -24,14 +24,7 @@ class UnreadableRaster(ValueError, RuntimeError):
 def open_raster(
     path: str | os.PathLike[str], chip: str = ""
 ) -> Iterator[rasterio.DatasetReader]:
-    """A raster file for the length of a `with` block.
-
-    Args:
-        path: Of the file.
-        chip: Whose file it is, for messages.
-
-    Yields:
-        The open raster.
+    """A raster file for the length of a `with` block; `chip` is for messages.
 
     Raises:
         UnreadableRaster: It cannot be opened, or the block meets broken data in it.

@@ -47,13 +47,7 @@ class StoredChip:
 
 
 class ChipReader:
-    """Reads chips of one folder: the bands asked for, as stored.
-
-    Args:
-        folder: The chip folder.
-        info: Its facts.
-        bands: Positions of the bands to read in `info.bands`, in the order wanted.
-    """
+    """Reads chips of a folder: some bands, by position in `info.bands`, as stored."""
 
     def __init__(self, folder: Path, info: DatasetInfo, bands: Sequence[int]) -> None:
         self.folder, self.info = folder, info

@@ -14,7 +14,10 @@ import numpy as np
 import pandas as pd
 
 from geopeft_kit.data.info import DatasetInfo
+from geopeft_kit.data.splits import sorted_splits
 from geopeft_kit.pictures import OKABE_ITO, class_colours
+from geopeft_kit.plots.colours import SPLIT_STYLES
+from geopeft_kit.plots.drawing import new_panels, plain_text
 
 if TYPE_CHECKING:
     import geopandas as gpd
@@ -22,21 +25,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LEVELS = ("error", "warning", "note")
-_SIGNS = {"error": "&#10006; error", "warning": "&#9888; warning", "note": "note"}
-
-
-def sorted_splits(splits: Iterable[str]) -> list[str]:
-    """Names of splits: train, val, test, then others.
-
-    Args:
-        splits: One a chip.
-
-    Returns:
-        Each name once.
-    """
-    first = ["train", "val", "test"]
-    found = set(splits)
-    return [s for s in first if s in found] + sorted(found - set(first))
+_SIGNS = {"error": "\u2716 error", "warning": "\u26a0 warning", "note": "note"}
+_SMALL: dict[str, Any] = {"frameon": False, "fontsize": "small"}  # of a legend
 
 
 @dataclass
@@ -105,41 +95,31 @@ class DataReport:
 
     def _repr_html_(self) -> str:
         """The findings; every text is escaped, for it may come from a file."""
-        style = "text-align:left;vertical-align:top;white-space:normal"
-        rows = []
-        for finding in self.findings:
-            names = list(finding.chips)
-            some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            cells = [finding.check, finding.found, some, finding.next]
-            text = [f"<td style='{style}'>{escape(str(cell))}</td>" for cell in cells]
-            text.insert(1, f"<td style='{style}'>{_SIGNS[finding.level]}</td>")
-            rows.append(f"<tr>{''.join(text)}</tr>")
-        head = "".join(
-            f"<th style='{style}'>{name}</th>"
-            for name in ("check", "level", "found", "chips", "what to do next")
-        )
-        body = "".join(rows) or "<tr><td colspan='5'>nothing found</td></tr>"
         title = f"{self.info.name}: {len(self.chips)} chips"
-        return (
-            f"<table><caption>{escape(title)}</caption><thead><tr>{head}</tr></thead>"
-            f"<tbody>{body}</tbody></table>"
-        )
+        shown = self.table.rename(columns={"next": "what to do next"})
+        shown["level"] = shown["level"].map(_SIGNS)
+        shown["chips"] = [
+            ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            for names in shown["chips"]
+        ]
+        if shown.empty:
+            title += ", nothing found"
+        left = {"text-align": "left", "vertical-align": "top", "white-space": "normal"}
+        styled = shown.style.hide(axis="index").format(escape="html")
+        return styled.set_properties(**left).set_caption(escape(title)).to_html()
 
     def plot(self) -> Figure:
-        """Bands, classes, nodata and the lie of the splits, in one figure.
+        """Bands, classes, nodata and the place of the splits, in one figure.
 
         Returns:
             A figure with four panels.
         """
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(9.5, 7), layout="constrained")
-        axes = figure.subplots(2, 2)
-        _plot_bands(axes[0, 0], self.bands)
-        _plot_classes(axes[0, 1], self.classes, self.info)
-        _plot_nodata(axes[1, 0], self.chips)
-        _plot_places(axes[1, 1], self.index, self.chips)
-        figure.suptitle(self.info.name.replace("$", r"\$"))
+        figure, axes = new_panels(4, columns=2, side=4.6)
+        _plot_bands(axes[0], self.bands)
+        _plot_classes(axes[1], self.classes, self.info)
+        _plot_nodata(axes[2], self.chips)
+        _plot_places(axes[3], self.index, self.chips)
+        figure.suptitle(plain_text(self.info.name))
         return figure
 
 
@@ -152,57 +132,47 @@ def _plot_bands(axis: Axes, bands: pd.DataFrame) -> None:
     axis.set_yticks(rows, [name.replace("_", " ").lower() for name in bands.index])
     axis.invert_yaxis()
     axis.set(xlabel="reflectance, 1st to 99th percentile (grey: 0 to 1)")
-    axis.legend(frameon=False, fontsize="small")
+    axis.legend(**_SMALL)
 
 
 def _plot_classes(axis: Axes, classes: pd.DataFrame, info: DatasetInfo) -> None:
-    if classes.empty or not len(classes.columns):
-        axis.text(0.5, 0.5, "no classes", ha="center", va="center")
-        axis.set_axis_off()
+    if not classes.size:
+        _say(axis, "no classes")
         return
+    named = classes.rename(index=plain_text).T  # a row a split
     colours = class_colours(list(classes.index), info.colours or None)
-    left = np.zeros(len(classes.columns))
-    for (name, shares), colour in zip(classes.iterrows(), colours, strict=True):
-        label = str(name).replace("$", r"\$")
-        axis.barh(
-            list(classes.columns), shares, left=left, color=colour,
-            edgecolor="0.3", linewidth=0.5, label=label,
-        )  # fmt: skip
-        left += shares.to_numpy()
+    named.plot.barh(stacked=True, ax=axis, color=colours, edgecolor="0.3")
     axis.invert_yaxis()
     unit = "pixels" if info.target == "mask" else "chips"
     axis.set(xlabel=f"share of the labelled {unit}", xlim=(0, 1))
-    axis.legend(frameon=False, fontsize="small", ncols=3, loc="lower left",
-                bbox_to_anchor=(0, 1))  # fmt: skip
+    axis.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1), **_SMALL)
 
 
 def _plot_nodata(axis: Axes, chips: pd.DataFrame) -> None:
     steps = np.linspace(0, 1, 21).tolist()
     axis.hist(chips["nodata"].dropna(), steps, color="0.6", label="no data")
     if "labelled" in chips:
-        axis.hist(
-            1 - chips["labelled"].dropna(), steps, histtype="step",
-            color=OKABE_ITO["vermillion"], linewidth=1.5, label="no label",
-        )  # fmt: skip
+        unlabelled, colour = 1 - chips["labelled"].dropna(), OKABE_ITO["vermillion"]
+        axis.hist(unlabelled, steps, histtype="step", color=colour, label="no label")
     axis.set(xlabel="share of a chip's pixels", ylabel="chips", yscale="symlog")
-    axis.legend(frameon=False, fontsize="small")
+    axis.legend(**_SMALL)
 
 
 def _plot_places(axis: Axes, index: gpd.GeoDataFrame, chips: pd.DataFrame) -> None:
+    split = chips["split"].to_numpy()
     placed = index.geometry.notna().to_numpy()
     if not placed.any():
-        axis.text(0.5, 0.5, "no georeference", ha="center", va="center")
-        axis.set_axis_off()
+        _say(axis, "no georeference")
         return
-    looks: dict[str, Any] = {"train": OKABE_ITO["blue"], "val": OKABE_ITO["orange"]}
-    looks |= {"test": OKABE_ITO["vermillion"]}
-    for split in sorted_splits(chips["split"]):
-        shapes = index.geometry[placed & (chips["split"] == split).to_numpy()]
-        if len(shapes):
-            colour = looks.get(split, "0.7")
-            shapes.plot(ax=axis, facecolor=colour, edgecolor="0.2", linewidth=0.3,
-                        alpha=0.7, aspect=None)  # fmt: skip
-            axis.plot([], [], "s", color=colour, label=split)
+    for name in sorted_splits(split[placed]):
+        colour = SPLIT_STYLES[name][0] if name in SPLIT_STYLES else "0.7"
+        shapes = index.geometry[placed & (split == name)]
+        shapes.plot(ax=axis, color=colour, edgecolor="0.2", alpha=0.7, aspect=None)
+        axis.plot([], [], "s", color=colour, label=name)
     axis.set(xlabel="longitude (degrees)", ylabel="latitude (degrees)")
-    axis.legend(frameon=False, fontsize="small", ncols=4, loc="lower left",
-                bbox_to_anchor=(0, 1))  # fmt: skip
+    axis.legend(ncols=4, loc="lower left", bbox_to_anchor=(0, 1), **_SMALL)
+
+
+def _say(axis: Axes, text: str) -> None:
+    axis.text(0.5, 0.5, text, ha="center", va="center")
+    axis.set_axis_off()

@@ -11,7 +11,7 @@ blocks, Roberts et al. 2017 (doi 10.1111/ecog.02881). Taught in
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 SPLITS = (*GROUPS, "index", "random")
 
 
+def sorted_splits(names: Iterable[str]) -> list[str]:
+    """Each name once: train, val, test, then others."""
+    first, found = ("train", "val", "test"), set(names)
+    return [s for s in first if s in found] + sorted(found - set(first))
+
+
 def resolve_split(
     index: gpd.GeoDataFrame,
     split: str = "region",
@@ -36,28 +42,19 @@ def resolve_split(
     buffer_m: float = 0.0,
     blocks: int = 5,
 ) -> pd.Series:
-    """The split of every chip.
+    """The split of every row: "train", "val", "test", "unused", or a name of the lists.
 
-    Args:
-        index: Rows of a chip folder.
-        split: "region", "longitude", "country" or "cluster": the groups that
-            `test_regions` names test, see `group_chips`. Where it names none, "region"
-            takes the folder's own lists and the others draw whole groups.
-            "index": the folder's own lists as they are. "random": chips at random,
-            neighbours and all; optimistic, so it has to be asked for.
-            Validation chips come from the rest, scene by scene.
-        test_regions: Groups to hold out.
-        val_fraction: Share of the training chips that validates; where test chips are
-            drawn, about the same share of all chips tests.
-        seed: Of the draws.
-        buffer_m: No training or validation chip lies nearer than this to a test chip;
-            those that do are set aside ("unused"). Groups that are held out have at
-            least the touching ones set aside, also with 0.
-        blocks: Number of longitude blocks or clusters.
+    "region", "longitude", "country" or "cluster" hold out the groups that
+    `test_regions` names, see `group_chips`. Where it names none, "region" takes the
+    folder's own lists and the others draw whole groups. "index" takes the folder's own
+    lists as they are. "random" takes chips at random, neighbours and all; optimistic,
+    so it has to be asked for.
 
-    Returns:
-        One word a row: "train", "val", "test", "unused", or a name that the folder's
-        own lists use.
+    `val_fraction` is the share of the training chips that validates, drawn scene by
+    scene; where test chips are drawn, about the same share of all chips tests. Chips
+    nearer than `buffer_m` metres to a test chip are set aside ("unused"); where groups
+    are held out, touching ones always are. `blocks` counts longitude blocks or
+    clusters.
 
     Raises:
         ValueError: An unknown split or group, nothing left to train on, no split
@@ -98,17 +95,7 @@ def resolve_split(
 
 
 def own_split(index: gpd.GeoDataFrame) -> pd.Series:
-    """The folder's own lists.
-
-    Args:
-        index: Rows of a chip folder.
-
-    Returns:
-        Its split column; rows that it leaves open are "unused".
-
-    Raises:
-        ValueError: The folder has none.
-    """
+    """The folder's own lists; rows that they leave open are "unused"."""
     if index["split"].isna().all():
         names = ", ".join(sorted(index["region"].unique()))
         raise ValueError(
@@ -119,19 +106,7 @@ def own_split(index: gpd.GeoDataFrame) -> pd.Series:
 
 
 def draw_groups(groups: pd.Series, fraction: float, seed: int) -> list[str]:
-    """Whole groups that make up about a share of the chips; one at least.
-
-    Args:
-        groups: Name of the group of every chip.
-        fraction: Share of the chips.
-        seed: Of the draw.
-
-    Returns:
-        Names of groups, sorted.
-
-    Raises:
-        ValueError: There is one group only.
-    """
+    """Names, sorted, of whole groups with about a share of the chips; at least one."""
     names = groups.to_numpy(dtype=str)
     rng = np.random.default_rng([seed, 3])
     chosen = _choose_blocks(names, np.arange(len(names)), fraction, rng)
@@ -144,18 +119,7 @@ def draw_groups(groups: pd.Series, fraction: float, seed: int) -> list[str]:
 
 
 def hold_out(groups: pd.Series, test_regions: Sequence[str]) -> pd.Series:
-    """Hold whole groups out.
-
-    Args:
-        groups: Name of the group of every chip.
-        test_regions: Names of groups.
-
-    Returns:
-        "test" in these groups, "train" elsewhere.
-
-    Raises:
-        ValueError: A group is unknown, none is named, or none is left.
-    """
+    """Split of every row: "test" in the groups of `test_regions`, "train" elsewhere."""
     known = sorted(groups.unique())
     if isinstance(test_regions, str):
         test_regions = [test_regions]
@@ -175,19 +139,9 @@ def hold_out(groups: pd.Series, test_regions: Sequence[str]) -> pd.Series:
 def set_aside(
     index: gpd.GeoDataFrame, split: pd.Series, buffer_m: float = 0.0
 ) -> pd.Series:
-    """Take chips out of training that touch a test chip or lie within the buffer.
+    """Mark training chips that touch a test chip or are within the buffer as "unused".
 
-    Args:
-        index: Rows of a chip folder; rows without a place stay as they are.
-        split: Split of every row.
-        buffer_m: Metres.
-
-    Returns:
-        The split, with "unused" for the chips that were set aside; a warning counts
-        them.
-
-    Raises:
-        ValueError: Nothing is left to train on.
+    A warning counts them. Rows without a place stay as they are.
     """
     near = set(touching_chips(index, split, buffer_m)["train"])
     if not near or split.eq("test").sum() == 0:
@@ -211,13 +165,7 @@ def set_aside(
 def random_split(index: gpd.GeoDataFrame, fraction: float, seed: int) -> pd.Series:
     """Chips at random, by class where they have one.
 
-    Args:
-        index: Rows of a chip folder.
-        fraction: Share that tests, and share that validates.
-        seed: Of the draw.
-
-    Returns:
-        The split of every row.
+    A share tests, an equal one validates.
     """
     order = nested_order(index, seed)
     count = round(fraction * len(index))
@@ -230,22 +178,10 @@ def random_split(index: gpd.GeoDataFrame, fraction: float, seed: int) -> pd.Seri
 def draw_validation(
     index: gpd.GeoDataFrame, split: pd.Series, fraction: float, seed: int
 ) -> pd.Series:
-    """Turn a share of the training chips into validation chips, scene by scene.
+    """Turn a share of the "train" rows into "val", scene by scene.
 
     Chips with the same `scene`, or whose footprints touch, stay together. The share is
     taken from each region, so that validation sees all of them.
-
-    Args:
-        index: Rows of a chip folder.
-        split: Split of every row; only "train" rows are drawn from.
-        fraction: Share of them to take.
-        seed: Of the draw.
-
-    Returns:
-        The split with "val" in it.
-
-    Raises:
-        ValueError: All training chips hang together, so that none can be set apart.
     """
     rows = np.flatnonzero((split == "train").to_numpy())
     train = index.iloc[rows]
@@ -292,14 +228,10 @@ def _choose_blocks(
 
 
 def spatial_blocks(index: gpd.GeoDataFrame) -> np.ndarray:
-    """Number of the block that each chip belongs to.
+    """Number (N,) of the block that each chip belongs to.
 
-    Args:
-        index: Rows of a chip folder.
-
-    Returns:
-        (N,) numbers: chips of one `scene` share theirs, else chips that touch do, else
-        each chip is a block.
+    Chips of one `scene` share theirs, else chips that touch do, else each chip is a
+    block.
     """
     if "scene" in index and index["scene"].notna().all():
         return pd.factorize(index["scene"])[0]

@@ -13,15 +13,10 @@ if TYPE_CHECKING:
 
 
 def nested_order(index: gpd.GeoDataFrame, seed: int) -> np.ndarray:
-    """An order of chips of which every beginning is a stratified subset.
+    """Positions (N,) of chips; every beginning of the order is a stratified subset.
 
-    Args:
-        index: Rows of a chip folder.
-        seed: Of the order inside a stratum.
-
-    Returns:
-        (N,) positions. Strata are the labels where each chip has one, else the
-        regions; each takes part in proportion to its size.
+    Strata are the labels where each chip has one, else the regions; each takes part in
+    proportion to its size.
     """
     labelled = "label" in index and is_scalar(index["label"])
     strata: Sequence[Hashable] = index["label" if labelled else "region"].astype(str)
@@ -39,21 +34,10 @@ def nested_order(index: gpd.GeoDataFrame, seed: int) -> np.ndarray:
 def n_shot(
     index: gpd.GeoDataFrame, n: int, seed: int, by: str = "region"
 ) -> np.ndarray:
-    """The first `n` chips of each bucket, nested: 5 a bucket lie in 10 a bucket.
+    """Positions, sorted, of the first `n` chips of each bucket, nested for one seed.
 
-    Args:
-        index: Rows of a chip folder.
-        n: Chips of each bucket; a bucket with fewer gives all it has.
-        seed: Of the order inside a bucket, see `nested_order`.
-        by: Column whose values are the buckets.
-
-    Returns:
-        Positions, sorted.
-
-    Raises:
-        ValueError: Rows without a bucket, as masks have no "label".
-
-    Source: PhilEO Bench counts its shots per region (Fibaek et al. 2024, arXiv
+    `by` is the column whose values are the buckets; one with fewer chips gives all it
+    has. Source: PhilEO Bench counts its shots per region (Fibaek et al. 2024, arXiv
     2401.04464); nesting is ours, the bench draws each size anew.
     """
     if by not in index or not is_scalar(index[by]):

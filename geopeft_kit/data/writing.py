@@ -36,10 +36,8 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 class ChipWriter:
     """Writes the files of one chip after another.
 
-    Args:
-        folder: The chip folder; files that lie in it stay where they are.
-        part: Where new files go until the folder is whole.
-        info: Facts of the data set.
+    Files that are in `folder` already stay where they are; new ones go into `part`
+    until the folder is whole.
     """
 
     def __init__(self, folder: Path, part: Path, info: DatasetInfo) -> None:

@@ -6,18 +6,17 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from pathlib import Path
 from typing import Any
 
 import geopandas as gpd
 import numpy as np
 import pandas as pd
-from rasterio.errors import NotGeoreferencedWarning
+from tqdm.auto import tqdm
 
 from geopeft_kit.data.info import CLASS_TASKS, DatasetInfo
 from geopeft_kit.data.reading import ChipReader, StoredChip
-from geopeft_kit.data.report import sorted_splits
+from geopeft_kit.data.splits import sorted_splits
 
 PIXELS = 500  # of each chip that take part in the statistics of bands
 
@@ -25,21 +24,11 @@ PIXELS = 500  # of each chip that take part in the statistics of bands
 def read_facts(
     folder: Path, info: DatasetInfo, index: gpd.GeoDataFrame
 ) -> tuple[pd.DataFrame, np.ndarray]:
-    """Read every chip once.
-
-    Args:
-        folder: Where the index' paths start.
-        info: Facts of the data set.
-        index: Its chips.
-
-    Returns:
-        One row a chip, and (C, N) stored values of some pixels of all chips.
+    """Read every chip once: one row a chip, and (C, N) stored values of some pixels.
 
     Raises:
         ValueError: No chip can be read.
     """
-    from tqdm.auto import tqdm
-
     reader = ChipReader(folder, info, range(len(info.bands)))
     rng = np.random.default_rng(0)
     rows, samples = [], []
@@ -55,14 +44,12 @@ def read_facts(
         files = [row.get(name) for name in ("image", "image_after", "mask")]
         image, after, mask = (f if isinstance(f, str) else None for f in files)
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", NotGeoreferencedWarning)
-                stored = reader.read(
-                    name,
-                    str(image),
-                    after if info.task == "change" else None,
-                    mask if info.target == "mask" else None,
-                )
+            stored = reader.read(
+                name,
+                str(image),
+                after if info.task == "change" else None,
+                mask if info.target == "mask" else None,
+            )
         except (ValueError, RuntimeError) as error:
             rows.append(known | {"error": str(error)})
             continue
