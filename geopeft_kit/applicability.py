@@ -219,14 +219,7 @@ def _distances_between(known: Tensor, folds: Tensor) -> tuple[float, Tensor]:
 
 
 def upper_whisker(values: Any) -> float:
-    """The largest value that a box plot does not draw as an outlier.
-
-    Args:
-        values: (N,) numbers.
-
-    Returns:
-        The largest one that is at most Q3 + 1.5 (Q3 - Q1).
-    """
+    """The largest of (N,) values that is at most Q3 + 1.5 (Q3 - Q1)."""
     values = np.asarray(values, dtype=float)
     first, third = np.percentile(values, [25, 75])
     return float(values[values <= third + 1.5 * (third - first)].max())

@@ -227,16 +227,10 @@ class Bicubic(nn.Module):
 def fit_logistic(
     features: Tensor, labels: Tensor, num_classes: int, penalty: float = 1e-4
 ) -> nn.Linear:
-    """Multinomial logistic regression, solved to convergence by L-BFGS.
+    """Multinomial logistic regression by L-BFGS: a frozen linear layer F -> K.
 
-    Args:
-        features: (N,F), standardised.
-        labels: (N,) class numbers.
-        num_classes: K.
-        penalty: Weight of the squared coefficients.
-
-    Returns:
-        The linear layer F -> K, frozen.
+    `features` (N,F) are standardised, `labels` (N,) are class numbers; `penalty` weighs
+    the squared coefficients.
     """
     layer = nn.Linear(features.shape[1], num_classes)
     nn.init.zeros_(layer.weight)

@@ -86,14 +86,7 @@ def save_cog(
 ) -> Path:
     """A cloud-optimised GeoTIFF with colour table, class names and overviews.
 
-    Args:
-        source: A GeoTIFF of class numbers.
-        target: The file to write.
-        names: Class names, kept as a tag.
-        colours: "#rrggbb" per class.
-
-    Returns:
-        The path.
+    `source` is a GeoTIFF of class numbers; `colours` are "#rrggbb", one per class.
     """
     with (
         whole_file(target) as part,
@@ -116,18 +109,9 @@ def save_polygons(
 ) -> Path:
     """Patches of one class as GeoJSON polygons in longitude and latitude.
 
-    Args:
-        source: A GeoTIFF of class numbers.
-        target: The file to write.
-        names: Class names.
-        smallest_m2: Polygons of less area are left out.
-
-    Returns:
-        The path. Each feature has `class`, `number` and `area_m2`, the area in an
-        equal-area projection.
-
-    Raises:
-        ValueError: Too many polygons.
+    Each feature has `class`, `number` and `area_m2`, computed in an equal-area
+    projection; those below `smallest_m2` are left out. Raises ValueError for too many
+    polygons.
     """
     import geopandas as gpd
     import shapely
@@ -163,13 +147,7 @@ def save_polygons(
 def save_picture(source: Path, target: Path, colours: Sequence[str]) -> Path:
     """A class map as PNG, transparent where there is no prediction.
 
-    Args:
-        source: A GeoTIFF of class numbers.
-        target: The file to write.
-        colours: "#rrggbb" per class.
-
-    Returns:
-        The path; sides of more than 4096 pixels are thinned out.
+    Sides of more than 4096 pixels are thinned out.
     """
     from PIL import Image
 

@@ -204,27 +204,16 @@ def _check_classes(
 
 
 def window_starts(length: int, window: int, step: int) -> list[int]:
-    """First pixels of the windows that cover an axis; the last one ends at its end.
-
-    Args:
-        length: Pixels of the axis.
-        window: Pixels of a window.
-        step: Pixels from one window to the next.
-    """
+    """First pixels of windows that cover `length`; the last one ends at its end."""
     if length <= window:
         return [0]
     return [*range(0, length - window, step), length - window]
 
 
 def blend_weight(window: int) -> np.ndarray:
-    """A two-dimensional Hann bump, sampled at pixel centres and so nowhere zero.
+    """A Hann window (window, window) float32, sampled at pixel centres, so never zero.
 
-    Args:
-        window: Side in pixels.
-
-    Returns:
-        (window, window) float32; at the edge of the scene, where only one window
-        looks, it cancels out.
+    At the edge of the scene, where only one window reads, it cancels out.
     """
     bump = np.sin(np.pi * (np.arange(window) + 0.5) / window) ** 2
     return np.outer(bump, bump).astype(np.float32)
@@ -420,11 +409,7 @@ def _roll(strip: np.ndarray, rows: int) -> None:
 def _finished(
     rows: Iterator[tuple[np.ndarray, np.ndarray]], task: str, probabilities: bool
 ) -> Iterator[list[np.ndarray]]:
-    """Blended rows as the files hold them: class numbers or values, (K or 1, n, W).
-
-    Yields:
-        The rows of the prediction and, where asked for, those of the probabilities.
-    """
+    """Blended rows as the files hold them: class numbers or values, (K or 1, n, W)."""
     for blended, valid in rows:
         if task == "segmentation":
             best = blended.argmax(axis=0).astype(np.uint8)

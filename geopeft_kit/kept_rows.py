@@ -22,10 +22,8 @@ from .files import whole_file
 class KeptRows:
     """The strips of one job, in order, each written whole or not at all.
 
-    Args:
-        folder: Where they are kept; made here.
-        job: Everything that decides about their content, as plain JSON. Strips of
-            another job are thrown away, and one line says so.
+    `job` is plain JSON that decides about their content; strips of another job are
+    deleted, and a line says so.
     """
 
     def __init__(self, folder: Path, job: Mapping[str, Any]) -> None:
@@ -52,14 +50,7 @@ class KeptRows:
         return self.folder / f"rows_{number:06d}.npz"
 
     def go_on(self, strips: Iterable[list[np.ndarray]]) -> Iterator[list[np.ndarray]]:
-        """The kept strips, then the new ones, which are kept as they pass.
-
-        Args:
-            strips: What comes after the kept ones; each a list of arrays.
-
-        Yields:
-            All strips from the first on.
-        """
+        """Yield the kept strips, then the new ones, which are kept as they pass."""
         count = len(self)
         for number in range(count):
             with np.load(self._path(number)) as kept:

@@ -227,14 +227,9 @@ def _distance_layers(
 
 
 def chip_raster(sample: Mapping[str, Any], array: Any) -> Raster:
-    """An array of a chip's extent, with any number of pixels, at the chip's place.
+    """An array (C, H, W) or (H, W) of a chip's extent, at the chip's place.
 
-    Args:
-        sample: A sample dict with bounds, crs and, for the map's "go to", region.
-        array: (C, H, W) or (H, W).
-
-    Raises:
-        ValueError: The chip has no place on Earth.
+    Raises ValueError if the chip has no place on Earth.
     """
     if "bounds" not in sample or not sample.get("crs"):
         raise ValueError(

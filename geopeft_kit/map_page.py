@@ -61,11 +61,8 @@ def page(
 ) -> str:
     """The whole page as text.
 
-    Args:
-        drawing: Layers and places.
-        title: Title of the page.
-        swipe: Numbers of the layers that are compared at first.
-        basemap: "url" and "attribution" of tiles to fetch; None fetches nothing.
+    `swipe` numbers the two layers that are compared at first. `basemap` holds "url" and
+    "attribution" of tiles; None fetches nothing.
     """
     data = {
         "layers": [
@@ -105,12 +102,7 @@ def page(
 
 
 def frame(text: str, height: int) -> str:
-    """A page inside another one: an iframe that carries it and shares nothing.
-
-    Args:
-        text: The page.
-        height: Pixels.
-    """
+    """A page inside another one: an iframe that carries it and shares nothing."""
     return (
         f'<iframe srcdoc="{html.escape(text)}" sandbox="allow-scripts" title="map" '
         f'style="width: 100%; height: {int(height)}px; border: 1px solid #ccc">'

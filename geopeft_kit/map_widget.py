@@ -62,13 +62,7 @@ def leaflet_map(scene: SceneMap) -> ipyleaflet.Map:
 
 
 def view_of(bounds: tuple, height: int, width: int = 700) -> dict[str, Any]:
-    """Centre and zoom that show a place whole.
-
-    Args:
-        bounds: ((south, west), (north, east)) in degrees.
-        height: Pixels of the map.
-        width: Pixels of the map, at least.
-    """
+    """Centre and zoom that show ((south, west), (north, east)), degrees, as a whole."""
     (south, west), (north, east) = bounds
     top, bottom = (
         math.asinh(math.tan(math.radians(latitude))) / (2 * math.pi)

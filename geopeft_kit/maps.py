@@ -113,12 +113,7 @@ def save_map(
 
 
 def map_html(layers: Sequence[MapLayer] | SceneMap, height: int | None = None) -> str:
-    """A map as a piece of HTML: an iframe that carries the whole page inside it.
-
-    Args:
-        layers: Layers, or a map made by `show_map`.
-        height: Pixels; by default the map's own.
-    """
+    """A map as a piece of HTML: an iframe that carries the whole page inside it."""
     scene = layers if isinstance(layers, SceneMap) else show_map(layers)
     return frame(scene.page(), height or scene.height)
 

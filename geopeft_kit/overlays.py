@@ -84,12 +84,10 @@ class Drawing:
 
 
 def draw(layers: Sequence[MapLayer], max_side: int = MAX_SIDE) -> Drawing:
-    """Warp, colour and encode layers.
+    """Warp, colour and encode layers, from bottom to top.
 
-    Args:
-        layers: From bottom to top.
-        max_side: Pixels that a place may have along a side; larger ones are thinned
-            out, and one line says so.
+    Places with more than `max_side` pixels along a side are thinned out, and a line
+    says so.
     """
     layers = list(layers)
     names = [layer.name for layer in layers]
@@ -359,10 +357,9 @@ def _canvas(
     layer: MapLayer,
     resampling: Resampling = Resampling.nearest,
 ) -> np.ndarray:
-    """Everything of a layer on the grid of a place.
+    """A layer on the grid of a place: (C, height, width) float32, NaN where empty.
 
-    Returns:
-        (C, height, width) float32, NaN where there is nothing; C is 3 for images.
+    C is 3 for images.
     """
     canvas: np.ndarray | None = None
     for source in sources:

@@ -38,15 +38,11 @@ NIR = ("NIR_NARROW", "NIR_BROAD")
 
 
 def class_colours(classes: Sequence[str], colours: Colours | None = None) -> list[str]:
-    """One "#rrggbb" per class.
+    """One "#rrggbb" per class; by default Okabe and Ito's, in their order.
 
-    Args:
-        classes: The names.
-        colours: A list, or a dict by class name or number; entries are "#rrggbb" or
-            three numbers from 0 to 255. By default Okabe and Ito's, in their order.
-
-    Raises:
-        ValueError: Too few colours, a class without one, or no colour at all.
+    `colours` is a list, or a dict by class name or number, of "#rrggbb" or three
+    numbers from 0 to 255. Raises ValueError for too few, a missing one, or one that is
+    not a colour.
     """
     if colours is None:
         own = [*list(OKABE_ITO.values())[1:], OKABE_ITO["black"]]
@@ -84,14 +80,9 @@ def _hex(colour: str | Sequence[int]) -> str:
 def picture_bands(
     bands: str | Sequence[str], show: str | Sequence[str] = "true"
 ) -> list[int]:
-    """Positions of the three bands that make a picture.
+    """Positions of three bands: "true", "false" (NIR, red, green), "swir", or names.
 
-    Args:
-        bands: The bands of the image, in its order.
-        show: "true", "false" (near infrared, red, green), "swir", or three names.
-
-    Raises:
-        ValueError: The image lacks one of them.
+    Raises ValueError if the image lacks one of them.
     """
     names = list(resolve_bands(bands))
     if isinstance(show, str) and show not in SHOWS:
@@ -117,14 +108,9 @@ def picture_bands(
 def stretch_limits(
     images: Sequence[np.ndarray], percentiles: tuple[float, float] = (2, 98)
 ) -> np.ndarray:
-    """Black and white point per channel over several images, shared by all of them.
+    """Black and white point per channel, (2, C), shared by several images (C, H, W).
 
-    Args:
-        images: Arrays (C, H, W); NaN is ignored.
-        percentiles: Share in per cent below black, and below white.
-
-    Returns:
-        (2, C) float.
+    NaN is ignored.
     """
     pixels = np.concatenate([np.reshape(im, (len(im), -1)) for im in images], axis=1)
     pixels = pixels[:, np.isfinite(pixels).all(axis=0)]
@@ -136,14 +122,9 @@ def stretch_limits(
 
 
 def stretch(image: np.ndarray, limits: np.ndarray | None = None) -> np.ndarray:
-    """Reflectance as a picture.
+    """Reflectance (C, H, W) as a picture (H, W, C), 0 to 1; NaN becomes 0.
 
-    Args:
-        image: (C, H, W).
-        limits: (2, C), from `stretch_limits`; by default of this image alone.
-
-    Returns:
-        (H, W, C) float, 0 to 1; NaN becomes 0.
+    `limits` (2, C) is from `stretch_limits`; by default of this image alone.
     """
     image = np.asarray(image, dtype=np.float32)
     low, high = stretch_limits([image]) if limits is None else limits
@@ -153,14 +134,10 @@ def stretch(image: np.ndarray, limits: np.ndarray | None = None) -> np.ndarray:
 
 
 def token_picture(features: Any) -> np.ndarray:
-    """Feature maps as colours: their first three principal components.
+    """Feature maps (D, h, w) or (B, D, h, w) as colours (..., h, w, 3), 0 to 1.
 
-    Args:
-        features: (D, h, w) or (B, D, h, w); one colour scale for the whole batch.
-
-    Returns:
-        (h, w, 3) or (B, h, w, 3) float, 0 to 1. Like features, like colours; which
-        colour is which has no meaning.
+    The colours are the first three principal components, on one scale for the whole
+    batch. Similar features have similar colours; which colour is which has no meaning.
     """
     array = as_numpy(features).astype(np.float64)
     batch = array[None] if array.ndim == 3 else array

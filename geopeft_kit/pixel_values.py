@@ -46,15 +46,9 @@ class Reading:
 
 
 def read_pixel(layers: Sequence[MapLayer], lon: float, lat: float) -> list[Reading]:
-    """Read all layers at one place.
+    """One reading per layer that has data at a place (degrees), in the layers' order.
 
-    Args:
-        layers: As given to `show_map`; error layers are passed over.
-        lon: Degrees east.
-        lat: Degrees north.
-
-    Returns:
-        One reading per layer that has data there, in the order of the layers.
+    Error layers are skipped.
     """
     found = [_read_layer(layer, lon, lat) for layer in layers if layer.kind != "errors"]
     return [reading for reading in found if reading is not None]
@@ -133,13 +127,7 @@ def _descriptions(layer: MapLayer) -> Sequence[str]:
 
 
 def pixel_html(readings: Sequence[Reading], lon: float, lat: float) -> str:
-    """Readings as HTML: bars for chances, a spectrum for bands; every name escaped.
-
-    Args:
-        readings: From `read_pixel`.
-        lon: Degrees east.
-        lat: Degrees north.
-    """
+    """Readings as HTML: bars for probabilities, a spectrum for bands; names escaped."""
     ns, ew = "NS"[lat < 0], "EW"[lon < 0]
     parts = [f"<b>{abs(lat):.6f}° {ns}, {abs(lon):.6f}° {ew}</b>"]
     if not readings:

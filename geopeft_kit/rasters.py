@@ -64,16 +64,9 @@ class SceneReader:
         self.height, self.width = self.raster.height, self.raster.width
 
     def read(self, row: int, col: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """One square window; what lies outside of the scene is mirrored.
+        """A window of (C, size, size) float32 reflectance, and bool where it has data.
 
-        Args:
-            row: First row.
-            col: First column.
-            size: Side in pixels.
-
-        Returns:
-            (C, size, size) float32 reflectance, with 0 where there is no data, and
-            (size, size) bool, True where every band has data.
+        Pixels outside the scene are mirrored; pixels without data are 0.
         """
         high, wide = min(size, self.height - row), min(size, self.width - col)
         box = Window(col, row, wide, high)

@@ -54,22 +54,11 @@ def find_item(
     modifier: Callable[[Any], Any] | None = None,
     limit: int = 200,
 ) -> pystac.Item:
-    """The scene that shows most of a box, and of these the least cloudy.
+    """The scene that covers most of a box, and of these the least cloudy.
 
-    Args:
-        api: Address of the STAC API.
-        collection: For instance "sentinel-2-l2a".
-        box: West, south, east, north in degrees.
-        dates: First and last day, "2024-06-01".
-        modifier: Signs or changes what the API returns, as `pystac_client` takes it.
-        limit: Scenes that are looked at, at most.
-
-    Returns:
-        The item.
-
-    Raises:
-        RuntimeError: The API cannot be reached; one sentence says so.
-        LookupError: It has no scene there.
+    `box` is west, south, east, north in degrees; `dates` are the first and last day;
+    `modifier` is pystac_client's. At most `limit` scenes are compared. Raises
+    RuntimeError if the API cannot be reached, LookupError if it has no scene there.
     """
     import pystac_client
     import requests
@@ -110,17 +99,9 @@ def _cloud_cover(item: pystac.Item) -> float:
 
 
 def band_files(item: pystac.Item, bands: Sequence[str]) -> dict[str, BandFile]:
-    """The files of the bands that are wanted.
+    """Band -> file of a STAC item, in the order of `bands`.
 
-    Args:
-        item: A STAC item.
-        bands: The kit's names.
-
-    Returns:
-        Band -> file, in the order asked for.
-
-    Raises:
-        LookupError: The item lacks a band, or does not say how to scale one.
+    Raises LookupError if the item lacks a band, or does not say how to scale one.
     """
     found: dict[str, pystac.Asset] = {}
     for key, asset in item.assets.items():
@@ -203,16 +184,9 @@ def _baseline(item: pystac.Item) -> float:
 
 
 def cloud_file(item: pystac.Item) -> tuple[str, Callable[[np.ndarray], np.ndarray]]:
-    """The item's own cloud band, and the rule that says what it hides.
+    """Address of an item's cloud band, and what tells from its numbers what it hides.
 
-    Args:
-        item: A STAC item.
-
-    Returns:
-        Address of the file, and a function from its numbers to bool, True = hidden.
-
-    Raises:
-        LookupError: It has none.
+    Raises LookupError if it has none.
     """
     for key, asset in item.assets.items():
         plain = re.sub(r"_\d+m$", "", key).lower()
@@ -228,10 +202,6 @@ def cloud_file(item: pystac.Item) -> tuple[str, Callable[[np.ndarray], np.ndarra
 
 
 def fmask_hides(values: np.ndarray) -> np.ndarray:
-    """Whether HLS' quality layer says cloud, next to one, shadow, or nothing at all.
-
-    Args:
-        values: Numbers of the layer, uint8.
-    """
+    """Whether HLS' quality layer (uint8) says cloud, near cloud, shadow, or nothing."""
     values = np.asarray(values, dtype=np.uint8)
     return ((values & FMASK_HIDDEN) > 0) | (values == FMASK_NODATA)

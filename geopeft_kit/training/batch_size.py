@@ -55,17 +55,10 @@ def largest_batch(
     device: torch.device,
     room: float,
 ) -> int:
-    """The largest batch that fits, by the estimate, confirmed by one real step.
+    """The largest batch that fits `room` MiB: estimated, then confirmed by one real step.
 
-    Args:
-        model: As it will train; it is the same afterwards.
-        data: Its training split bounds the batch.
-        run: What `estimate_memory` is asked for the run; its batch size is a start.
-        device: Where it trains.
-        room: MiB that the run may use.
-
-    Raises:
-        MemoryError: Not even one image fits.
+    `run` holds the arguments of `estimate_memory`. The model is the same afterwards.
+    Raises MemoryError if not even one image fits.
     """
     estimate = estimate_memory(model, **run)
     chips = len(data.dataset("train"))

@@ -20,12 +20,7 @@ from geopeft_kit.training.task import trained_names
 
 
 class History(L.Callback):
-    """Keeps one row an epoch.
-
-    Args:
-        data: For validation scores.
-        validate_every: Epochs between two validations; None for none.
-    """
+    """Keeps one row an epoch, with validation scores every `validate_every` epochs."""
 
     def __init__(self, data: ChipData, validate_every: int | None) -> None:
         self.data = data
@@ -130,12 +125,7 @@ class Progress(L.Callback):
 
 
 class EarlyStop(L.Callback):
-    """Stops when validation no longer improves, and goes back to the best weights.
-
-    Args:
-        history: Where the scores come from.
-        patience: Looks without improvement before stopping.
-    """
+    """Stops after `patience` looks without improvement; restores the best weights."""
 
     def __init__(self, history: History, patience: int) -> None:
         self.history = history
@@ -173,12 +163,7 @@ class EarlyStop(L.Callback):
 
 
 class Checkpoint(L.Callback):
-    """Writes a checkpoint after each epoch, whole or not at all.
-
-    Args:
-        path: The file; the one of the epoch before is replaced only by a complete one.
-            None writes nothing.
-    """
+    """Writes a checkpoint after each epoch, whole or not at all; None writes none."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path

@@ -29,15 +29,9 @@ def checkpointed(model: Model, how: str | None) -> Iterator[None]:
     """Recompute parts of the backbone in the backward pass, inside this context.
 
     Gradients are those of the plain model bit for bit: the same kernels run on the same
-    numbers, dropout repeats its draw, and batch-norm statistics move once.
-
-    Args:
-        model: Its blocks are wrapped meanwhile; nothing of it is copied or kept.
-        how: "blocks" recomputes whole blocks; "mlp" the MLP of each block, whose two
-            wide layers keep the most; None does nothing.
-
-    Raises:
-        ValueError: Another word, or a backbone without an MLP in its blocks.
+    numbers, dropout repeats its draw, and batch-norm statistics move once. "blocks"
+    recomputes whole blocks, "mlp" the MLP of each block, whose two wide layers keep the
+    most.
     """
     parts = parts_to_recompute(model, how)
     with replaced_forward({part: _recomputed(part, part.forward) for part in parts}):

@@ -71,16 +71,9 @@ def outputs_of(
     split: str = "test",
     device: str | torch.device = "auto",
 ) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-    """What a model says about every batch of a split, on the CPU.
+    """Yield the output (B, ...) for every batch of a split, on the CPU, and the batch.
 
-    Args:
-        model: A trained model; afterwards in the mode it was in.
-        data: The data set.
-        split: Its split.
-        device: Where to compute.
-
-    Yields:
-        (B, ...) output and the batch it belongs to.
+    The model is in the same mode afterwards.
     """
     if not isinstance(device, torch.device):
         device = choose_device(device)

@@ -26,15 +26,7 @@ _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def check_frozen_precision(how: str | None, precision: str) -> None:
-    """Raise where the frozen weights cannot be held so.
-
-    Args:
-        how: None, "bf16" or "nf4".
-        precision: What the rest computes in, by Lightning's name.
-
-    Raises:
-        ValueError: Another word, or a precision that would not use such weights.
-    """
+    """Raise ValueError for an unknown word, or a precision without such weights."""
     if how is None:
         return
     if how not in FROZEN_PRECISIONS:
@@ -66,18 +58,11 @@ def frozen_weights(model: Model) -> list[nn.Parameter]:
 
 @contextmanager
 def frozen_held_in(model: Model, how: str | None) -> Iterator[None]:
-    """Hold the frozen weights in fewer bits inside this context; then all is as before.
+    """Hold frozen matrices and kernels in fewer bits inside this context.
 
-    With "bf16" the 32-bit originals wait in a temporary file, of the size of the
-    weights; "nf4" is `quantised`.
-
-    Args:
-        model: Only its frozen matrices and kernels change type. Methods that read a
-            frozen matrix themselves (DoRA, OFT, SLR, ...) read the rounded one.
-        how: None does nothing.
-
-    Raises:
-        OSError: There is no room for the temporary file.
+    With "bf16" the 32-bit originals wait in a temporary file of the size of the weights
+    (OSError if there is no room); "nf4" is `quantised`. Methods that read a frozen
+    matrix themselves (DoRA, OFT, SLR, ...) read the rounded one.
     """
     if how == "nf4":
         with quantised(model):

@@ -10,13 +10,9 @@ import torch
 
 
 def choose_device(device: str = "auto") -> torch.device:
-    """The device to compute on.
+    """The device to compute on: "auto" (a GPU if there is one), "cpu" or "cuda".
 
-    Args:
-        device: "auto" (a GPU where there is one), "cpu" or "cuda".
-
-    Raises:
-        ValueError: Another name, or "cuda" on a machine without a GPU.
+    Raises ValueError for another name, or "cuda" on a machine without a GPU.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device is {device!r}; allowed are 'auto', 'cpu' and 'cuda'.")
@@ -32,19 +28,12 @@ def choose_device(device: str = "auto") -> torch.device:
 def choose_precision(
     precision: str, device: torch.device, frozen_precision: str | None = None
 ) -> Any:
-    """Lightning's name of the precision to train in.
+    """Lightning's name of the precision to train in; ValueError if the device lacks it.
 
     "auto" is bf16 on GPUs that have it in hardware, 16-bit with loss scaling on older
-    ones (a T4 emulates bf16, slowly), and 32-bit on a CPU, where results are exact to
-    repeat.
-
-    Args:
-        precision: "auto", "32-true", "bf16-mixed", "16-mixed".
-        device: Where the training runs.
-        frozen_precision: Makes "auto" bf16, since nothing else would use such weights.
-
-    Raises:
-        ValueError: The hardware does not support the precision asked for.
+    ones (a T4 emulates bf16, slowly), and 32-bit on a CPU, where results repeat
+    exactly. With `frozen_precision` it is bf16, since nothing else would use such
+    weights.
     """
     allowed = ("auto", "32-true", "bf16-mixed", "16-mixed")
     if precision not in allowed:

@@ -34,19 +34,10 @@ def start_decoder(
     seed: int = 0,
     progress: bool = False,
 ) -> FeatureCache | None:
-    """Give the decoder what it starts from.
+    """Give the decoder its start: "probe", "calibrate" or "none".
 
-    Args:
-        model: Its decoder changes, its backbone does not.
-        data: The training split is read.
-        device: Where to compute.
-        how: "probe", "calibrate" or "none"; "auto" is "probe" for a linear decoder,
-            else "calibrate".
-        seed: Order of the samples of a probe.
-        progress: Show a bar where it takes more than a second.
-
-    Returns:
-        The features of all training chips where a probe computed them, else None.
+    "auto" is "probe" for a linear decoder, else "calibrate". Returns the features of
+    all training chips if a probe computed them.
     """
     how = resolve_head_start(model, how)
     if how == "probe":
@@ -63,15 +54,7 @@ def calibrate(
     limit: int = 512,
     progress: bool = False,
 ) -> None:
-    """Set the standardisation in front of the decoder from training features.
-
-    Args:
-        model: The model; only its standardisation buffers change.
-        data: Its training split is read, at most `limit` chips of it.
-        device: Where to compute.
-        limit: Chips that are enough for a mean and a spread per channel.
-        progress: As for `start_decoder`.
-    """
+    """Set the decoder's standardisation from features of at most `limit` chips."""
     chosen = data.subset(limit) if len(data.dataset("train")) > limit else data
     loader = chosen.dataloader("train", augment=False)
     batches = progress_bar(loader, progress, desc="features", leave=False, delay=1)

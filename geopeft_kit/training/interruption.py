@@ -19,15 +19,10 @@ from geopeft_kit.training.out_of_memory import let_go
 def stoppable(
     train: Callable[[], None], network: nn.Module, say: Callable[[], str]
 ) -> None:
-    """Run a training; where the user stops it, free what it held and say what is kept.
+    """Run a training; if the user stops it, free what it held and say what is kept.
 
-    Args:
-        train: What to run.
-        network: Afterwards in eval mode, without gradients.
-        say: The text of the interrupt.
-
-    Raises:
-        KeyboardInterrupt: The training was stopped; the text is that of `say`.
+    The network is in eval mode afterwards, without gradients. `say` gives the text of
+    the KeyboardInterrupt.
     """
     handler = signal.getsignal(signal.SIGINT)
     try:
@@ -46,14 +41,7 @@ def stoppable(
 def what_is_kept(
     epochs: int, planned: int, folder: str | Path | None, written: bool
 ) -> str:
-    """What a stopped training leaves, and how to go on.
-
-    Args:
-        epochs: Complete ones.
-        planned: Epochs in all.
-        folder: Of the run's checkpoint, or None.
-        written: Whether the checkpoint is there.
-    """
+    """What a stopped training leaves after `epochs` full ones, and how to resume."""
     after = f"stopped after {epochs} of {planned} epochs; the model is intact, and "
     if written:
         return (

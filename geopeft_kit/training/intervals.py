@@ -138,17 +138,7 @@ def region_gap(
 def count_chips(
     model: Model, data: ChipData, split: str, device: str | torch.device = "auto"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What each chip adds to the scores; sums of these give the pooled scores.
-
-    Args:
-        model: A trained model.
-        data: The data set.
-        split: Its split.
-        device: Where to compute.
-
-    Returns:
-        The counts of N chips, see `ChipCounts`, and their region names.
-    """
+    """The counts of a split's N chips, see `ChipCounts`, and their region names."""
     count = ChipCounts(model.task, model.num_classes, ignored_value(model, data))
     counts: list[np.ndarray] = []
     regions: list[str] = []
@@ -161,19 +151,9 @@ def count_chips(
 def resampled_scores(
     counts: np.ndarray, task: str, resamples: int = 1000, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """Scores of chips drawn with replacement.
+    """Metric -> (R,) scores of chips drawn with replacement, R times.
 
-    Args:
-        counts: From `count_chips`, chips first.
-        task: The model's task.
-        resamples: Draws R.
-        seed: Of the draws.
-
-    Returns:
-        Metric -> (R,) scores.
-
-    Raises:
-        ValueError: Fewer than two draws.
+    `counts` is from `count_chips`. Raises ValueError for fewer than two draws.
     """
     if resamples < 2:
         raise ValueError(f"resamples is {resamples}; it must be 2 or more (1000).")

@@ -30,14 +30,8 @@ MIB = 2**20
 class MapStore:
     """Rows of several maps, filled once and then read in any order.
 
-    Args:
-        rows: How many rows there will be.
-        limit_mib: More than that goes to disk.
-        key: Gives the name of a store on disk; asked only where it is needed.
-
-    Attributes:
-        complete: True once all rows are there, also from an earlier run.
-        folder: Where the files are; None in memory.
+    More than `limit_mib` goes to disk, under the name that `key` gives. `complete` is
+    True once all rows are there, also from an earlier run; `folder` is None in memory.
     """
 
     def __init__(self, rows: int, limit_mib: float, key: Callable[[], str]) -> None:
@@ -50,11 +44,7 @@ class MapStore:
         self.folder: Path | None = None
 
     def append(self, maps: Sequence[Tensor]) -> None:
-        """Add a batch of maps, each (B, ...); nothing to do for a complete store.
-
-        Raises:
-            OSError: The disk has no room for all rows; nothing is left behind.
-        """
+        """Add a batch of maps, each (B, ...); OSError if the disk has no room."""
         if not self.levels:
             self._make(maps)
         if self.complete:
@@ -111,13 +101,7 @@ class MapStore:
 
 
 def store_key(model: Model, dataset: ChipDataset, **more: Any) -> str:
-    """Hash of all that maps depend on: weights, preprocessing, bands and pixels.
-
-    Args:
-        model: Its backbone computes the maps.
-        dataset: The chips; a file that was written anew has another time or size.
-        **more: Other facts, as the variants of augmentation.
-    """
+    """Hash of all that maps depend on: weights, preprocessing, bands, pixels, `more`."""
     backbone, table = model.backbone, dataset.table
     files = [
         Path(table.reader.folder) / name

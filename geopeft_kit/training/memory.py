@@ -225,14 +225,11 @@ def estimate_memory(
 
 
 def usable_mib(card: str | float) -> float:
-    """MiB of a card, or of a number of GiB, that one run can use.
+    """MiB of a card in `CARDS`, or of a number of GiB, that one run can use.
 
-    Args:
-        card: A name in `CARDS`: half a GiB for the driver and a tenth for the
-            allocator's gaps are taken off. A number of GiB is taken as it is.
-
-    Raises:
-        ValueError: An unknown name, or no positive number.
+    Half a GiB for the driver and a tenth for the allocator's gaps are subtracted from a
+    card; a number of GiB is taken as it is. Raises ValueError for an unknown name or no
+    positive number.
     """
     if isinstance(card, str):
         if card not in CARDS:

@@ -20,15 +20,7 @@ SMALLEST = 4096  # tensors below this keep 32 bits, in both libraries
 
 
 def make_optimiser(groups: list[dict[str, Any]], kind: str = "adamw") -> Optimizer:
-    """Make an AdamW.
-
-    Args:
-        groups: Parameter groups with "params", "lr" and "weight_decay".
-        kind: "adamw", "fused" or "8bit".
-
-    Raises:
-        ValueError: Another kind, or "8bit" where no library brings it.
-    """
+    """An AdamW: "adamw", "fused" or "8bit"; ValueError if no library provides it."""
     check_optimiser(kind)
     if kind == "8bit":
         return _find_8bit()(groups)
@@ -44,12 +36,7 @@ def check_optimiser(kind: str) -> None:
 
 
 def optimiser_state_bytes(sizes: Sequence[int], kind: str = "adamw") -> int:
-    """Bytes that an optimiser keeps, step counters included.
-
-    Args:
-        sizes: Numbers in each trained tensor.
-        kind: "adamw", "fused" or "8bit".
-    """
+    """Bytes that an optimiser keeps for such tensors, step counters included."""
     total = 0
     for size in sizes:
         small = kind == "8bit" and size >= SMALLEST

@@ -55,15 +55,9 @@ class WayOut:
 def survive(
     train: Callable[[], None], model: Model, explain: Callable[[], str]
 ) -> None:
-    """Run a training; where memory runs out, free what it held and say what helps.
+    """Run a training; if memory runs out, free what it held and raise MemoryError.
 
-    Args:
-        train: What to run.
-        model: Its gradients are dropped after a failure.
-        explain: Called after a failure, once there is room again.
-
-    Raises:
-        MemoryError: Memory ran out; the text is `explain`'s.
+    The text is that of `explain`, which is called once there is room again.
     """
     try:
         train()
@@ -77,11 +71,9 @@ def survive(
 
 
 def let_go(network: nn.Module, error: BaseException) -> None:
-    """Free what a training held that ended in an error; eval mode, as after a good end.
+    """Free what a failed training held; eval mode, as after a successful one.
 
-    Args:
-        network: Its gradients are dropped.
-        error: Its frames hold the tensors of the last step.
+    The frames of `error` hold the tensors of the last step.
     """
     for one in (error, error.__context__):
         if one is not None:
@@ -107,11 +99,7 @@ def explanation(
 ) -> str:
     """The text of the error: what the run needed, and the three cheapest ways out.
 
-    Args:
-        model: The model.
-        run: What `estimate_memory` was asked for this run.
-        device: Where it trained.
-        room_mib: What the run may use.
+    `run` holds the arguments of `estimate_memory`.
     """
     needed = estimate_memory(model, **run)
     lines = [
@@ -136,15 +124,7 @@ def ways_out(
     device: torch.device,
     room_mib: float,
 ) -> list[WayOut]:
-    """Changes that save memory, those that make the run fit first, cheapest first.
-
-    Args:
-        model: The model.
-        needed: The estimate of the run as it is.
-        run: What `estimate_memory` was asked for it.
-        device: Where it trains.
-        room_mib: What the run may use.
-    """
+    """Changes that save memory, those that make the run fit first, cheapest first."""
     found = []
     for change, price in _candidates(model, run, device):
         total = estimate_memory(model, **{**run, **change}).total_mib

@@ -16,9 +16,6 @@ class PeakMemory:
 
     On Linux the kernel's own high-water mark is reset and read, so no peak between two
     samples is missed. Elsewhere the resident set is read at each call of `sample()`.
-
-    Args:
-        device: Where the model trains.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -21,16 +21,10 @@ from geopeft_kit.training.task import images_on
 class Prefix:
     """The frozen blocks of a model before the first trained one.
 
-    Stored are the outputs that anything later reads: of the last frozen block, of the
+    It stores the outputs that anything later reads: of the last frozen block, of the
     last one of each stage, and of those where a map is taken. In replay these blocks
-    hand out what was stored and the others hand on what they get.
-
-    Args:
-        model: A method trains in its last blocks alone.
-
-    Raises:
-        ValueError: No block is frozen before the first trained tensor, or the model
-            looks at pairs of images.
+    return what was stored and the others pass on their input. Raises ValueError if no
+    block is frozen before the first trained tensor, or the model reads pairs of images.
     """
 
     def __init__(self, model: Model) -> None:
@@ -55,11 +49,7 @@ class Prefix:
     def record(
         self, batch: Mapping[str, Any], device: torch.device | str
     ) -> list[Tensor]:
-        """What the kept blocks put out for a batch of images.
-
-        Raises:
-            ValueError: The first batch shows that this model cannot be replayed.
-        """
+        """The kept blocks' outputs for a batch; ValueError if a replay differs."""
         blocks = [block for _, block in self.model.backbone.blocks]
         found: dict[int, Tensor] = {}
         hooks = [blocks[i].register_forward_hook(_keep(found, i)) for i in self.kept]
@@ -75,12 +65,7 @@ class Prefix:
         return stored
 
     def features(self, stored: Sequence[Tensor], size: tuple[int, int]) -> list[Tensor]:
-        """The model's features of images that it has not got any more.
-
-        Args:
-            stored: From `record`.
-            size: (H, W) of the images.
-        """
+        """The model's features of images (H, W) from what `record` stored of them."""
         backbone = self.model.backbone
         blocks = [block for _, block in backbone.blocks]
         functions: dict[nn.Module, Callable[..., Any]] = {
@@ -110,8 +95,7 @@ class Prefix:
 def first_trained_block(model: Model) -> int:
     """Number of the first block with a trained tensor.
 
-    Raises:
-        ValueError: It is the first of all, or something outside the blocks trains.
+    Raises ValueError if it is the first of all, or something outside the blocks trains.
     """
     backbone = model.backbone
     paths = [f"model.{path}." for path, _ in backbone.blocks]

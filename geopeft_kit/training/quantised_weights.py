@@ -24,11 +24,7 @@ SCALE_BLOCK = 64  # numbers that share a scale of one byte (double quantisation)
 
 
 def check_quantised(model: Model, device: torch.device) -> None:
-    """Raise where the frozen weights cannot be held in 4 bits.
-
-    Raises:
-        ValueError: No CUDA device, no bitsandbytes, or another method than LoRA.
-    """
+    """Raise ValueError without CUDA or bitsandbytes, or for a method but LoRA."""
     adapter: Adapter | None = getattr(model.backbone, "adapter", None)
     if adapter is None or adapter.name != "lora":
         name = "full" if adapter is None else adapter.name

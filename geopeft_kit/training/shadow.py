@@ -50,16 +50,11 @@ class Rehearsal:
 
 
 class Shadow:
-    """A copy of a model that has shapes only; the model itself is left alone.
+    """A copy of a model that has shapes only, in training mode.
 
-    Args:
-        model: May lie on a CPU, a GPU, or on the meta device, where it has no numbers
-            either (``with torch.device("meta"):`` around building it).
-
-    Attributes:
-        model: The copy, in training mode.
-        beside: Bytes that adapters hold in hand beside the network: originals that
-            copies stand for, and adapters that are not active.
+    The model may be on a CPU, a GPU or the meta device. `beside` counts the bytes that
+    adapters hold outside the network: originals that copies replace, and inactive
+    adapters.
     """
 
     def __init__(self, model: Model) -> None:
@@ -74,13 +69,7 @@ class Shadow:
     def rehearse(
         self, batch: Shapes, precision: str, checkpointing: str | None
     ) -> Rehearsal:
-        """Run one training step without numbers.
-
-        Args:
-            batch: Shapes of image and target.
-            precision: Lightning's name: "32-true", "bf16-mixed" or "16-mixed".
-            checkpointing: None, "blocks" or "mlp".
-        """
+        """Run one training step without numbers, for the shapes of a batch."""
         parameters = list(self.model.parameters())
         low = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
         task = Task(self.model, 255, 0.0, 0.0, 0.0, 1, 0, 0)
@@ -137,13 +126,10 @@ _QUESTIONS = (
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of new storages while they live.
+    """Counts the bytes of new storages while they live; those of `known` do not count.
 
     It also answers where code asks for a number that nobody has: two tensors agree
     (what is recomputed is what was there), a layer that a draw might drop stays.
-
-    Args:
-        known: Tensors that do not count.
     """
 
     def __init__(self, known: list[Any]) -> None:

@@ -194,11 +194,7 @@ class Tracker(L.Callback):
         self.peak = self.memory.peak()
 
     def resources(self) -> Resources:
-        """Sum up the run; call it after training.
-
-        Raises:
-            RuntimeError: No step was trained, so there is nothing to report.
-        """
+        """Sum up the run after training; RuntimeError if no step was trained."""
         if not self.times:
             raise RuntimeError(
                 "the tracker saw no training step. Train with it first, for instance "
