@@ -55,7 +55,7 @@ def largest_batch(
     device: torch.device,
     room: float,
 ) -> int:
-    """The largest batch that fits `room` MiB: estimated, then confirmed by one real step.
+    """The largest batch that fits `room` MiB: estimated, then tried in one real step.
 
     `run` holds the arguments of `estimate_memory`. The model is the same afterwards.
     Raises MemoryError if not even one image fits.

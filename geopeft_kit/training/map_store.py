@@ -101,7 +101,7 @@ class MapStore:
 
 
 def store_key(model: Model, dataset: ChipDataset, **more: Any) -> str:
-    """Hash of all that maps depend on: weights, preprocessing, bands, pixels, `more`."""
+    """Hash of all that maps depend on: weights, preprocessing, bands, pixels, ..."""
     backbone, table = model.backbone, dataset.table
     files = [
         Path(table.reader.folder) / name
