@@ -17,7 +17,7 @@ from torch import Tensor
 
 import geopeft_kit as gk
 from geopeft_kit.backbones import Backbone
-from geopeft_kit.backbones.card import plan_bands
+from geopeft_kit.backbones.band_plan import plan_bands
 from geopeft_kit.backbones.hierarchical import HierarchicalBackbone
 from geopeft_kit.backbones.timm_zoo import make_card
 from geopeft_kit.methods import Adapter

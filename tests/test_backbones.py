@@ -19,8 +19,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from geopeft_kit.backbones import find_card, galileo, list_backbones, load_backbone
+from geopeft_kit.backbones.band_plan import plan_bands
 from geopeft_kit.backbones.base import Backbone, adapt_kernels, tap_points
-from geopeft_kit.backbones.card import plan_bands
 from geopeft_kit.backbones.prithvi import resize_table, sine_cosine_table
 from geopeft_kit.backbones.torchgeo_facts import S2_STATISTICS, SENTINEL2
 from geopeft_kit.files import hash_of

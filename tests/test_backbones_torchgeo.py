@@ -28,7 +28,8 @@ from torchvision.models import swin_transformer
 import geopeft_kit as gk
 from geopeft_kit import backbones
 from geopeft_kit.backbones import Backbone, find_card, load_backbone
-from geopeft_kit.backbones.card import BackboneCard, WeightFile, plan_bands
+from geopeft_kit.backbones.band_plan import plan_bands
+from geopeft_kit.backbones.card import BackboneCard, WeightFile
 from geopeft_kit.backbones.copernicusfm import days_since_1970
 from geopeft_kit.backbones.rgb_vits import fixed_table
 from geopeft_kit.backbones.torchgeo import CARDS

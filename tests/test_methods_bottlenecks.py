@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 import geopeft_kit as gk
 from geopeft_kit.backbones import Backbone
+from geopeft_kit.backbones.band_plan import plan_bands
 from geopeft_kit.backbones.base import TokenGrid
-from geopeft_kit.backbones.card import plan_bands
 from geopeft_kit.backbones.hierarchical import HierarchicalBackbone
 from geopeft_kit.backbones.timm_zoo import make_card
 from geopeft_kit.backbones.vit import ViTBackbone

@@ -28,8 +28,9 @@ from geopeft_kit.backbones import (
     timm_zoo,
     torchgeo,
 )
+from geopeft_kit.backbones.band_plan import BandPlan, NewBands, plan_bands
 from geopeft_kit.backbones.base import SAMPLE, Backbone, Origin
-from geopeft_kit.backbones.card import BackboneCard, BandPlan, NewBands, plan_bands
+from geopeft_kit.backbones.card import BackboneCard
 from geopeft_kit.backbones.weights import (
     State,
     check_fit,

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from geopeft_kit.backbones.card import BackboneCard, BandPlan
+from geopeft_kit.backbones.band_plan import BandPlan
+from geopeft_kit.backbones.card import BackboneCard
 from geopeft_kit.devices import on_own_device
 
 Meta = Mapping[str, Tensor]

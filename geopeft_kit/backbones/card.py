@@ -1,25 +1,19 @@
 """Backbone cards: what a model expects, what it is, and where it comes from.
 
 A card is plain data. It says which bands a backbone was trained on, how their
-values were normalised, who may use the weights, and where the file lies. The
-module also answers the one question that depends on the card alone: which kernel
-of the patch embedding does each band of *your* image meet?
+values were normalised, who may use the weights, and where the file is.
 
 Taught in notebook 01 (load a geospatial foundation model).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from html import escape
-from typing import Any, Literal, get_args
+from typing import Any
 
-from geopeft_kit.bands import BANDS, resolve_bands
-
-NewBands = Literal["error", "random", "copy_nearest", "share_nearest", "ignore"]
-NEW_BANDS: tuple[str, ...] = get_args(NewBands)
-NEAREST = ("copy_nearest", "share_nearest")
+from geopeft_kit.bands import BANDS
 
 
 @dataclass(frozen=True)
@@ -151,154 +145,3 @@ class BackboneCard:
                 f"<td style='text-align:left'>{escape(str(value))}</td></tr>"
             )
         return f"<table>{''.join(rows)}</table>"
-
-
-@dataclass(frozen=True)
-class BandPlan:
-    """Which kernel each band of an image meets.
-
-    Args:
-        bands: the C channels of the image, canonical names in the user's order.
-        read: positions among those C that the embedding reads (all of them, except
-            under ``new_bands="ignore"``).
-        kernels: for each position in ``read``, the index of the card's kernel, or
-            None for a random one.
-        mean: C values in the card's unit.
-        std: C values in the card's unit.
-        new_bands: the policy that led to this plan.
-    """
-
-    bands: tuple[str, ...]
-    read: tuple[int, ...]
-    kernels: tuple[int | None, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    new_bands: NewBands
-
-    @property
-    def read_bands(self) -> tuple[str, ...]:
-        """Names of the bands that the embedding reads."""
-        return tuple(self.bands[position] for position in self.read)
-
-    def share(self, kernel: int | None) -> float:
-        """Factor on a kernel: 1/n where n bands share it under "share_nearest"."""
-        shared = self.new_bands == "share_nearest"
-        return 1 / self.kernels.count(kernel) if shared else 1.0
-
-
-def plan_bands(
-    card: BackboneCard,
-    bands: str | Sequence[str] | None = None,
-    new_bands: NewBands = "error",
-) -> BandPlan:
-    """Match the bands of an image with the kernels of a backbone, by name.
-
-    A band the card does not know gets the statistics of the known band nearest in
-    wavelength, but for ``"share_nearest"``; a band without a wavelength (radar) is
-    passed on as it is.
-
-    ``"share_nearest"`` keeps the pretrained response: n bands that meet one kernel each
-    take 1/n of it, and a new band is standardised by statistics of its own, so that it
-    arrives with the mean and spread of its neighbour. These are the published means and
-    deviations of SSL4EO-S12 (Sentinel-2 L1C, places all over the world), brought into
-    the card's unit by way of the neighbour, whatever its convention. Only Sentinel-2's
-    bands have them.
-
-    Args:
-        card: the backbone's card.
-        bands: sensor name, or C band names in the order of the image's channels;
-            None means the card's own.
-        new_bands: what to do with a band the card does not know. ``"error"``;
-            ``"random"``: a random kernel of the known kernels' spread;
-            ``"copy_nearest"``: the kernel of the nearest wavelength, at full strength;
-            ``"share_nearest"``: a share of it, see above; ``"ignore"``: the image
-            carries the band and the embedding does not read it.
-
-    Returns:
-        The plan, one entry per band of the image.
-
-    Raises:
-        ValueError: for an unknown policy, a band that needs one, a band with no
-            wavelength under a nearest policy, one without statistics under
-            ``"share_nearest"``, or no known band at all.
-    """
-    if new_bands not in NEW_BANDS:
-        raise ValueError(f"new_bands={new_bands!r}: allowed are {', '.join(NEW_BANDS)}")
-    names = card.bands if bands is None else resolve_bands(bands)
-    known = (*card.bands, *card.also_reads)
-    unknown = [name for name in names if name not in known]
-    if unknown and new_bands == "error":
-        raise ValueError(
-            f"{card.name} does not know {', '.join(unknown)}; it knows "
-            f"{', '.join(known)}. Leave them out, or choose new_bands='random', "
-            "'share_nearest', 'copy_nearest' or 'ignore'"
-        )
-    if len(unknown) == len(names) and new_bands != "random":
-        raise ValueError(
-            f"{card.name} knows none of {', '.join(names)}; it knows "
-            f"{', '.join(known)}. Choose another backbone, or new_bands='random'"
-        )
-    read, kernels, mean, std = [], [], [], []
-    for position, name in enumerate(names):
-        nearest = _nearest(card, name)
-        kernel = nearest if new_bands in NEAREST else None
-        if name in card.bands:
-            kernel = card.bands.index(name)
-        elif new_bands in NEAREST and nearest is None and name in unknown:
-            raise ValueError(
-                f"{name} has no wavelength, so no band of {card.name} is nearest to "
-                "it; choose new_bands='random' or 'ignore'"
-            )
-        statistics = (0.0, 1.0)
-        if nearest is not None:
-            numbers = card.normalisation
-            statistics = numbers.mean[nearest], numbers.std[nearest]
-            if new_bands == "share_nearest" and name in unknown:
-                statistics = _own_statistics(card, name, nearest)
-        mean_here, std_here = card.also_reads.get(name, statistics)
-        mean.append(mean_here)
-        std.append(std_here)
-        if name in known or new_bands != "ignore":
-            read.append(position)
-            kernels.append(kernel)
-    return BandPlan(
-        bands=tuple(names),
-        read=tuple(read),
-        kernels=tuple(kernels),
-        mean=tuple(mean),
-        std=tuple(std),
-        new_bands=new_bands,
-    )
-
-
-def _nearest(card: BackboneCard, name: str) -> int | None:
-    """Index of the card's band nearest in wavelength to ``name``; itself if known."""
-    if name in card.bands:
-        return card.bands.index(name)
-    target = BANDS[name].wavelength_um
-    known = [(i, w) for i, w in enumerate(card.wavelengths) if w is not None]
-    if target is None or not known:
-        return None
-    return min(known, key=lambda pair: abs(pair[1] - target))[0]
-
-
-def _own_statistics(card: BackboneCard, name: str, nearest: int) -> tuple[float, float]:
-    """Mean and deviation that bring a band to where its neighbour arrives."""
-    from geopeft_kit.backbones.torchgeo_facts import S2_STATISTICS, SENTINEL2
-
-    neighbour = card.bands[nearest]
-    missing = [band for band in (name, neighbour) if band not in SENTINEL2]
-    if missing:
-        raise ValueError(
-            f"no statistics of {', '.join(missing)} are published, so {name} cannot "
-            f"be brought to the range of {neighbour}; choose "
-            "new_bands='copy_nearest', 'random' or 'ignore'"
-        )
-    published, scale = S2_STATISTICS, card.normalisation.scale / S2_STATISTICS.scale
-    own, other = SENTINEL2.index(name), SENTINEL2.index(neighbour)
-    spread = published.std[own] / published.std[other]
-    offset = scale * published.mean[other] - card.normalisation.mean[nearest]
-    return (
-        scale * published.mean[own] - offset * spread,
-        card.normalisation.std[nearest] * spread,
-    )

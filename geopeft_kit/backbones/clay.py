@@ -26,13 +26,9 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from geopeft_kit.backbones.band_plan import BandPlan
 from geopeft_kit.backbones.base import Meta
-from geopeft_kit.backbones.card import (
-    BackboneCard,
-    BandPlan,
-    Normalisation,
-    WeightFile,
-)
+from geopeft_kit.backbones.card import BackboneCard, Normalisation, WeightFile
 from geopeft_kit.backbones.clay_embedding import WavelengthEmbedding
 from geopeft_kit.backbones.metadata import dates_of, lonlat_of
 from geopeft_kit.backbones.vit import ViTBackbone

@@ -14,8 +14,9 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from geopeft_kit.backbones.band_plan import BandPlan
 from geopeft_kit.backbones.base import Meta
-from geopeft_kit.backbones.card import BackboneCard, BandPlan, WeightFile
+from geopeft_kit.backbones.card import BackboneCard, WeightFile
 from geopeft_kit.backbones.spectral import (
     MICRO_TO_NANO,
     NO_STATISTICS,

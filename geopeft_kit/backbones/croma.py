@@ -22,13 +22,9 @@ import torch
 from timm.layers.attention import Attention
 from torch import Tensor
 
+from geopeft_kit.backbones.band_plan import BandPlan
 from geopeft_kit.backbones.base import TokenGrid, adapt_kernels
-from geopeft_kit.backbones.card import (
-    BackboneCard,
-    BandPlan,
-    Normalisation,
-    WeightFile,
-)
+from geopeft_kit.backbones.card import BackboneCard, Normalisation, WeightFile
 from geopeft_kit.backbones.rgb_vits import network
 from geopeft_kit.backbones.torchgeo_facts import (
     DECIBEL,

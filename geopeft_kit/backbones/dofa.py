@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from geopeft_kit.backbones.card import BackboneCard, BandPlan, WeightFile
+from geopeft_kit.backbones.band_plan import BandPlan
+from geopeft_kit.backbones.card import BackboneCard, WeightFile
 from geopeft_kit.backbones.spectral import (
     NO_STATISTICS,
     NOT_SEEN,

@@ -12,13 +12,9 @@ from collections.abc import Mapping
 from timm.models.swin_transformer import SwinTransformer, checkpoint_filter_fn
 from torch import Tensor
 
+from geopeft_kit.backbones.band_plan import BandPlan
 from geopeft_kit.backbones.base import adapt_kernels
-from geopeft_kit.backbones.card import (
-    BackboneCard,
-    BandPlan,
-    Normalisation,
-    WeightFile,
-)
+from geopeft_kit.backbones.card import BackboneCard, Normalisation, WeightFile
 from geopeft_kit.backbones.hierarchical import HierarchicalBackbone
 from geopeft_kit.backbones.rgb_vits import IMAGENET, PICTURES, RGB
 from geopeft_kit.backbones.weights import State, load_strictly

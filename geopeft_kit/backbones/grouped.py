@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from geopeft_kit.backbones.band_plan import BandPlan
 from geopeft_kit.backbones.base import Backbone, Meta, tap_points, tapped_tokens
-from geopeft_kit.backbones.card import BackboneCard, BandPlan
+from geopeft_kit.backbones.card import BackboneCard
 
 
 class GroupedViTBackbone(Backbone):

@@ -16,8 +16,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from geopeft_kit.backbones.band_plan import BandPlan
 from geopeft_kit.backbones.base import Backbone, Meta
-from geopeft_kit.backbones.card import BackboneCard, BandPlan
+from geopeft_kit.backbones.card import BackboneCard
 
 # What a block is called, per layout.
 _BLOCKS = {

@@ -18,8 +18,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from geopeft_kit.backbones.band_plan import BandPlan
 from geopeft_kit.backbones.base import Backbone, Meta, adapt_kernels
-from geopeft_kit.backbones.card import BackboneCard, BandPlan, Normalisation
+from geopeft_kit.backbones.card import BackboneCard, Normalisation
 from geopeft_kit.backbones.phileo_unet import CNNBlock, GeoAwareUNet
 from geopeft_kit.backbones.weights import load_strictly, strip_prefixes
 

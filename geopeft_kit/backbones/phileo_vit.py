@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from geopeft_kit.backbones.band_plan import BandPlan
 from geopeft_kit.backbones.base import (
     Backbone,
     Meta,
@@ -25,7 +26,7 @@ from geopeft_kit.backbones.base import (
     tap_points,
     tapped_tokens,
 )
-from geopeft_kit.backbones.card import BackboneCard, BandPlan
+from geopeft_kit.backbones.card import BackboneCard
 from geopeft_kit.backbones.phileo import (
     BANDS,
     LICENCE,

@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from geopeft_kit.backbones.band_plan import BandPlan
 from geopeft_kit.backbones.base import Meta, adapt_kernels
-from geopeft_kit.backbones.card import BackboneCard, BandPlan
+from geopeft_kit.backbones.card import BackboneCard
 from geopeft_kit.backbones.metadata import dates_of, lonlat_of
 from geopeft_kit.backbones.vit import ViTBackbone
 from geopeft_kit.backbones.weights import State, load_strictly, strip_prefixes

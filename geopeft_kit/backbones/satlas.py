@@ -26,13 +26,9 @@ from torchvision.models.swin_transformer import (
     SwinTransformerBlockV2,
 )
 
+from geopeft_kit.backbones.band_plan import BandPlan
 from geopeft_kit.backbones.base import Meta, adapt_kernels
-from geopeft_kit.backbones.card import (
-    BackboneCard,
-    BandPlan,
-    Normalisation,
-    WeightFile,
-)
+from geopeft_kit.backbones.card import BackboneCard, Normalisation, WeightFile
 from geopeft_kit.backbones.hierarchical import HierarchicalBackbone
 from geopeft_kit.backbones.torchgeo_facts import LICENCE
 from geopeft_kit.backbones.weights import State, load_strictly, strip_prefixes

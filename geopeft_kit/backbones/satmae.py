@@ -23,13 +23,9 @@ from timm.layers import PatchEmbed, resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from geopeft_kit.backbones.band_plan import BandPlan
 from geopeft_kit.backbones.base import Meta, adapt_kernels
-from geopeft_kit.backbones.card import (
-    BackboneCard,
-    BandPlan,
-    Normalisation,
-    WeightFile,
-)
+from geopeft_kit.backbones.card import BackboneCard, Normalisation, WeightFile
 from geopeft_kit.backbones.grouped import GroupedViTBackbone, group_slots
 from geopeft_kit.backbones.rgb_vits import fixed_table, mae_state
 from geopeft_kit.backbones.weights import State, load_strictly

@@ -13,13 +13,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from geopeft_kit.backbones.band_plan import BandPlan
 from geopeft_kit.backbones.base import adapt_kernels
-from geopeft_kit.backbones.card import (
-    BackboneCard,
-    BandPlan,
-    Normalisation,
-    WeightFile,
-)
+from geopeft_kit.backbones.card import BackboneCard, Normalisation, WeightFile
 from geopeft_kit.backbones.rgb_vits import (
     IMAGENET,
     PICTURES,

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from geopeft_kit.backbones.card import BackboneCard, BandPlan
+from geopeft_kit.backbones.band_plan import BandPlan
+from geopeft_kit.backbones.card import BackboneCard
 from geopeft_kit.backbones.rgb_vits import fixed_table, network
 from geopeft_kit.backbones.weights import State, load_strictly, strip_prefixes
 

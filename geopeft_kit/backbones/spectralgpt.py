@@ -19,8 +19,9 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
+from geopeft_kit.backbones.band_plan import BandPlan
 from geopeft_kit.backbones.base import Meta
-from geopeft_kit.backbones.card import BackboneCard, BandPlan, WeightFile
+from geopeft_kit.backbones.card import BackboneCard, WeightFile
 from geopeft_kit.backbones.galileo_network import Block
 from geopeft_kit.backbones.grouped import GroupedViTBackbone, group_slots
 from geopeft_kit.backbones.rgb_vits import mae_state

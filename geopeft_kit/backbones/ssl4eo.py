@@ -21,8 +21,9 @@ import timm
 import torch
 from torch import Tensor
 
+from geopeft_kit.backbones.band_plan import BandPlan
 from geopeft_kit.backbones.base import adapt_kernels
-from geopeft_kit.backbones.card import BackboneCard, BandPlan, WeightFile
+from geopeft_kit.backbones.card import BackboneCard, WeightFile
 from geopeft_kit.backbones.hierarchical import HierarchicalBackbone
 from geopeft_kit.backbones.rgb_vits import network
 from geopeft_kit.backbones.torchgeo_facts import (

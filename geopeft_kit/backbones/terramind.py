@@ -27,13 +27,9 @@ from timm.layers import SwiGLU
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from geopeft_kit.backbones.band_plan import BandPlan
 from geopeft_kit.backbones.base import adapt_kernels
-from geopeft_kit.backbones.card import (
-    BackboneCard,
-    BandPlan,
-    Normalisation,
-    WeightFile,
-)
+from geopeft_kit.backbones.card import BackboneCard, Normalisation, WeightFile
 from geopeft_kit.backbones.rgb_vits import fixed_table
 from geopeft_kit.backbones.vit import ViTBackbone
 from geopeft_kit.backbones.weights import State, load_strictly

@@ -30,13 +30,9 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from geopeft_kit.backbones.band_plan import BandPlan
 from geopeft_kit.backbones.base import Backbone, adapt_kernels
-from geopeft_kit.backbones.card import (
-    BackboneCard,
-    BandPlan,
-    Normalisation,
-    WeightFile,
-)
+from geopeft_kit.backbones.card import BackboneCard, Normalisation, WeightFile
 from geopeft_kit.backbones.hierarchical import (
     EfficientViMBackbone,
     HierarchicalBackbone,

@@ -15,8 +15,9 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from geopeft_kit.backbones.band_plan import BandPlan
 from geopeft_kit.backbones.base import Backbone, Meta, tap_points, tapped_tokens
-from geopeft_kit.backbones.card import BackboneCard, BandPlan
+from geopeft_kit.backbones.card import BackboneCard
 
 
 def tokens_to_map(tokens: Tensor, height: int, width: int) -> Tensor:
