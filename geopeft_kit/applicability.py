@@ -31,11 +31,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from geopeft_kit.data.batch import batch_meta
+
 from .data.splits import spatial_blocks
 from .decoders.neck import pad_to_multiple
 from .devices import moved
 from .training.hardware import choose_device
-from .training.task import batch_meta
 
 if TYPE_CHECKING:
     from .backbones.base import Backbone, Meta

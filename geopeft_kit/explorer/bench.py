@@ -19,6 +19,7 @@ from torch.utils.data import default_collate
 
 from geopeft_kit.backbones import load_backbone
 from geopeft_kit.backbones.base import Backbone
+from geopeft_kit.data.batch import batch_meta, batch_target, images_on
 from geopeft_kit.data.chips import ChipData
 from geopeft_kit.explorer.choice import AS_GIVEN, Choice, code_of, find_method
 from geopeft_kit.explorer.turns import Turns, Watch
@@ -27,12 +28,7 @@ from geopeft_kit.model import Model, build_model
 from geopeft_kit.training.evaluate import HEADLINE, evaluate
 from geopeft_kit.training.fit import fit
 from geopeft_kit.training.hardware import choose_device, free_gib
-from geopeft_kit.training.task import (
-    batch_meta,
-    batch_target,
-    compute_loss,
-    images_on,
-)
+from geopeft_kit.training.task import compute_loss
 from geopeft_kit.training.tracker import MIB, count_saved_bytes, weight_bytes
 
 PARTS = ("weights", "gradients", "optimiser", "activations")

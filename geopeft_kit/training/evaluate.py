@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from geopeft_kit.data.batch import batch_target, images_on
 from geopeft_kit.data.chips import ChipData
 from geopeft_kit.data.torchgeo_data import AnyData, as_data
 from geopeft_kit.model import Model
 from geopeft_kit.training.hardware import choose_device
 from geopeft_kit.training.metrics import VALUE_TASKS, RegionalMetrics
-from geopeft_kit.training.task import batch_target, images_on
 
 # The score that model selection looks at, and whether more of it is better.
 HEADLINE = {

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from geopeft_kit.data.batch import images_on
 from geopeft_kit.data.loading import (
     AugmentedKey,
     drawn_symmetry,
@@ -25,7 +26,6 @@ from geopeft_kit.model import Model
 from geopeft_kit.progress import progress_bar
 from geopeft_kit.training.map_store import MapStore, store_key
 from geopeft_kit.training.prefix_cache import Prefix
-from geopeft_kit.training.task import batch_features
 
 LIMIT_MIB = 4096.0
 SYMMETRIES = 8
@@ -74,7 +74,7 @@ class FeatureCache(Dataset):
             limit_mib,
             lambda: store_key(model, chips, variants=self.variants, kept=kept),
         )
-        compute: Compute = lambda batch: batch_features(model, batch, device)  # noqa: E731
+        compute: Compute = lambda batch: model.features(*images_on(batch, device))  # noqa: E731
         if prefix is not None:
             compute = lambda batch: prefix.record(batch, device)  # noqa: E731
         training = model.training

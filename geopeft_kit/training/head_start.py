@@ -11,12 +11,13 @@ from __future__ import annotations
 import torch
 from torch.utils.data import DataLoader
 
+from geopeft_kit.data.batch import batch_target, images_on
 from geopeft_kit.data.chips import ChipData
 from geopeft_kit.devices import moved
 from geopeft_kit.model import WHOLE_IMAGE_TASKS, Model
 from geopeft_kit.progress import progress_bar
 from geopeft_kit.training.feature_cache import FeatureCache
-from geopeft_kit.training.task import batch_features, batch_target, compute_loss
+from geopeft_kit.training.task import compute_loss
 
 
 def resolve_head_start(model: Model, how: str) -> str:
@@ -59,7 +60,7 @@ def calibrate(
     loader = chosen.dataloader("train", augment=False)
     batches = progress_bar(loader, progress, desc="features", leave=False, delay=1)
     # One batch at a time: four large maps of many chips would fill the memory.
-    model.calibrate(batch_features(model, batch, device) for batch in batches)
+    model.calibrate(model.features(*images_on(batch, device)) for batch in batches)
 
 
 def start_head(

@@ -23,11 +23,11 @@ import numpy as np
 import pandas as pd
 import torch
 
+from geopeft_kit.data.batch import batch_target
 from geopeft_kit.data.chips import ChipData
 from geopeft_kit.model import Model
 from geopeft_kit.training.evaluate import HEADLINE, ignored_value, outputs_of
 from geopeft_kit.training.metrics import ChipCounts, scores_of
-from geopeft_kit.training.task import batch_target
 
 
 def score_regions(

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from geopeft_kit.data.batch import images_on
 from geopeft_kit.model import Model
 from geopeft_kit.training.checkpointing import replaced_forward
-from geopeft_kit.training.task import images_on
 
 
 class Prefix:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
-from geopeft_kit.devices import moved
+from geopeft_kit.data.batch import batch_meta, batch_target
 from geopeft_kit.methods.base import TrainingRule
 from geopeft_kit.model import Model
 from geopeft_kit.training.optimisers import make_optimiser
@@ -71,31 +71,6 @@ def compute_loss(
         f"no loss for task {task!r}; the tasks are segmentation, change, "
         "classification, multilabel, regression and super_resolution."
     )
-
-
-def batch_target(batch: Mapping[str, Any]) -> Tensor:
-    """The mask of a batch, or its label where the data has labels."""
-    return batch["mask"] if "mask" in batch else batch["label"]
-
-
-def batch_meta(batch: Mapping[str, Any]) -> dict[str, Tensor] | None:
-    """Date and place of a batch as backbones take them; None where it has neither."""
-    meta = {key: batch[key] for key in ("date", "lonlat") if key in batch}
-    return meta or None
-
-
-def batch_features(
-    model: Model, batch: Mapping[str, Any], device: torch.device | str
-) -> list[Tensor]:
-    """Return the feature maps of a batch's images, computed on a device."""
-    return model.features(*images_on(batch, device))
-
-
-def images_on(
-    batch: Mapping[str, Any], device: torch.device | str
-) -> tuple[Tensor, dict[str, Tensor] | None]:
-    """Images of a batch, and their date and place, on a device."""
-    return moved((batch["image"], batch_meta(batch)), device)
 
 
 def trained_names(model: nn.Module) -> set[str]:
