@@ -44,7 +44,12 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
     Yields:
         An empty temporary folder beside it.
+
+    Raises:
+        FileExistsError: The target is a file.
     """
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"{target} is a file. Choose another folder.")
     target.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     old = part.with_name(f"{part.name}.old")
