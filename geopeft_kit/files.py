@@ -49,8 +49,11 @@ def whole_folder(target: Path, replace: bool = True) -> Iterator[Path]:
         A temporary folder beside it.
 
     Raises:
-        FileExistsError: `replace` is False, and the target holds something by now.
+        FileExistsError: The target is a file; or `replace` is False and it holds
+            something by now.
     """
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"{target} is a file. Choose another folder.")
     made = [folder for folder in target.parents if not folder.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{target.name[:16]}.", dir=target.parent))

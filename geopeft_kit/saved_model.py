@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from geopeft_kit.backbones import find_card, load_backbone
-from geopeft_kit.backbones.base import SAMPLE, Backbone
+from geopeft_kit.backbones.base import SAMPLE, Backbone, Origin
 from geopeft_kit.backbones.weights import is_tag, read_checkpoint, save_weights
 from geopeft_kit.files import hash_of, whole_folder
 from geopeft_kit.methods import load_adapter
-from geopeft_kit.methods import storage as adapter_files
 from geopeft_kit.methods.adapter import original_backbone, original_hash
 from geopeft_kit.model import Model, build_model
 
@@ -31,7 +29,7 @@ FORMAT = 1
 DESCRIPTION = "model.json"
 TENSORS = "model.safetensors"
 BACKBONE = "backbone.safetensors"
-ADAPTER = (adapter_files.DESCRIPTION, adapter_files.TENSORS)
+ADAPTER = ("adapter.json", "adapter.safetensors")  # written by Adapter.save
 _GENERATOR = "backbone.generator"
 
 
@@ -57,10 +55,13 @@ def save_model(model: Model, folder: str | Path) -> Path:
         OSError: The disk is full, or the place cannot be written.
     """
     if not isinstance(model, Model):
-        kind = type(model).__name__
-        raise TypeError(f"{kind} cannot be saved; pass a model of gk.build_model.")
+        raise TypeError(f"no model of gk.build_model, but a {type(model).__name__}.")
     folder = Path(folder).expanduser().absolute()
-    _check_place(folder)
+    held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if strange := sorted(held - {DESCRIPTION, TENSORS, BACKBONE, *ADAPTER}):
+        raise FileExistsError(
+            f"{folder} holds {strange[0]!r}, which would be lost. Choose another."
+        )
     with whole_folder(folder) as part:
         _write(model, part)
     return folder
@@ -91,10 +92,16 @@ def load_model(folder: str | Path, backbone: Backbone | None = None) -> Model:
         backbone = _loaded(saved, generator, folder)
     else:
         _check_backbone(backbone, saved, folder)
+    active: Any = backbone.adapter
     if saved["adapter"]:
         load_adapter(backbone, folder)
-    else:
-        _deactivate(backbone, saved, folder)
+    elif original_hash(backbone) != saved["backbone"]["weights_hash"]:
+        raise ValueError(
+            f"{folder} was saved with other weights of {backbone.card.name!r}. Leave "
+            "backbone out, or load it with the same weights, bands and image_size."
+        )
+    elif active is not None:
+        active.deactivate()
     with torch.random.fork_rng(devices=[]):  # a file needs no random numbers
         model = build_model(backbone, **saved["model"])
     model.to(next(backbone.parameters()).device, getattr(torch, saved["dtype"]))
@@ -102,16 +109,6 @@ def load_model(folder: str | Path, backbone: Backbone | None = None) -> Model:
     model.classes, model.colours = saved["classes"], saved["colours"]
     model.adapter = backbone.adapter
     return model.eval()
-
-
-def _check_place(folder: Path) -> None:
-    """An error for a folder with files that a saved model does not have."""
-    held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if strange := sorted(held - {DESCRIPTION, TENSORS, BACKBONE, *ADAPTER}):
-        raise FileExistsError(
-            f"{folder} holds {strange[0]!r}, which belongs to no saved model and would "
-            "be lost. Choose another folder."
-        )
 
 
 def _write(model: Model, folder: Path) -> None:
@@ -157,12 +154,9 @@ def _write(model: Model, folder: Path) -> None:
 
 def _dtype(model: Model) -> str:
     """The one floating point type of a model, as "float32"."""
-    found = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    names = sorted(str(dtype).removeprefix("torch.") for dtype in found)
+    names = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
     if len(names) > 1:
-        raise ValueError(
-            f"the model holds {' and '.join(names)}; call model.float() and save again."
-        )
+        raise ValueError(f"the model holds {names}; call model.float() and save again.")
     return names[0]
 
 
@@ -200,11 +194,11 @@ def _read(folder: Path) -> dict[str, Any]:
     for name, digest in files.items():
         if not (folder / name).is_file():
             raise FileNotFoundError(
-                f"{folder / name} is missing. Copy the whole folder again."
+                f"{folder / name} is missing. Copy the folder again."
             )
         if hash_of(folder / name) != digest:
             raise ValueError(
-                f"{folder / name} is damaged: its checksum is not the one in "
+                f"{folder / name} is damaged: its checksum is another than in "
                 f"{DESCRIPTION}. Copy the folder again."
             )
     return saved
@@ -217,7 +211,7 @@ def _loaded(
     facts = saved["backbone"]
     if facts["arguments"] is None:
         raise ValueError(
-            f"the backbone of {folder} was not made by load_backbone. Make it as then "
+            f"the backbone of {folder} was not made by load_backbone. Make it again "
             "and pass it: gk.load_model(folder, backbone=backbone)."
         )
     arguments = dict(facts["arguments"])
@@ -234,10 +228,8 @@ def _loaded(
         if generator is not None:
             torch.set_rng_state(generator)
         backbone = load_backbone(**arguments)
-    if BACKBONE in saved["sha256"] and backbone.origin is not None:
-        # these weights exist nowhere else, so saving again must write them again
-        origin = replace(backbone.origin, arguments=facts["arguments"], sample="")
-        backbone.origin = origin
+    if BACKBONE in saved["sha256"]:  # and nowhere else: saving again writes them again
+        backbone.origin = Origin(facts["arguments"], None, sample="")
     return backbone.to(getattr(torch, saved["dtype"]))
 
 
@@ -255,21 +247,6 @@ def _check_backbone(backbone: Backbone, saved: Mapping[str, Any], folder: Path) 
         wanted, found = then.get(name), now.get(name)
         if wanted != found and name not in ("weights", "image_size", "new_bands"):
             raise ValueError(
-                f"{folder} was saved with a backbone of {name}={wanted!r}, and this "
-                f"one has {name}={found!r}. Load it with {name}={wanted!r}, or leave "
-                "backbone out."
+                f"{folder} was saved with a backbone of {name}={wanted!r}; this has "
+                f"{name}={found!r}. Load it with {name}={wanted!r}, or leave it out."
             )
-
-
-def _deactivate(backbone: Backbone, saved: Mapping[str, Any], folder: Path) -> None:
-    """Bring the plain backbone to the fore, if it has the weights of then."""
-    wanted, found = saved["backbone"]["weights_hash"], original_hash(backbone)
-    if wanted != found:
-        raise ValueError(
-            f"{folder} was saved with {backbone.card.name!r} of other weights: their "
-            f"hash is {wanted[:12]}, this backbone's is {found[:12]}. Leave backbone "
-            "out, or load it with the same weights, bands, image_size and number type."
-        )
-    active: Any = backbone.adapter
-    if active is not None:
-        active.deactivate()
