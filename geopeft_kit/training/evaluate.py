@@ -78,8 +78,7 @@ def outputs_of(
     Yields:
         (B, ...) output and the batch it belongs to.
     """
-    if not isinstance(device, torch.device):
-        device = choose_device(device)
+    device = choose_device(device)
     training = model.training
     model.to(device).eval()
     # weights held in bf16 (see frozen_precision.py) compute in bf16

@@ -9,15 +9,18 @@ import psutil
 import torch
 
 
-def choose_device(device: str = "auto") -> torch.device:
+def choose_device(device: str | torch.device = "auto") -> torch.device:
     """The device to compute on.
 
     Args:
-        device: "auto" (a GPU where there is one), "cpu" or "cuda".
+        device: "auto" (a GPU where there is one), "cpu" or "cuda"; or a device of
+            PyTorch, which is taken as it is.
 
     Raises:
         ValueError: Another name, or "cuda" on a machine without a GPU.
     """
+    if isinstance(device, torch.device):
+        return device
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device is {device!r}; allowed are 'auto', 'cpu' and 'cuda'.")
     available = torch.cuda.is_available()
