@@ -77,7 +77,7 @@ def area_of_applicability(
         )
     if samples < 2:
         raise ValueError(f"samples is {samples}; take 2 or more, 4000 is usual.")
-    device = device if isinstance(device, torch.device) else choose_device(device)
+    device = choose_device(device)
     features, folds = _training_patches(model.backbone, data, split, device)
     if len(features) > samples:
         generator = torch.Generator().manual_seed(seed)

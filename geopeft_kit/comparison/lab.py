@@ -75,7 +75,7 @@ class Lab:
             learning_rate=None if frozen else rate,
             decoder_learning_rate=rate if frozen else DECODER_LEARNING_RATE,
             head_start="none",
-            device=self.place.type,
+            device=self.place,
             seed=self.seed,
             progress=False,
             callbacks=[Progress(self.bar, title=f"{self.title}, ", runs=self.runs)],

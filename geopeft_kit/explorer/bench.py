@@ -260,7 +260,7 @@ class Bench:
                         learning_rate=choice.learning_rate,
                         validate_every=1 if "val" in data.splits else None,
                         seed=choice.seed,
-                        device=self.device.type,
+                        device=self.device,
                         progress=False,
                         callbacks=[watch],
                     )

@@ -75,8 +75,7 @@ def outputs_of(
 
     The model is in the same mode afterwards.
     """
-    if not isinstance(device, torch.device):
-        device = choose_device(device)
+    device = choose_device(device)
     training = model.training
     model.to(device).eval()
     # weights held in bf16 (see frozen_precision.py) compute in bf16

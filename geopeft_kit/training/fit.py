@@ -92,7 +92,7 @@ def fit(
     precision: str = "auto",
     frozen_precision: str | None = None,
     optimiser: str = "adamw",
-    device: str = "auto",
+    device: str | torch.device = "auto",
     validate_every: int | None = None,
     patience: int | None = None,
     seed: int = 0,

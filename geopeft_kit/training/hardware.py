@@ -9,11 +9,14 @@ import psutil
 import torch
 
 
-def choose_device(device: str = "auto") -> torch.device:
+def choose_device(device: str | torch.device = "auto") -> torch.device:
     """The device to compute on: "auto" (a GPU if there is one), "cpu" or "cuda".
 
-    Raises ValueError for another name, or "cuda" on a machine without a GPU.
+    A device of PyTorch is taken as it is. Raises ValueError for another name, or "cuda"
+    on a machine without a GPU.
     """
+    if isinstance(device, torch.device):
+        return device
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device is {device!r}; allowed are 'auto', 'cpu' and 'cuda'.")
     available = torch.cuda.is_available()
