@@ -1,8 +1,8 @@
-"""Write docs/methods.md: every method, from the cards that the package itself shows.
+"""Write docs/methods.md, and the tables of methods in README and cheat-sheet.
 
     python docs/write_methods.py
 
-The page is not edited by hand: change the card of a method, and write it again.
+They are not edited by hand: change the card of a method, and run this again.
 """
 
 from __future__ import annotations
@@ -14,9 +14,14 @@ import torch
 
 import geopeft_kit as gk
 from geopeft_kit.backbones import Backbone
-from geopeft_kit.methods import MethodCard, method_table
+from geopeft_kit.methods import MethodCard
+from geopeft_kit.methods.base import FAMILIES
 
 PAGE = Path(__file__).with_name("methods.md")
+CHEATSHEET = PAGE.with_name("cheatsheet.md")
+README = PAGE.parent.parent / "README.md"
+BEGIN = "<!-- written by docs/write_methods.py -->"
+END = "<!-- end of what docs/write_methods.py writes -->"
 # One network for each kind; the tables hold for its relatives.
 ARCHITECTURES = {
     "ViT": "geopeft_tiny",
@@ -26,6 +31,45 @@ ARCHITECTURES = {
     "ResNet": "timm:resnet50",
 }
 ESCAPED = r"\|"
+# Family -> its name in README; the other three cells of its line in the cheat-sheet.
+FAMILY_FACTS = {
+    "ends": (
+        "the two ends, and between",
+        ("none, all, or some blocks", "nothing (they merge)", "a floor and a ceiling"),
+    ),
+    "existing weights": (
+        "existing weights",
+        ("thousands", "nothing (they merge)", "the sensor or the season shifted"),
+    ),
+    "low rank": (
+        "low rank and relatives, computed by Hugging Face `peft` (all but `slr`)",
+        ("hundreds of thousands", "nothing (they merge)", "the default"),
+    ),
+    "prompts": (
+        "prompts",
+        (
+            "tokens x width x depth",
+            "longer sequences",
+            "the network must stay untouched",
+        ),
+    ),
+    "adapters": (
+        "small networks in the blocks",
+        ("up to millions", "their own layers", "dense maps, convolutional backbones"),
+    ),
+    "side networks": (
+        "a side network",
+        ("13.7 million on a ViT-B", "its own layers", "a plain ViT needs four scales"),
+    ),
+    "Earth observation": (
+        "for Earth observation",
+        (
+            "up to millions",
+            "their own layers",
+            "bands that the backbone never saw, change",
+        ),
+    ),
+}
 TEXT = """\
 # Every method
 
@@ -62,7 +106,7 @@ def page() -> str:
     cards, backbones = gk.list_methods(), load_backbones()
     refusals = {card.name: refused(card, backbones) for card in cards}
     text = TEXT.format(
-        methods=method_table(),
+        methods=method_table(cards),
         serves=serving_table(refusals),
         asked=", ".join(f"`{name}`" for name in ARCHITECTURES.values()),
         reasons=reason_list(refusals),
@@ -70,6 +114,66 @@ def page() -> str:
     )
     link = r"[arXiv \1](https://arxiv.org/abs/\1)"
     return re.sub(r"arXiv (\d{4}\.\d{5})", link, text)
+
+
+def with_table(path: Path, table: str) -> str:
+    """Return a page with another table between its two marks."""
+    before, _, rest = path.read_text(encoding="utf-8").partition(f"{BEGIN}\n\n")
+    after = rest.partition(f"\n{END}")[2]
+    return f"{before}{BEGIN}\n\n{table}\n{END}{after}"
+
+
+def readme_table(cards: list[MethodCard]) -> str:
+    """One line per family: its methods, and a few words on some."""
+    lines = [row("group", "methods"), row("---", "---")]
+    for family in FAMILIES:
+        members = (
+            f"`{card.name}`" + (f" ({card.note})" if card.note else "")
+            for card in cards
+            if card.family == family
+        )
+        lines.append(row(FAMILY_FACTS[family][0], ", ".join(members)))
+    return "\n".join(lines) + "\n"
+
+
+def cheatsheet_table(cards: list[MethodCard]) -> str:
+    """One line per family: its methods, their size and cost, when to think of them."""
+    lines = [
+        row("family", "numbers trained", "costs at prediction", "think of it when"),
+        row(*["---"] * 4),
+    ]
+    for family in FAMILIES:
+        names = ", ".join(f"`{card.name}`" for card in cards if card.family == family)
+        lines.append(row(f"{family}: {names}", *FAMILY_FACTS[family][1]))
+    return "\n".join(lines) + "\n"
+
+
+def method_table(cards: list[MethodCard]) -> str:
+    """The facts of every card."""
+    facts = ("trains", "count", "identity at start", "mergeable", "serves", "paper")
+    lines = [row("method", *facts), row(*["---"] * (1 + len(facts)))]
+    for card in cards:
+        cells = (
+            f"`{card.name}`: {card.title}",
+            card.trained,
+            card.count_formula.replace("*", r"\*"),  # no italics
+            "yes" if card.identity_at_start else "**no**",
+            "yes" if card.mergeable else "no",
+            card.needs,
+            card.paper,
+        )
+        lines.append(row(*cells))
+    return "\n".join(lines) + "\n"
+
+
+def pages() -> dict[Path, str]:
+    """Path -> what it has to hold."""
+    cards = gk.list_methods()
+    return {
+        PAGE: page(),
+        README: with_table(README, readme_table(cards)),
+        CHEATSHEET: with_table(CHEATSHEET, cheatsheet_table(cards)),
+    }
 
 
 def load_backbones() -> dict[str, Backbone]:
@@ -123,5 +227,6 @@ def row(*cells: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
-    print(f"wrote {PAGE}")
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
+        print(f"wrote {path}")

@@ -97,6 +97,8 @@ ROWS = [
     Row("earth_adapter", {"width": 4}, ("fused", "split")),
 ]
 CARDS = {card.name: card for card in gk.list_methods()}
+# Method -> options that keep it small; its first row.
+SMALL = {row.name: row.options for row in reversed(ROWS)}
 
 
 @functools.cache
@@ -115,7 +117,7 @@ def _made(kind: str, load: tuple[tuple[str, Any], ...]) -> Backbone:
 
 
 def _loaded(kind: str, load: dict[str, Any]) -> Backbone:
-    name = "geopeft_tiny_rgb" if load else BACKBONES[kind]
+    name = "geopeft_tiny_rgb" if load else BACKBONES.get(kind, f"timm:{kind}")
     return gk.load_backbone(name, weights=None, **load)
 
 
@@ -139,7 +141,10 @@ def _small_swin() -> Backbone:
 
 
 def make(kind: str, load: dict[str, Any] | None = None) -> Backbone:
-    """The same small backbone every time; drawing random weights is the slow part."""
+    """The same small backbone every time; drawing random weights is the slow part.
+
+    Other kinds than those of the table are names of timm.
+    """
     return copy.deepcopy(_made(kind, tuple((load or {}).items())))
 
 

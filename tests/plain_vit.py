@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +18,6 @@ from geopeft_kit.backbones import Backbone
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 State = dict[str, Tensor]
-SMALL = {
-    "lora": {"rank": 2},
-    "vpt": {"tokens": 3, "dropout": 0.0},
-    "adaptformer": {"width": 4, "dropout": 0.0},
-    "mona": {"width": 8, "dropout": 0.0},
-    "conv_adapter": {"reduction": 2},
-}
 
 
 def random_state(shapes: dict[str, Sequence[int]]) -> State:
@@ -84,28 +76,6 @@ def assert_close(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
     assert len(ours) == len(theirs) == 4
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, **CLOSE)
-
-
-def check_methods(backbone: Backbone, image: Tensor, names: Sequence[str]) -> None:
-    """Identity at the start, gradients, and bit-exact detaching, method by method."""
-    before = backbone(image)
-    hash_before = backbone.weights_hash()
-    for name in names:
-        options: dict[str, Any] = SMALL.get(name, {})
-        card = next(card for card in gk.list_methods() if card.name == name)
-        assert card.why_not(backbone) is None, name
-        adapter = gk.attach(backbone, name, **options)
-        maps = backbone(image)
-        if card.identity_at_start:
-            assert_close(maps, before)
-        else:
-            assert not torch.equal(maps[-1], before[-1]), name
-        with torch.enable_grad():
-            sum(m.square().mean() for m in backbone(image)).backward()
-        assert any(p.grad is not None and p.grad.any() for p in adapter.parameters())
-        adapter.detach()
-        assert all(map(torch.equal, backbone(image), before)), name
-        assert backbone.weights_hash() == hash_before
 
 
 def refuses(backbone: Backbone) -> dict[str, str]:

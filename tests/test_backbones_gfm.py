@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from plain_vit import assert_close, check_methods
+from parity import check_methods
+from plain_vit import assert_close
 from timm.layers import resize_rel_pos_bias_table
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
@@ -107,7 +108,8 @@ def test_windows_follow_the_image(tmp_path: Path, size: int, window: int) -> Non
 def test_methods_fit() -> None:
     backbone = load_backbone(NAME, "hls", None, image_size=64, new_bands="ignore")
     image = torch.rand(1, 6, 64, 64)
-    check_methods(backbone, image, ["lora", "bias", "norm", "adaptformer", "upetu"])
+    names = ["lora", "bias", "norm", "adaptformer", "upetu"]
+    assert check_methods(backbone, image, names=names) == set(names)
     assert backbone.mask_token is None
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from parity import check_methods
 from plain_vit import (
     State,
     assert_close,
     block,
     block_shapes,
-    check_methods,
     norm,
     random_state,
     refuses,
@@ -245,7 +245,8 @@ def test_unet_is_locked_to_its_size() -> None:
 def test_unet_takes_methods_and_decoders() -> None:
     backbone = load_backbone(UNET, weights=None)
     image = torch.rand(2, 10, SIZE, SIZE)
-    check_methods(backbone, image, ["lora", "bias", "norm", "conv_adapter"])
+    names = ["lora", "bias", "norm", "conv_adapter"]
+    assert check_methods(backbone, image, names=names) == set(names)
     reasons = refuses(backbone)
     assert "gain for every pixel" in reasons["ssf"]
     assert "token sequence" in reasons["vpt"]
@@ -431,7 +432,7 @@ def test_vit_without_a_stem_takes_any_size_bands_and_methods() -> None:
         (1, OUT, 6, 8),
     ]
     methods = ["lora", "vpt", "bias", "norm", "ssf", "adaptformer", "mona"]
-    check_methods(backbone, image, methods)
+    assert check_methods(backbone, image, names=methods) == set(methods)
     assert "four scales" in refuses(backbone)["vit_adapter"]
     with torch.enable_grad():
         sum(m.square().mean() for m in backbone(image)).backward()

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from parity import check_methods
 from plain_vit import (
     State,
     assert_close,
     block,
     block_shapes,
-    check_methods,
     norm,
     random_state,
     refuses,
@@ -171,7 +171,7 @@ def test_methods_fit() -> None:
     backbone = load_backbone(NAME, weights=None)
     image = torch.rand(1, 10, 32, 64)
     methods = ["lora", "vpt", "bias", "norm", "ssf", "adaptformer", "mona"]
-    check_methods(backbone, image, methods)
+    assert check_methods(backbone, image, names=methods) == set(methods)
     assert "two streams" in refuses(backbone)["deflect"]
     with torch.enable_grad():
         sum(m.square().mean() for m in backbone(image)).backward()

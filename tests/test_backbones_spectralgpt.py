@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from parity import check_methods
 from plain_vit import (
     State,
     assert_close,
     block,
     block_shapes,
-    check_methods,
     norm,
     random_state,
 )
@@ -126,9 +126,8 @@ def test_any_bands_in_any_order(tmp_path: Path) -> None:
 def test_methods_fit() -> None:
     backbone = load_backbone(NAME, weights=None)
     image = torch.rand(1, 12, 32, 48)
-    check_methods(
-        backbone, image, ["lora", "vpt", "bias", "norm", "ssf", "adaptformer", "mona"]
-    )
+    methods = ["lora", "vpt", "bias", "norm", "ssf", "adaptformer", "mona"]
+    assert check_methods(backbone, image, names=methods) == set(methods)
     with torch.enable_grad():
         sum(m.square().mean() for m in backbone(image)).backward()
     assert all(p.grad is not None for p in backbone.parameters())

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from plain_vit import assert_close, check_methods, refuses
+from parity import check_methods
+from plain_vit import assert_close, refuses
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
@@ -94,7 +95,8 @@ def test_dino_takes_methods_that_wrap_its_blocks() -> None:
     stirred(backbone.model)
     image = torch.rand(1, 3, 32, 64)
     methods = ["lora", "vpt", "bias", "norm", "ssf", "adaptformer", "mona"]
-    check_methods(backbone, image, [*methods, "houlsby", "convpass"])
+    names = [*methods, "houlsby", "convpass"]
+    assert check_methods(backbone, image, names=names) == set(names)
     assert "VisionTransformer" in refuses(backbone)["deflect"]
 
 
@@ -148,7 +150,8 @@ def test_lora_works_on_1x1_convolutions(name: str) -> None:
     if name == "efficientvim_m1":
         assert not any(isinstance(m, nn.Linear) for m in backbone.model.modules())
     adapter.detach()
-    check_methods(backbone, image, ["lora"])
+    names = ["lora"]
+    assert check_methods(backbone, image, names=names) == set(names)
 
 
 @pytest.mark.slow

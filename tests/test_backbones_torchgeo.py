@@ -16,6 +16,7 @@ import torch
 import torchvision
 from hub_server import Site, serve
 from method_table import CARDS as METHODS
+from method_table import SMALL as SMALL_METHODS
 from method_table import output
 from test_methods import assert_same, differ, snapshot, train
 from torch import Tensor, nn
@@ -673,22 +674,6 @@ def test_nothing_is_downloaded_for_random_weights(
 # --- methods --------------------------------------------------------------------------
 
 FEW = ("lora", "vpt", "bias", "norm", "ssf")
-OPTIONS: dict[str, dict[str, Any]] = {
-    "lora": {"rank": 2},
-    "vpt": {"tokens": 3, "dropout": 0.0},
-    "convpass": {"width": 4, "dropout": 0.0},
-    "adaptformer": {"width": 4, "dropout": 0.0},
-    "mona": {"width": 8, "dropout": 0.0},
-    "oft": {"block_size": 4},
-    "boft": {"block_size": 4},
-    "last_blocks": {"number": 1},
-    "vera": {"rank": 4},
-    "fourierft": {"frequencies": 20},
-    "vit_adapter": {"width": 16, "heads": 2},
-    "quantised_adapter": {"width": 4, "bits": 1, "dropout": 0.0},
-    "upetu": {"width": 4, "bits": 1},
-    "earth_adapter": {"width": 4},
-}
 # No spatial convolution, no stages; blocks without plain attention, or no tokens; norms
 # behind the layers; patches of 14 px, which share no grid with stride 32.
 PLAIN = {"conv_adapter", "upetu"}
@@ -718,7 +703,7 @@ def moved(name: str) -> Backbone:
 def check_method(name: str, method: str) -> None:
     backbone = moved(name)
     before, start = snapshot(backbone), output(backbone)
-    adapter = gk.attach(backbone, method, **OPTIONS.get(method, {}))
+    adapter = gk.attach(backbone, method, **SMALL_METHODS[method])
     assert differ(output(backbone), start) is not adapter.identity_at_start
     largest = train(backbone, adapter)
     assert not [tensor for tensor, size in largest.items() if not size > 0]

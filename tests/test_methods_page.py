@@ -1,4 +1,4 @@
-"""docs/methods.md is what its script writes today, and says what the tests know."""
+"""The pages are what their script writes today, and say what the tests know."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ def page(tool: ModuleType) -> str:
     return tool.page()
 
 
-def test_the_page_is_up_to_date(tool: ModuleType, page: str) -> None:
-    assert tool.PAGE.read_text() == page, "run: python docs/write_methods.py"
+def test_the_pages_are_up_to_date(tool: ModuleType) -> None:
+    for path, text in tool.pages().items():
+        assert path.read_text() == text, "run: python docs/write_methods.py"
 
 
 def test_every_method_stands_in_every_table(page: str) -> None:
@@ -79,3 +80,13 @@ def test_every_no_has_its_reason(page: str) -> None:
     for number, kind in enumerate(reasons):
         assert sum(row[number].strip() == "no" for row in rows) == reasons[kind], kind
     assert sum(reasons.values()) > 10
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_worked_example_is_in_the_code(number: int) -> None:
+    text = (REPO / "CONTRIBUTING.md").read_text()
+    section = text.partition("## Add a method")[2].partition("\n## ")[0]
+    diff = re.findall(r"```diff\n(.*?)```", section, re.DOTALL)[number]
+    added = "".join(line[1:] + "\n" for line in diff.splitlines())
+    paths = ("geopeft_kit/methods/peft/table.py", "tests/method_table.py")
+    assert added in (REPO / paths[number]).read_text()

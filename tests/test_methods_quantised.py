@@ -360,24 +360,6 @@ def test_a_backbone_is_copied_after_scoring() -> None:
     assert torch.equal(output(twin), output(backbone))
 
 
-BAD = [
-    ("quantised_adapter", {"bits": 3}, "bits=3; one of 1, 2, 4, 8, 32"),
-    ("quantised_adapter", {"bits": True}, "bits=True"),
-    ("quantised_adapter", {"width": 0}, "width=0"),
-    ("quantised_adapter", {"scale": 0}, "scale=0"),
-    ("upetu", {"prompts": 0}, "prompts=0"),
-    ("upetu", {"cross_scale": 1}, "cross_scale=1"),
-]
-
-
-@pytest.mark.parametrize(("name", "options", "text"), BAD)
-def test_bad_options_are_refused(name: str, options: dict[str, Any], text: str) -> None:
-    backbone = make("convnext")
-    with pytest.raises((ValueError, TypeError), match=text):
-        gk.attach(backbone, name, **options)
-    assert backbone.adapter is None
-
-
 def test_upetu_refuses_what_has_no_stages() -> None:
     with pytest.raises(ValueError, match=r"'upetu' does not fit.*layout is 'vit'"):
         gk.attach(make("fused"), "upetu")

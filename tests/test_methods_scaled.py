@@ -28,59 +28,6 @@ def vectors(request: pytest.FixtureRequest) -> Any:
     return request.path.parent / "vectors"
 
 
-# --- counts of real sizes -----------------------------------------------------------
-
-
-PATCHES = {"patch_embedding": True}
-COUNTS = [
-    ("ssf", {}, 205_824, 544_768),
-    ("ssf", {"layers": [0, 5]}, 33_792, 45_056),
-    ("slr", {"rank": 4}, 858_816, None),
-    ("slr", {"rank": 8}, 1_448_832, 3_861_248),
-    ("slr", {}, 2_628_864, 7_007_744),
-    ("slr", {"norms": False}, 2_628_864 - 38_400, 7_007_744 - 100_352),
-    ("slr", PATCHES, 2_628_864 + 198_928, 7_007_744 + 264_976),
-    ("earth_adapter", {"frequency_layers": "all"}, None, 3_688_224),
-    ("earth_adapter", {"frequency_layers": "first:6"}, None, 1_825_674),
-    ("earth_adapter", {"frequency_layers": "last:6"}, None, 1_825_674),
-    ("earth_adapter", {}, None, 1_825_674),
-    ("earth_adapter", {"frequency_layers": "all", "width": 2}, None, 442_608),
-    ("earth_adapter", {"frequency_layers": []}, None, 24 * (50_200 + 1)),
-]
-
-
-@pytest.fixture(scope="module")
-def big() -> list[Backbone]:
-    with torch.device("meta"):
-        return [
-            gk.load_backbone(f"timm:vit_{size}_patch16_224", weights=None)
-            for size in ("base", "large")
-        ]
-
-
-@pytest.mark.parametrize(("name", "options", "base", "large"), COUNTS)
-def test_counts_of_real_sizes(big, name, options, base, large) -> None:
-    for backbone, count in zip(big, (base, large), strict=True):
-        if count is not None:
-            adapter = gk.attach(backbone, name, **options)
-            assert adapter.num_parameters == count
-            assert adapter.num_bytes == 4 * count
-            adapter.detach()
-
-
-@pytest.mark.parametrize("name", ["ssf", "slr", "earth_adapter"])
-def test_a_half_precision_backbone_gets_full_precision_adapters(name: str) -> None:
-    backbone = make("fused").to(torch.bfloat16)
-    adapter = gk.attach(backbone, name)
-    maps = backbone(torch.rand(1, 6, 16, 32).bfloat16())
-    assert {m.dtype for m in maps} == {torch.bfloat16}
-    sum(m.float().square().mean() for m in maps).backward()
-    for path, parameter in adapter.named_parameters():
-        copied = name == "slr" and "norm" in path  # as norm tuning copies them
-        assert parameter.dtype == (torch.bfloat16 if copied else torch.float32), path
-        assert torch.isfinite(parameter.grad).all(), path
-
-
 # --- scale and shift ----------------------------------------------------------------
 
 
@@ -268,42 +215,6 @@ def test_without_new_bands_the_patch_form_merges() -> None:
     adapter.merge()
     torch.testing.assert_close(backbone(image)[-1], expected, atol=1e-5, rtol=1e-5)
     assert gk.attach(backbone, "slr").identity_at_start
-
-
-BAD = [
-    ("slr", {"targets": ["q"]}, ValueError, "part of blocks.0.attn.qkv.*use 'qkv'"),
-    ("slr", {"rank": 0}, ValueError, "rank=0"),
-    ("slr", {"norms": 1}, TypeError, "norms=1"),
-    ("slr", {"patch_embedding": "yes"}, TypeError, "patch_embedding='yes'"),
-    ("slr", {**PATCHES, "layers": "last:2"}, ValueError, "outside those blocks"),
-    ("slr", {**PATCHES, "all_bands": True}, ValueError, "reads every band"),
-    ("slr", {"all_bands": True}, ValueError, "needs patch_embedding=True"),
-    ("earth_adapter", {"width": 0}, ValueError, "width=0"),
-    ("earth_adapter", {"ratio": 1.5}, ValueError, "ratio=1.5.*at most 1"),
-    ("earth_adapter", {"ratio": 0}, ValueError, "ratio=0"),
-    ("earth_adapter", {"frequency_layers": "first:7"}, ValueError, "first:7.*1 to 6"),
-    ("earth_adapter", {"frequency_layers": [0, 6]}, ValueError, r"\[0, 6\].*out of"),
-    ("earth_adapter", {"frequency_layers": [1, 1]}, ValueError, "different numbers"),
-    ("earth_adapter", {"frequency_layers": 3}, ValueError, "frequency_layers=3"),
-    ("earth_adapter", {"frequency_layers": [True]}, ValueError, r"\[True\].*out of"),
-    ("ssf", {"rank": 2}, TypeError, "no option 'rank'"),
-]
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "error", "text"), BAD, ids=[f"{b[0]}-{b[1]}" for b in BAD]
-)
-def test_wrong_options_are_refused_with_the_allowed_ones(name, options, error, text):
-    backbone = make("fused")
-    with pytest.raises(error, match=text):
-        gk.attach(backbone, name, **options)
-    assert backbone.adapter is None
-
-
-@pytest.mark.parametrize("kind", ["split", "convnext"])
-def test_other_patch_embeddings_are_refused(kind: str) -> None:
-    with pytest.raises(ValueError, match="no patch_embed.proj.*patch_embedding=False"):
-        gk.attach(make(kind), "slr", patch_embedding=True)
 
 
 # --- frequencies --------------------------------------------------------------------

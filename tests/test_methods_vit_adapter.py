@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from method_table import SMALL as SMALL_ROWS
 from method_table import image, make, output, stir
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,11 +16,10 @@ from torch.utils.checkpoint import checkpoint
 import geopeft_kit as gk
 from geopeft_kit.decoders import build_decoder
 from geopeft_kit.methods.deformable import DeformableAttention, centres
-from geopeft_kit.methods.passage import Passage
+from geopeft_kit.methods.shared_tokens import SharedTokens
 from geopeft_kit.methods.vit_adapter import cut
 
-SMALL = {"width": 16, "heads": 2}
-
+SMALL = SMALL_ROWS["vit_adapter"]
 
 # --- deformable attention -------------------------------------------------------------
 
@@ -153,7 +153,7 @@ def test_prefix_tokens_are_not_touched_by_an_injector() -> None:
     block.injector.gamma.data.fill_(1.0)
     backbone(image(backbone))
     tokens = torch.randn(2, 1 + 64, backbone.width)
-    spatial, sizes = block.passage.spatial[0], block.passage.sizes
+    spatial, sizes = block.shared.spatial[0], block.shared.sizes
     read = block.injector(tokens, spatial, sizes)
     assert torch.equal(read[:, :1], tokens[:, :1])
     assert (read[:, 1:] != tokens[:, 1:]).any(2).all()
@@ -328,26 +328,6 @@ def test_groups_end_where_maps_are_taken() -> None:
         assert [i for group in cut(depth, 4) for i in group] == list(range(depth))
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "text"),
-    [
-        ({"heads": 5}, ValueError, "heads=5 do not divide the 96 channels"),
-        ({"interactions": 7}, ValueError, "interactions=7.*6 blocks"),
-        ({"layers": "last:2"}, ValueError, "interactions=4.*2 blocks"),
-        ({"width": 0}, ValueError, "width=0"),
-        ({"points": 1.5}, TypeError, "points=1.5"),
-        ({"value_ratio": 0}, ValueError, "value_ratio=0"),
-        ({"last_extractors": 0}, ValueError, "last_extractors=0"),
-    ],
-)
-def test_wrong_options_are_explained(options, error, text) -> None:
-    backbone = make("fused")
-    with pytest.raises(error, match=text):
-        gk.attach(backbone, "vit_adapter", **options)
-    assert backbone.adapter is None
-    assert backbone.strides == [8] * 4
-
-
 def test_patches_that_do_not_divide_32_are_refused() -> None:
     with torch.device("meta"):
         backbone = gk.load_backbone("prithvi_eo_v2_600", weights=None)
@@ -404,28 +384,16 @@ def test_a_block_alone_says_what_it_needs() -> None:
         backbone.blocks[0][1](torch.randn(1, 65, 192))
 
 
-def test_copies_share_one_empty_passage_of_their_own() -> None:
+def test_copies_share_empty_tokens_of_their_own() -> None:
     backbone = make("fused")
     gk.attach(backbone, "vit_adapter", **SMALL)
     expected = output(backbone)
-    backbone(image(backbone))  # with gradients: the passage is full
+    backbone(image(backbone))  # with gradients: the tokens are kept
     twin = copy.deepcopy(backbone)
-    passage = twin.select.passage
-    assert passage is twin.refine.passage is twin.blocks[0][1].passage
-    assert passage is not backbone.select.passage
-    assert passage.spatial == {}
-    assert backbone.select.passage.spatial
+    shared = twin.select.shared
+    assert shared is twin.refine.shared is twin.blocks[0][1].shared
+    assert shared is not backbone.select.shared
+    assert shared.spatial == {}
+    assert backbone.select.shared.spatial
     assert torch.equal(output(twin), expected)
-    assert pickle.loads(pickle.dumps(Passage())).spatial == {}
-
-
-def test_a_bfloat16_backbone_works_with_float32_parts() -> None:
-    backbone = make("fused").to(torch.bfloat16)
-    adapter = gk.attach(backbone, "vit_adapter", **SMALL)
-    assert {p.dtype for p in adapter.parameters()} == {torch.float32}
-    stir(adapter)
-    maps = backbone(image(backbone).bfloat16())
-    sum(m.float().square().mean() for m in maps).backward()
-    assert all(p.grad.isfinite().all() for p in adapter.parameters())
-    backbone.to(torch.float32)
-    backbone(image(backbone))
+    assert pickle.loads(pickle.dumps(SharedTokens())).spatial == {}

@@ -10,7 +10,9 @@ import pytest
 import torch
 from matplotlib.colors import to_hex
 
+import geopeft_kit as gk
 from geopeft_kit import plots
+from geopeft_kit.methods.base import FAMILIES
 from geopeft_kit.pictures import (
     class_colours,
     picture_bands,
@@ -18,15 +20,14 @@ from geopeft_kit.pictures import (
     stretch_limits,
     token_picture,
 )
+from geopeft_kit.plots import colours
+from geopeft_kit.plots.colours import FAMILY_SHADES
 
 # Machado et al. 2009, doi:10.1109/TVCG.2009.113: full deuteranopia and protanopia.
 DEUTAN = [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]]
 PROTAN = [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]]
 TO_XYZ = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
 QUICKSTART = ("frozen", "lora", "full", "from_scratch", "bias", "vpt")
-METHODS = """full frozen last_blocks bias norm ia3 ssf lora dora adalora vera loha lokr
-oft boft fourierft slr vpt houlsby adaptformer convpass conv_adapter mona
-quantised_adapter vit_adapter deflect upetu earth_adapter""".split()
 
 
 def lab(colour: str, vision=None) -> np.ndarray:
@@ -45,13 +46,26 @@ def lab(colour: str, vision=None) -> np.ndarray:
 
 
 def test_every_method_has_a_colour_of_its_own():
-    assert set(METHODS) <= set(plots.METHOD_COLOURS)
-    colours = list(plots.METHOD_COLOURS.values())
-    assert len(set(colours)) == len(colours)
-    for a, b in itertools.combinations(plots.METHOD_COLOURS, 2):
-        shown = [(plots.method_colour(m), plots.method_marker(m)) for m in (a, b)]
-        far = np.linalg.norm(lab(shown[0][0]) - lab(shown[1][0]))
+    """Those of today, and those that wait for methods to come."""
+    assert {card.name for card in gk.list_methods()} <= set(plots.METHOD_COLOURS)
+    shades = dict(plots.METHOD_COLOURS)
+    for family, spare in FAMILY_SHADES.items():
+        shades |= {f"{family} {number}": shade for number, shade in enumerate(spare)}
+    for a, b in itertools.combinations(shades, 2):
+        far = np.linalg.norm(lab(shades[a]) - lab(shades[b]))
         assert far > 8, f"{a} and {b} look alike"
+
+
+def test_a_new_method_takes_the_next_shade_of_its_family(monkeypatch):
+    monkeypatch.setattr(colours, "METHOD_COLOURS", dict(plots.METHOD_COLOURS))
+    assert set(FAMILY_SHADES) == set(FAMILIES)
+    shades = FAMILY_SHADES["low rank"]
+    for number in range(len(shades) + 1):
+        colours.add_method_colour(f"new {number}", "low rank")
+    given = [plots.method_colour(f"new {n}") for n in range(len(shades) + 1)]
+    assert given == [*shades, shades[-1]]
+    colours.add_method_colour("lora", "low rank")
+    assert plots.method_colour("lora") == "#0072b2"  # those that have one keep it
 
 
 @pytest.mark.parametrize("vision", [None, DEUTAN, PROTAN])

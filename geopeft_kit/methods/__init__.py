@@ -1,51 +1,37 @@
 """PEFT methods: a frozen backbone, and a few trainable tensors swapped into it.
 
-`attach` puts a method on a backbone, `load_adapter` a saved one; `list_methods` says
-what there is. Each method is one short file; `base.py` holds what they share. Taught in
-notebooks 02 to 06.
+`attach` puts a method on a backbone, `load_adapter` a saved one; `list_methods` returns
+their cards. Each method is one short file, or a row of `peft/table.py`; importing this
+package imports them all. Taught in notebooks 02 to 06.
 """
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from geopeft_kit.methods.adalora import AdaLora
+from geopeft_kit.backbones.base import Backbone
 from geopeft_kit.methods.adapter import (
     Adapter,
     original_backbone,
     original_hash,
-    register,
+    record,
 )
-from geopeft_kit.methods.additive import FourierFT, LoHa, LoKr, Vera
-from geopeft_kit.methods.base import Layers, Method, MethodCard, select_blocks
-from geopeft_kit.methods.bias import Bias
-from geopeft_kit.methods.bottleneck import AdaptFormer, Houlsby
-from geopeft_kit.methods.conv_adapter import ConvAdapter
-from geopeft_kit.methods.convolutional import Convpass
-from geopeft_kit.methods.deflect import Deflect
-from geopeft_kit.methods.earth_adapter import EarthAdapter
-from geopeft_kit.methods.full import Frozen, Full, LastBlocks
-from geopeft_kit.methods.hugging_face import Dora, Lora
-from geopeft_kit.methods.ia3 import Ia3
-from geopeft_kit.methods.mona import Mona
-from geopeft_kit.methods.norm import Norm
-from geopeft_kit.methods.prompt import VisualPrompts
-from geopeft_kit.methods.quantised import QuantisedAdapter
-from geopeft_kit.methods.rotations import Boft, Oft
-from geopeft_kit.methods.scale_shift import ScaleShiftFeatures
-from geopeft_kit.methods.scaled_low_rank import ScaledLowRankAdapters
+from geopeft_kit.methods.base import (
+    METHODS,
+    Layers,
+    Method,
+    MethodCard,
+    all_methods,
+    select_blocks,
+)
 from geopeft_kit.methods.storage import SavedAdapter, read_adapter
-from geopeft_kit.methods.upetu import Upetu
-from geopeft_kit.methods.vit_adapter import VitAdapter
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from geopeft_kit.backbones.base import Backbone
 
 __all__ = [
     "Adapter",
@@ -53,47 +39,15 @@ __all__ = [
     "attach",
     "list_methods",
     "load_adapter",
-    "method_table",
 ]
 
-_METHODS: dict[str, Method] = {
-    method.name: method
-    for method in (
-        Frozen(),
-        Full(),
-        LastBlocks(),
-        Bias(),
-        Norm(),
-        ScaleShiftFeatures(),
-        Lora(),
-        Dora(),
-        AdaLora(),
-        Vera(),
-        LoHa(),
-        LoKr(),
-        FourierFT(),
-        Ia3(),
-        Oft(),
-        Boft(),
-        ScaledLowRankAdapters(),
-        VisualPrompts(),
-        Deflect(),
-        Houlsby(),
-        AdaptFormer(),
-        Convpass(),
-        ConvAdapter(),
-        Mona(),
-        QuantisedAdapter(),
-        Upetu(),
-        VitAdapter(),
-        EarthAdapter(),
-    )
-}
+for _module in pkgutil.walk_packages(__path__, f"{__name__}."):
+    importlib.import_module(_module.name)  # each method registers itself
 
 
 def list_methods() -> list[MethodCard]:
-    """Return the card of every method."""
-    return [method.card() for method in _METHODS.values()]
+    """Return the card of every method, family by family."""
+    return [method.card() for method in all_methods()]
 
 
 def attach(
@@ -107,7 +61,7 @@ def attach(
 
     The backbone is frozen and the adapter that was active steps aside; it stays
     attached. An error leaves the backbone exactly as it was. Random starts come from
-    torch's global generator: `torch.manual_seed` before makes them repeatable.
+    torch's global generator; call `torch.manual_seed` first to make them repeatable.
 
     Args:
         backbone: From `load_backbone`.
@@ -130,7 +84,7 @@ def attach(
         options["targets"] = targets
     with original_backbone(backbone) as flags:
         adapter = _build(backbone, method, layers, options)
-    register(adapter, flags)
+    record(adapter, flags)
     adapter.activate()
     return adapter
 
@@ -159,40 +113,19 @@ def load_adapter(backbone: Backbone, folder: str | Path) -> Adapter:
         layers = options.pop("layers", "all")
         adapter = _build(backbone, saved.method, layers, options)
         _fill(adapter, saved.tensors, folder)
-    register(adapter, flags)
+    record(adapter, flags)
     adapter.activate()
     return adapter
-
-
-def method_table() -> str:
-    """Return the table of methods as Markdown, for the documentation and notebooks."""
-    rows = [
-        "| method | trains | count | identity at start | mergeable | serves | paper |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for card in list_methods():
-        facts = (
-            f"`{card.name}`: {card.title}",
-            card.trained,
-            card.count_formula.replace("*", r"\*"),  # no italics
-            "yes" if card.identity_at_start else "**no**",
-            "yes" if card.mergeable else "no",
-            card.needs,
-            card.paper,
-        )
-        rows.append(f"| {' | '.join(facts)} |")
-    return "\n".join(rows) + "\n"
 
 
 def _build(
     backbone: Backbone, name: str, layers: Layers, options: dict[str, Any]
 ) -> Adapter:
     """Make an adapter for a backbone that has none active, without touching it."""
-    if name not in _METHODS:
-        raise ValueError(
-            f"There is no method {name!r}. Methods: {', '.join(_METHODS)}."
-        )
-    method = _METHODS[name]
+    if name not in METHODS:
+        names = ", ".join(method.name for method in all_methods())
+        raise ValueError(f"There is no method {name!r}. Methods: {names}.")
+    method = METHODS[name]
     _check_options(method, options)
     reason = method.why_not(backbone)
     if reason is not None:
@@ -241,7 +174,7 @@ def _check_backbone(
 
 def _fill(adapter: Adapter, saved: dict[str, Tensor], folder: str | Path) -> None:
     """Copy saved numbers into an adapter, if names, shapes and kinds agree."""
-    wanted = adapter.method.packed(adapter)
+    wanted = adapter.packed()
     missing = sorted(set(wanted) - set(saved))
     unexpected = sorted(set(saved) - set(wanted))
     if missing or unexpected:
@@ -260,8 +193,7 @@ def _fill(adapter: Adapter, saved: dict[str, Tensor], folder: str | Path) -> Non
                 f"{folder}: {name} holds {saved[name].dtype}, and here it must be "
                 f"{tensor.dtype}. Save the adapter again."
             )
-    with torch.no_grad():
-        adapter.method.unpack(adapter, saved)
+    adapter.unpack(saved)
 
 
 def _plain(value: Any) -> Any:

@@ -1,43 +1,37 @@
 """An attached method: swapped in and out, detached, merged, saved.
 
-The adapter keeps one of two sides of each replacement in hand: the substitutes while
-it is inactive, the originals while it is active. The side in hand is in no module
-tree, so `backbone.to(...)` cannot reach it; it follows when the sides next change
-places. Copies (`copy.deepcopy`) of a backbone carry copies of its adapters.
+Of each replacement one side is outside the module tree: the substitute while the
+adapter is inactive, the original while it is active. `backbone.to(...)` cannot reach
+that side, so it is moved when the sides next change places. Copies (`copy.deepcopy`) of
+a backbone carry copies of its adapters.
 """
 
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from geopeft_kit.backbones.base import Backbone
 from geopeft_kit.methods import storage
-from geopeft_kit.methods.base import Method, Replacement
-
-if TYPE_CHECKING:
-    from geopeft_kit.backbones.base import Backbone
+from geopeft_kit.methods.base import Method, TrainingRule, all_methods
+from geopeft_kit.methods.replacement import Replacements, tensors_of
 
 Place = tuple[torch.device, torch.dtype]
 
 
 @dataclass
 class Attachments:
-    """What a backbone remembers while adapters are attached to it.
+    """The record that a backbone keeps of its adapters."""
 
-    Attributes:
-        requires_grad: Parameter name -> flag, as before the first `attach`.
-        adapters: All attached adapters, in order.
-    """
-
-    requires_grad: dict[str, bool]
+    requires_grad: dict[str, bool]  # by parameter name, as before the first `attach`
     adapters: list[Adapter] = field(default_factory=list)
 
 
@@ -59,7 +53,7 @@ class Adapter:
         self,
         method: Method,
         backbone: Backbone,
-        replacements: list[Replacement],
+        replacements: Replacements,
         config: dict[str, Any],
     ) -> None:
         self.method = method
@@ -70,13 +64,13 @@ class Adapter:
         self.identity_at_start = method.starts_as_identity(config)
         self.mergeable = method.can_merge(config)
         self._replacements = replacements
-        self._in_hand: Place = _place(backbone)
-        self._mode_in_hand: bool | None = None  # new modules come in train mode
+        self._place_outside: Place = _place(backbone)
+        self._last_mode: bool | None = None  # new modules come in train mode
         self._trains_batch_norms = any(
             isinstance(entry.owner, _BatchNorm) for entry in replacements
         )
         unique = {id(p): p for p in self._trained().values()}.values()
-        saved = {id(t): t for t in method.packed(self).values()}.values()
+        saved = {id(t): t for t in method.packed(replacements).values()}.values()
         self.num_parameters = sum(p.numel() for p in unique)
         self.num_bytes = sum(t.numel() * t.element_size() for t in saved)
 
@@ -98,14 +92,27 @@ class Adapter:
     def tensors(self) -> dict[str, Tensor]:
         """Return what is saved, unpacked: trained tensors, and buffers that move."""
         self._check("tensors")
-        return self._tensors()
+        return tensors_of(self._replacements)
 
-    def holders(self) -> Iterator[tuple[str, nn.Module]]:
-        """Yield (name of a tensor, new module that holds it)."""
-        self._check("holders")
-        for entry in self._replacements:
-            for leaf, (holder, _) in entry.tensors.items():
-                yield f"{entry.path}.{leaf}", holder
+    def packed(self) -> dict[str, Tensor]:
+        """Return the tensors as `save` writes them."""
+        self._check("packed")
+        return self.method.packed(self._replacements)
+
+    def unpack(self, stored: Mapping[str, Tensor]) -> None:
+        """Fill the adapter with the tensors of a file: the opposite of `packed`."""
+        self._check("unpack")
+        with torch.no_grad():
+            self.method.unpack(self._replacements, stored)
+
+    def training_rule(self, total_steps: int) -> TrainingRule | None:
+        """Return what training needs besides gradient steps; None for most methods.
+
+        Args:
+            total_steps: Optimiser steps of the whole run.
+        """
+        self._check("training_rule")
+        return self.method.training_rule(self._replacements, self.config, total_steps)
 
     def substitutes(self) -> dict[str, nn.Module | Tensor]:
         """Return path inside `backbone.model` -> what this adapter puts there."""
@@ -120,7 +127,7 @@ class Adapter:
         other = _active(self.backbone)
         if other is not None:
             other.deactivate()
-        self._follow("substitute")
+        self._move("substitute")
         for replacement in self._replacements:
             replacement.swap_in()
         _remember(self.backbone, adapter=self)
@@ -131,7 +138,7 @@ class Adapter:
         self._check("deactivate")
         if not self.active:
             return
-        self._follow("original")
+        self._move("original")
         for replacement in reversed(self._replacements):
             replacement.swap_out()
         _remember(self.backbone, adapter=None)
@@ -165,13 +172,11 @@ class Adapter:
         """
         self._check("merge")
         if not self.mergeable:
-            from geopeft_kit.methods import list_methods
-
-            able = [card.name for card in list_methods() if card.mergeable]
+            able = [method.name for method in all_methods() if method.mergeable]
             these = " with these options" if self.method.mergeable else ""
             raise ValueError(
-                f"{self.name!r}{these} cannot be merged: what it adds is no change of "
-                f"a weight. Methods that merge: {', '.join(able)}."
+                f"{self.name!r}{these} cannot be merged: it adds more than a change of "
+                f"weights. Methods that merge: {', '.join(able)}."
             )
         adapters = attachments_of(self.backbone).adapters
         others = [adapter.name for adapter in adapters if adapter is not self]
@@ -220,7 +225,7 @@ class Adapter:
                 "name": self.backbone.card.name,
                 "weights_hash": original_hash(self.backbone),
             },
-            tensors=self.method.packed(self),
+            tensors=self.packed(),
         )
 
     def export(self, folder: str | Path) -> Path:
@@ -230,7 +235,7 @@ class Adapter:
             ValueError: The method has no such format.
         """
         self._check("export")
-        self.method.export(self, Path(folder))
+        self.method.export(self._replacements, self.config, Path(folder))
         return Path(folder)
 
     def summary(self) -> dict[str, Any]:
@@ -272,48 +277,40 @@ class Adapter:
                 "a new one, or load the saved one with load_adapter(backbone, folder)."
             )
 
-    def _tensors(self) -> dict[str, Tensor]:
-        return dict(
-            pair for entry in self._replacements for pair in entry.named_tensors()
-        )
-
     def _trained(self) -> dict[str, nn.Parameter]:
         return {
             name: tensor
-            for name, tensor in self._tensors().items()
+            for name, tensor in tensors_of(self._replacements).items()
             if isinstance(tensor, nn.Parameter) and tensor.requires_grad
         }
 
-    def _follow(self, side: str) -> None:
-        """Take the side in hand ("substitute" or "original") to where the tree is."""
+    def _move(self, side: str) -> None:
+        """Move the side outside the tree ("substitute" or "original") to its place."""
         now = _place(self.backbone)
-        if now != self._in_hand:
-            cast = now[1] if now[1] != self._in_hand[1] else None
+        if now != self._place_outside:
+            dtype = now[1] if now[1] != self._place_outside[1] else None
             for entry in self._replacements:
-                moved = _moved(getattr(entry, side), now[0], cast)
+                moved = _moved(getattr(entry, side), now[0], dtype)
                 setattr(entry, side, moved)
-            self._in_hand = now
+            self._place_outside = now
 
     def _sync_modes(self) -> None:
         """Give what has just come into the tree the backbone's train or eval mode.
 
-        Walking the whole backbone costs more than the swap, so it is done only where
-        the mode changed meanwhile, or a batch norm starts or stops being trained.
+        This walks the whole backbone, so it is skipped where nothing can have changed.
         """
         mode = self.backbone.training
-        if mode != self._mode_in_hand or self._trains_batch_norms:
+        if mode != self._last_mode or self._trains_batch_norms:
             self.backbone.train(mode)
-        self._mode_in_hand = mode
+        self._last_mode = mode
 
 
 @contextmanager
 def original_backbone(backbone: Backbone) -> Iterator[dict[str, bool]]:
-    """Work on the backbone with no adapter active; an error leaves it as it was.
-
-    On success no adapter is active afterwards.
+    """Deactivate the active adapter; an error inside brings everything back.
 
     Yields:
-        The backbone's requires_grad flags, parameter name -> flag.
+        Parameter name -> requires_grad flag of the backbone.
     """
     active = _active(backbone)
     if active is not None:
@@ -340,12 +337,10 @@ def original_hash(backbone: Backbone) -> str:
         active.activate()
 
 
-def register(adapter: Adapter, flags: dict[str, bool]) -> None:
-    """Freeze the backbone and remember the adapter as one of its own.
+def record(adapter: Adapter, flags: dict[str, bool]) -> None:
+    """Freeze the backbone and add a new adapter, not active yet, to its record.
 
-    Args:
-        adapter: The new adapter, not active yet.
-        flags: The backbone's requires_grad flags before anything was attached.
+    `flags` are the backbone's requires_grad flags before anything was attached.
     """
     backbone = adapter.backbone
     attachments = attachments_of(backbone)
@@ -360,8 +355,7 @@ def attachments_of(backbone: Backbone) -> Attachments:
     """Return the backbone's record of its adapters, empty where there are none."""
     if "_attachments" not in backbone.__dict__:
         _remember(backbone, _attachments=Attachments({}))
-    record: Attachments = backbone.__dict__["_attachments"]
-    return record
+    return cast(Attachments, backbone.__dict__["_attachments"])
 
 
 def restore_flags(backbone: Backbone, flags: dict[str, bool]) -> None:
@@ -372,8 +366,7 @@ def restore_flags(backbone: Backbone, flags: dict[str, bool]) -> None:
 
 
 def _active(backbone: Backbone) -> Adapter | None:
-    active: Adapter | None = backbone.__dict__.get("adapter")
-    return active
+    return cast("Adapter | None", backbone.__dict__.get("adapter"))
 
 
 def _remember(backbone: Backbone, **attributes: Any) -> None:

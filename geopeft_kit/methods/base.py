@@ -1,10 +1,8 @@
-"""The contract of a PEFT method: what it replaces, what it trains, whom it fits.
+"""The contract of a PEFT method, the register of methods, and the choice of blocks.
 
-A method reads a frozen backbone and answers with a list of replacements: (owner
-module, attribute, original, substitute). Pointing the attributes at the substitutes
-activates the method, pointing them back restores the backbone exactly; nothing else
-ever touches it. `adapter.py` does the pointing, each method's file makes the
-substitutes. Taught in notebooks 03 and 04.
+A method reads a frozen backbone and returns replacements. Pointing attributes at the
+substitutes activates the method, pointing them back restores the backbone exactly;
+`adapter.py` does the pointing. Taught in notebooks 03 and 04.
 """
 
 from __future__ import annotations
@@ -14,19 +12,37 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from geopeft_kit.backbones.base import Backbone
-    from geopeft_kit.methods.adapter import Adapter
+from geopeft_kit.backbones.base import Backbone
+from geopeft_kit.methods.replacement import Replacement, Replacements, tensors_of
+from geopeft_kit.plots.colours import add_method_colour
 
 Block = tuple[str, nn.Module]
 """One block of a backbone: its dotted path inside `backbone.model`, and the module."""
 
+Blocks = list[Block]
+Options = dict[str, Any]
+"""Option -> value, as given to `attach` and completed by the method."""
+
+Config = Mapping[str, Any]
+"""`layers` and the completed options of an adapter, ready for JSON."""
+
 Layers = str | Sequence[int]
 """Which blocks a method works on: "all", "last:4", or a list of block numbers."""
+
+FAMILIES = (
+    "ends",
+    "existing weights",
+    "low rank",
+    "prompts",
+    "adapters",
+    "side networks",
+    "Earth observation",
+)
+"""Families of methods, in the order of all tables."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +52,7 @@ class MethodCard:
     Attributes:
         name: The key for `attach`.
         title: The name used in prose and tables.
+        family: One of `FAMILIES`.
         paper: Authors, year, title and arXiv id; a dash where there is none.
         trained: Which tensors train.
         count_formula: Trained numbers as a formula. D: width, L: blocks, r: rank.
@@ -44,11 +61,13 @@ class MethodCard:
         learning_rate: Default of `fit` for what trains inside the backbone; None
             where nothing does.
         needs: Which backbones it serves, in words.
-        options: Option -> type and default, as spelt in the method's signature.
+        note: A few words for the tables of README and cheat-sheet.
+        options: Option -> type and default.
     """
 
     name: str
     title: str
+    family: str
     paper: str
     trained: str
     count_formula: str
@@ -56,6 +75,7 @@ class MethodCard:
     identity_at_start: bool
     learning_rate: float | None
     needs: str
+    note: str
     options: dict[str, str] = field(repr=False)
     reason: Callable[[Backbone], str | None] = field(repr=False, compare=False)
 
@@ -68,83 +88,6 @@ class MethodCard:
         return self.why_not(backbone) is None
 
 
-@dataclass(eq=False)
-class Replacement:
-    """One attribute of one module that an adapter points elsewhere.
-
-    Attributes:
-        path: Dotted path of the attribute inside `backbone.model`.
-        owner: The module that holds the attribute.
-        attribute: The attribute's name in the owner.
-        substitute: The module, parameter or buffer that takes the place.
-        tensors: Name below `path` -> (module that holds the tensor, its attribute), for
-            every tensor that is trained or otherwise has to be saved. Left empty for a
-            tensor substitute, which is itself what is saved.
-        original: What stood there; known from the first activation on.
-        active: True while the attribute points at the substitute.
-    """
-
-    path: str
-    owner: nn.Module
-    attribute: str
-    substitute: nn.Module | Tensor
-    tensors: dict[str, tuple[nn.Module, str]] = field(default_factory=dict)
-    original: nn.Module | Tensor | None = None
-    active: bool = False
-
-    @classmethod
-    def at(
-        cls,
-        model: nn.Module,
-        path: str,
-        substitute: nn.Module | Tensor,
-        tensors: Mapping[str, tuple[nn.Module, str]] | None = None,
-    ) -> Replacement:
-        """Make the replacement of what stands at a dotted path of a model."""
-        parent, _, attribute = path.rpartition(".")
-        owner = model.get_submodule(parent)
-        return cls(path, owner, attribute, substitute, dict(tensors or {}))
-
-    @property
-    def table(self) -> dict[str, Any]:
-        """The owner's own dictionary that holds the attribute.
-
-        Re-pointing a key that exists keeps the order of the state dict, which
-        `setattr` would not promise.
-        """
-        if isinstance(self.substitute, nn.Module):
-            return self.owner._modules
-        if isinstance(self.substitute, nn.Parameter):
-            return self.owner._parameters
-        return self.owner._buffers
-
-    def swap_in(self) -> None:
-        """Point the attribute at the substitute."""
-        table = self.table
-        self.original = table[self.attribute]
-        table[self.attribute] = self.substitute
-        self.active = True
-
-    def swap_out(self) -> None:
-        """Point the attribute back at the original.
-
-        The substitute is read back first: `Module.to` makes new buffer objects.
-        """
-        table = self.table
-        self.substitute = table[self.attribute]
-        table[self.attribute] = self.original
-        self.active = False
-
-    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield (readable name, tensor) of everything trained or saved here."""
-        if isinstance(self.substitute, nn.Module):
-            for leaf, (holder, attribute) in self.tensors.items():
-                yield f"{self.path}.{leaf}", getattr(holder, attribute)
-        else:
-            live = self.table[self.attribute] if self.active else self.substitute
-            yield self.path, live
-
-
 class TrainingRule(ABC):
     """What a method does in training besides gradient steps, for one run of `fit`."""
 
@@ -154,11 +97,7 @@ class TrainingRule(ABC):
 
     @abstractmethod
     def after_step(self, step: int) -> None:
-        """Act after an optimiser step, while its gradients are still there.
-
-        Args:
-            step: Number of steps done, from 1.
-        """
+        """Act after optimiser step 1, 2, ..., while its gradients are still there."""
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
@@ -166,18 +105,18 @@ class TrainingRule(ABC):
 
     @abstractmethod
     def restore(self, state: dict[str, Any]) -> None:
-        """Take up the state of an interrupted run."""
+        """Continue from the state of an interrupted run."""
 
 
 class Method(ABC):
     """One PEFT method. A subclass states the card's facts and builds substitutes.
 
-    `build` spells the method's options as keyword-only arguments with defaults; that
-    signature is the single place where options are declared.
+    Options are the keyword-only arguments of `build`, with their defaults.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
+    family: ClassVar[str]
     paper: ClassVar[str]
     trained: ClassVar[str]
     count_formula: ClassVar[str]
@@ -185,40 +124,28 @@ class Method(ABC):
     identity_at_start: ClassVar[bool]
     learning_rate: ClassVar[float | None]
     needs: ClassVar[str] = "any backbone"
+    note: ClassVar[str] = ""
 
     @abstractmethod
-    def build(self, backbone: Backbone, blocks: list[Block]) -> list[Replacement]:
+    def build(self, backbone: Backbone, blocks: Blocks) -> Replacements:
         """Make the substitutes for the chosen blocks, without touching the backbone.
 
-        Args:
-            backbone: The backbone, as it is with no adapter active.
-            blocks: The blocks chosen by `layers`, in order.
-
-        Returns:
-            The replacements, in the order in which they are swapped in.
+        No adapter is active at this moment. Replacements are swapped in in order.
         """
 
     def why_not(self, backbone: Backbone) -> str | None:
         """Return why the method cannot serve this backbone, or None if it can."""
         return None
 
-    def resolve(
-        self, backbone: Backbone, blocks: list[Block], options: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Fill in what the user left to the method, so that the config says it.
-
-        Args:
-            backbone: The backbone.
-            blocks: The chosen blocks.
-            options: Every option of the method with its value.
-        """
+    def resolve(self, backbone: Backbone, blocks: Blocks, options: Options) -> Options:
+        """Fill in what the user left to the method, so that the config says it."""
         return options
 
-    def starts_as_identity(self, config: Mapping[str, Any]) -> bool:
+    def starts_as_identity(self, config: Config) -> bool:
         """Return whether these options leave the untrained network's output alone."""
         return self.identity_at_start
 
-    def can_merge(self, config: Mapping[str, Any]) -> bool:
+    def can_merge(self, config: Config) -> bool:
         """Return whether these options can be folded into plain weights."""
         return self.mergeable
 
@@ -234,30 +161,30 @@ class Method(ABC):
         for leaf, (holder, attribute) in replacement.tensors.items():
             yield getattr(original, leaf), getattr(holder, attribute)
 
-    def packed(self, adapter: Adapter) -> dict[str, Tensor]:
+    def packed(self, replacements: Replacements) -> dict[str, Tensor]:
         """Return name -> tensor as `save` writes them: here, all as they are."""
-        return adapter.tensors()
+        return tensors_of(replacements)
 
-    def unpack(self, adapter: Adapter, stored: Mapping[str, Tensor]) -> None:
-        """Fill an adapter from a file: the opposite of `packed`.
-
-        Args:
-            adapter: A new one, with the options that the file names.
-            stored: Names, shapes and kinds of number as `packed` gives them.
-        """
-        for name, tensor in adapter.tensors().items():
+    def unpack(self, replacements: Replacements, stored: Mapping[str, Tensor]) -> None:
+        """Fill new replacements from a file: the opposite of `packed`."""
+        for name, tensor in tensors_of(replacements).items():
             tensor.copy_(stored[name])
 
-    def training_rule(self, adapter: Adapter, total_steps: int) -> TrainingRule | None:
-        """Return what training needs besides gradient steps; None for most methods.
-
-        Args:
-            adapter: The active adapter.
-            total_steps: Optimiser steps of the whole run.
-        """
+    def training_rule(
+        self,
+        replacements: Replacements,
+        config: Config,
+        total_steps: int,
+    ) -> TrainingRule | None:
+        """Return what training needs besides gradient steps; None for most methods."""
         return None
 
-    def export(self, adapter: Adapter, folder: Path) -> None:
+    def export(
+        self,
+        replacements: Replacements,
+        config: Config,
+        folder: Path,
+    ) -> None:
         """Write the adapter in another library's format."""
         raise ValueError(
             f"{self.name!r} has no format that another library reads. Methods that "
@@ -266,30 +193,31 @@ class Method(ABC):
         )
 
     @classmethod
-    def options(cls) -> dict[str, str]:
-        """Option -> "type = default", read from the signature of `build`."""
-        parameters = inspect.signature(cls.build).parameters.values()
+    def parameters(cls) -> dict[str, tuple[str, Any]]:
+        """Option -> (type in words, default), read from the signature of `build`."""
         return {
-            p.name: f"{p.annotation} = {p.default!r}"
-            for p in parameters
+            p.name: (inspect.formatannotation(p.annotation).strip("'"), p.default)
+            for p in inspect.signature(cls.build).parameters.values()
             if p.kind is inspect.Parameter.KEYWORD_ONLY
         }
 
     @classmethod
+    def options(cls) -> dict[str, str]:
+        """Option -> "type = default"."""
+        pairs = cls.parameters().items()
+        return {name: f"{kind} = {default!r}" for name, (kind, default) in pairs}
+
+    @classmethod
     def defaults(cls) -> dict[str, Any]:
         """Option -> default value."""
-        parameters = inspect.signature(cls.build).parameters.values()
-        return {
-            p.name: p.default
-            for p in parameters
-            if p.kind is inspect.Parameter.KEYWORD_ONLY
-        }
+        return {name: default for name, (_, default) in cls.parameters().items()}
 
     def card(self) -> MethodCard:
         """Return the method's card."""
         return MethodCard(
             name=self.name,
             title=self.title,
+            family=self.family,
             paper=self.paper,
             trained=self.trained,
             count_formula=self.count_formula,
@@ -297,17 +225,47 @@ class Method(ABC):
             identity_at_start=self.identity_at_start,
             learning_rate=self.learning_rate,
             needs=self.needs,
+            note=self.note,
             options=self.options(),
             reason=self.why_not,
         )
 
 
-def select_blocks(blocks: Sequence[Block], layers: Layers) -> list[Block]:
-    """Choose blocks of a backbone.
+METHODS: dict[str, Method] = {}
+"""Name -> method, filled by `register`."""
 
-    Args:
-        blocks: All blocks, in order.
-        layers: "all", "last:k" for the last k, or a list of numbers counted from 0.
+Kind = TypeVar("Kind", bound=type[Method])
+
+
+def register(kind: Kind) -> Kind:
+    """Class decorator: give a method its place in `list_methods` and its colour.
+
+    Running a cell or module again replaces its own method.
+
+    Raises:
+        ValueError: The family is unknown, or another class has the name.
+    """
+    name, old = kind.name, METHODS.get(kind.name)
+    if kind.family not in FAMILIES:
+        raise ValueError(
+            f"{name!r} has family={kind.family!r}; the families are "
+            f"{', '.join(FAMILIES)}."
+        )
+    home = (kind.__module__, kind.__qualname__)
+    if old and home != (type(old).__module__, type(old).__qualname__):
+        raise ValueError(f"The name {name!r} belongs to {type(old)}. Choose another.")
+    METHODS[name] = kind()
+    add_method_colour(name, kind.family)
+    return kind
+
+
+def all_methods() -> list[Method]:
+    """Return every method, family by family."""
+    return sorted(METHODS.values(), key=lambda method: FAMILIES.index(method.family))
+
+
+def select_blocks(blocks: Sequence[Block], layers: Layers) -> list[Block]:
+    """Choose blocks: "all", "last:k", or a list of numbers counted from 0.
 
     Returns:
         The chosen blocks, in the order of the backbone.
@@ -334,35 +292,3 @@ def select_blocks(blocks: Sequence[Block], layers: Layers) -> list[Block]:
         fault = f"{outside} are out of range" if outside else "empty or repeated"
         raise ValueError(f"layers={chosen}: {fault}; this backbone takes {allowed}.")
     return [blocks[i] for i in sorted(chosen)]
-
-
-def check_whole(option: str, value: Any, minimum: int = 1) -> int:
-    """Return a whole number option, or raise with its name and the allowed range."""
-    if type(value) is not int:
-        raise TypeError(f"{option}={value!r}; a whole number is needed.")
-    if value < minimum:
-        raise ValueError(f"{option}={value}; it must be {minimum} or more.")
-    return value
-
-
-def check_share(option: str, value: Any) -> float:
-    """Return an option in [0, 1), such as a dropout rate, or raise with its name."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{option}={value!r}; a number from 0 up to 1 is needed.")
-    if not 0 <= value < 1:
-        raise ValueError(f"{option}={value}; it must be at least 0 and below 1.")
-    return float(value)
-
-
-def check_above_zero(option: str, value: Any) -> float:
-    """Return a finite number above 0, or raise with the option's name."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{option}={value!r}; a number above 0 is needed.")
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{option}={value}; it must be finite and above 0.")
-    return value
-
-
-def clone_parameter(parameter: Tensor) -> nn.Parameter:
-    """Return a trainable copy of a parameter."""
-    return nn.Parameter(parameter.detach().clone(), requires_grad=True)

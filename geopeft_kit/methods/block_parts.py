@@ -1,11 +1,13 @@
-"""The parts of a block that adapters stand beside: its MLP branch, its channels.
+"""Parts of a block that adapters are added to, and how they are added.
 
 Shared by the bottleneck methods and those on the token grid.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+import functools
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block
@@ -15,19 +17,38 @@ from torchvision.models.swin_transformer import (
     SwinTransformerBlockV2 as TorchvisionBlockV2,
 )
 
-from geopeft_kit.methods.base import Replacement
-
-if TYPE_CHECKING:
-    from geopeft_kit.backbones.base import Backbone
-
-Tensors = dict[str, tuple[nn.Module, str]]
-"""Readable name -> (module that holds the tensor, its attribute)."""
+from geopeft_kit.backbones.base import Backbone
+from geopeft_kit.methods.base import Block
+from geopeft_kit.methods.replacement import (
+    Places,
+    Replacement,
+    Replacements,
+    trained_in,
+)
 
 _POST_NORM = (ResPostBlock, SwinTransformerV2Block, TorchvisionBlockV2)
 
 
+class AdaptedLayer(nn.Module):
+    """A frozen layer and an adapter: layer(x) + adapter(x).
+
+    In series it is y + adapter(y) with y = layer(x).
+    """
+
+    def __init__(
+        self, layer: nn.Module, adapter: nn.Module, serial: bool = False
+    ) -> None:
+        super().__init__()
+        self.layer, self.adapter, self.serial = layer, adapter, serial
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's own shapes; further arguments are handed to the layer."""
+        y = self.layer(x, *args, **kwargs)
+        return y + self.adapter(y if self.serial else x).to(y.dtype)
+
+
 def no_mlp(backbone: Backbone) -> str | None:
-    """Say that a block has no MLP with a norm, or return None."""
+    """Return which block has no MLP with a norm, or None."""
     for path, block in backbone.blocks:
         if not (hasattr(block, "mlp") and _norm_of(block)):
             return f"its block {path} ({type(block).__name__}) has no norm and mlp"
@@ -35,14 +56,11 @@ def no_mlp(backbone: Backbone) -> str | None:
 
 
 def mlp_branch(block: nn.Module) -> tuple[nn.Sequential, list[str]]:
-    """What a block adds to its stream by its MLP, as one module that reads the stream.
+    """The MLP branch of a block as one module: norm, MLP, layer scale, drop path.
 
-    Norm, MLP, layer scale and stochastic depth in the block's order. With this in the
-    place of `mlp`, and identities in the places of the others, the block computes what
-    it did, and a method can reach the stream itself.
-
-    Returns:
-        The branch, and the attributes that have to become identities.
+    With the branch in the place of `mlp`, and identities in the places of the others
+    (their names are returned too), the block computes the same, and `mlp` reads the
+    residual stream itself.
     """
     order = [_norm_of(block), "mlp"]
     if norms_behind(block):
@@ -52,23 +70,46 @@ def mlp_branch(block: nn.Module) -> tuple[nn.Sequential, list[str]]:
     return branch, [name for name in order if name != "mlp"]
 
 
-def in_place_of_mlp(
+def add_to_mlp_branch(
     backbone: Backbone,
-    path: str,
-    substitute: nn.Module,
-    emptied: list[str],
-    tensors: Tensors,
-) -> list[Replacement]:
-    """Put a module that holds the MLP branch in place of `mlp`; empty the rest."""
-    model = backbone.model
+    block: Block,
+    combine: Callable[[nn.Module], nn.Module],
+    tensors: Places,
+) -> Replacements:
+    """Put `combine(branch)`, which reads the residual stream, in place of `mlp`."""
+    model, path = backbone.model, block[0]
+    branch, emptied = mlp_branch(block[1])
+    substitute = combine(branch)
     return [
         Replacement.at(model, f"{path}.mlp", substitute, tensors),
         *(Replacement.at(model, f"{path}.{name}", nn.Identity()) for name in emptied),
     ]
 
 
+def beside_mlp_branch(
+    backbone: Backbone, block: Block, adapter: nn.Module
+) -> Replacements:
+    """Let an adapter read what the MLP's norm reads, and add its output."""
+    tensors = trained_in(adapter, "adapter")
+    combine = functools.partial(AdaptedLayer, adapter=adapter)
+    return add_to_mlp_branch(backbone, block, combine, tensors)
+
+
+def adapted(
+    backbone: Backbone,
+    path: str,
+    layer: nn.Module,
+    adapter: nn.Module,
+    serial: bool = False,
+) -> Replacement:
+    """Replace a layer by itself and an adapter."""
+    substitute = AdaptedLayer(layer, adapter, serial)
+    tensors = trained_in(adapter, "adapter")
+    return Replacement.at(backbone.model, path, substitute, tensors)
+
+
 def norms_behind(block: nn.Module) -> bool:
-    """True where the norms stand behind attention and MLP (Swin V2)."""
+    """True where the norms follow attention and MLP (Swin V2)."""
     return isinstance(block, _POST_NORM)
 
 
@@ -85,15 +126,6 @@ def channels_first(block: nn.Module) -> bool:
 def device_of(block: nn.Module) -> torch.device:
     """Where a block computes."""
     return next(block.parameters()).device
-
-
-def trained_in(module: nn.Module, name: str) -> Tensors:
-    """Readable name -> (holder, attribute) of all parameters of a new module."""
-    places = {}
-    for path, _ in module.named_parameters():
-        holder, _, attribute = path.rpartition(".")
-        places[f"{name}.{path}"] = (module.get_submodule(holder), attribute)
-    return places
 
 
 def zeroed(layer: nn.Linear) -> nn.Linear:

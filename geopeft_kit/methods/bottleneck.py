@@ -1,7 +1,7 @@
-"""Bottleneck adapters: a narrow network behind or beside a layer. Notebook 04.
+"""Bottleneck adapters in series and in parallel. Taught in notebook 04.
 
 Each one goes down to a few channels, through a non-linearity and up again. Because of
-the non-linearity it cannot be folded into a weight; because the way up starts at zero
+the non-linearity it cannot be folded into a weight. Because the way up starts at zero
 it changes nothing at the start.
 
 Source: Houlsby et al. 2019, Parameter-Efficient Transfer Learning for NLP, arXiv
@@ -10,45 +10,27 @@ Source: Houlsby et al. 2019, Parameter-Efficient Transfer Learning for NLP, arXi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-import torch
 from torch import Tensor, nn
 
-from geopeft_kit.methods.base import (
-    Block,
-    Method,
-    Replacement,
-    check_above_zero,
-    check_share,
-    check_whole,
-)
+from geopeft_kit.backbones.base import Backbone
+from geopeft_kit.methods.base import Blocks, Method, register
 from geopeft_kit.methods.block_parts import (
+    adapted,
+    beside_mlp_branch,
     channels_first,
     channels_of,
     device_of,
-    in_place_of_mlp,
-    mlp_branch,
     no_mlp,
-    trained_in,
     zeroed,
 )
-
-if TYPE_CHECKING:
-    from geopeft_kit.backbones.base import Backbone
+from geopeft_kit.methods.checks import check_above_zero, check_share, check_whole
+from geopeft_kit.methods.replacement import Replacements
 
 
 class Bottleneck(nn.Module):
-    """scale * Up(dropout(act(Down x))), with Up zero at the start.
+    """scale * Up(dropout(act(Down x))), D -> h -> D channels, Up zero at the start.
 
-    Args:
-        channels: Channels D of input and output.
-        width: Channels h in the middle.
-        activation: The non-linearity.
-        dropout: Rate on the middle channels.
-        scale: Fixed factor on the output.
-        channels_first: The input is (B, D, H, W) instead of (..., D).
-        device: Where the parameters are made.
+    The input is (..., D), or (B, D, H, W) with `channels_first`.
     """
 
     def __init__(
@@ -59,13 +41,12 @@ class Bottleneck(nn.Module):
         dropout: float = 0.0,
         scale: float = 1.0,
         channels_first: bool = False,
-        device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        self.down = nn.Linear(channels, width, device=device)
+        self.down = nn.Linear(channels, width)
         self.activation = activation
         self.dropout = nn.Dropout(dropout)
-        self.up = zeroed(nn.Linear(width, channels, device=device))
+        self.up = zeroed(nn.Linear(width, channels))
         self.scale = scale
         self.channel_axis = 1 if channels_first else -1
 
@@ -76,51 +57,24 @@ class Bottleneck(nn.Module):
         return x.movedim(-1, self.channel_axis)
 
 
-class Serial(nn.Module):
-    """A frozen layer and an adapter behind it: y + adapter(y), y = layer(x)."""
+class BottleneckMethod(Method):
+    """What both methods, and quantised bottlenecks, have in common."""
 
-    def __init__(self, layer: nn.Module, adapter: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-        self.adapter = adapter
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The layer's own shapes; further arguments are handed to the layer."""
-        y = self.layer(x, *args, **kwargs)
-        return y + self.adapter(y).to(y.dtype)
-
-
-class Parallel(nn.Module):
-    """A frozen layer and an adapter beside it: layer(x) + adapter(x)."""
-
-    def __init__(self, layer: nn.Module, adapter: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-        self.adapter = adapter
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The layer's own shapes; further arguments are handed to the layer."""
-        y = self.layer(x, *args, **kwargs)
-        return y + self.adapter(x).to(y.dtype)
-
-
-class _Bottlenecks(Method):
-    """What both have in common."""
-
+    family = "adapters"
     mergeable = False
     identity_at_start = True
     learning_rate = 1e-3  # ours
     needs = "networks with an MLP in their blocks (ViT, Swin, ConvNeXt)"
 
     def why_not(self, backbone: Backbone) -> str | None:
-        """Refuse networks whose blocks hold no MLP behind or before a norm."""
         return no_mlp(backbone)
 
 
-class Houlsby(_Bottlenecks):
+@register
+class Houlsby(BottleneckMethod):
     """Bottlenecks in series: behind the attention and behind the MLP of every block.
 
-    y + Up(GELU(Down y)), y being what the attention or the MLP gives, before it is
+    y + Up(GELU(Down y)), y being the output of the attention or the MLP, before it is
     added to the stream (and before layer scale, where a network has one). Blocks
     without attention (ConvNeXt) have the one behind the MLP only. Inside Swin's
     windows nothing changes, since every token is treated alone.
@@ -138,13 +92,11 @@ class Houlsby(_Bottlenecks):
     count_formula = "2(2Dh + h + D) per block; half without attention"
 
     def build(
-        self, backbone: Backbone, blocks: list[Block], *, width: int = 64
-    ) -> list[Replacement]:
+        self, backbone: Backbone, blocks: Blocks, *, width: int = 64
+    ) -> Replacements:
         """Put an adapter behind the attention and the MLP.
 
         Args:
-            backbone: The backbone.
-            blocks: The blocks that get adapters.
             width: Channels h in the middle.
         """
         check_whole("width", width)
@@ -153,29 +105,28 @@ class Houlsby(_Bottlenecks):
             for name in ("attn", "mlp"):
                 if not hasattr(block, name):
                     continue
-                adapter = Bottleneck(
-                    channels_of(block),
-                    width,
-                    nn.GELU(),
-                    channels_first=channels_first(block),
-                    device=device_of(block),
-                )
-                serial = Serial(getattr(block, name), adapter)
-                tensors = trained_in(adapter, "adapter")
-                replacements.append(
-                    Replacement.at(backbone.model, f"{path}.{name}", serial, tensors)
-                )
+                with device_of(block):
+                    adapter = Bottleneck(
+                        channels_of(block),
+                        width,
+                        nn.GELU(),
+                        channels_first=channels_first(block),
+                    )
+                layer = getattr(block, name)
+                entry = adapted(backbone, f"{path}.{name}", layer, adapter, serial=True)
+                replacements.append(entry)
         return replacements
 
 
-class AdaptFormer(_Bottlenecks):
-    """A bottleneck beside the MLP: x + MLP(LN x) + s * Up(ReLU(Down x)).
+@register
+class AdaptFormer(BottleneckMethod):
+    """A bottleneck in parallel to the MLP: x + MLP(LN x) + s * Up(ReLU(Down x)).
 
     It reads what the MLP's norm reads: the tokens after attention (ViT, Swin), or the
     output of the depthwise convolution (ConvNeXt; ours, as that paper has none). It is
     added outside a ViT's layer scale. ConvNeXt's `gamma` multiplies the whole branch of
     a block, and with it the adapter. In networks that norm behind the MLP (Swin V2) it
-    stands beside MLP and norm, so the formula becomes x + LN(MLP x) + s * Up(...).
+    is parallel to MLP and norm, so the formula becomes x + LN(MLP x) + s * Up(...).
     """
 
     name = "adaptformer"
@@ -187,17 +138,15 @@ class AdaptFormer(_Bottlenecks):
     def build(
         self,
         backbone: Backbone,
-        blocks: list[Block],
+        blocks: Blocks,
         *,
         width: int = 64,
         scale: float = 0.1,
         dropout: float = 0.0,
-    ) -> list[Replacement]:
+    ) -> Replacements:
         """Put an adapter beside the MLP and its norm.
 
         Args:
-            backbone: The backbone.
-            blocks: The blocks that get adapters.
             width: Channels h in the middle.
             scale: Factor s on the adapter.
             dropout: Rate behind the ReLU; the formula has none.
@@ -207,17 +156,10 @@ class AdaptFormer(_Bottlenecks):
         check_share("dropout", dropout)
         replacements = []
         for path, block in blocks:
-            adapter = Bottleneck(
-                channels_of(block),
-                width,
-                nn.ReLU(),
-                dropout,
-                scale,
-                channels_first(block),
-                device_of(block),
-            )
-            branch, emptied = mlp_branch(block)
-            tensors = trained_in(adapter, "adapter")
-            parallel = Parallel(branch, adapter)
-            replacements += in_place_of_mlp(backbone, path, parallel, emptied, tensors)
+            first = channels_first(block)
+            with device_of(block):
+                adapter = Bottleneck(
+                    channels_of(block), width, nn.ReLU(), dropout, scale, first
+                )
+            replacements += beside_mlp_branch(backbone, (path, block), adapter)
         return replacements

@@ -33,13 +33,10 @@ def levels_for_normal(bits: int) -> tuple[float, ...]:
     density that is best for many levels, N(0, 2), does ten such rounds, and then solves
     the same equations with Newton's method.
 
-    Args:
-        bits: 1, 2, 4 or 8.
-
     Returns:
         The levels, rising; symmetric about 0.
     """
-    count = 2 ** check_bits("bits", bits, QUANTISED_BITS)
+    count = 2**bits
     places = torch.arange(count, dtype=torch.float64, device="cpu").add(0.5) / count
     levels = 2**0.5 * ndtri(places)  # (K,)
     for _ in range(10):
@@ -71,14 +68,9 @@ def expected_error(bits: int) -> float:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Put codes of b bits into bytes, 8 / b in each, the first in the lowest bits.
+    """Put n codes of b bits, any shape, into (ceil(n b / 8),) uint8.
 
-    Args:
-        codes: Whole numbers from 0 to 2^b - 1, any shape, read row by row.
-        bits: 1, 2, 4 or 8.
-
-    Returns:
-        (ceil(n b / 8),) uint8; the last byte is filled up with zeros.
+    Each byte holds 8 / b codes, the first in the lowest bits.
     """
     each = 8 // bits
     flat = F.pad(codes.flatten(), (0, -codes.numel() % each))
@@ -88,28 +80,10 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
-    """Take codes out of bytes: the opposite of `pack`.
-
-    Args:
-        packed: (ceil(n b / 8),) uint8.
-        bits: 1, 2, 4 or 8.
-        count: How many codes n there are.
-
-    Returns:
-        (n,) int64.
-    """
+    """Take n = `count` codes out of bytes, (n,) int64: the opposite of `pack`."""
     shifts = torch.arange(8 // bits, device=packed.device) * bits
     codes = (packed.long()[:, None] >> shifts) & (2**bits - 1)  # (bytes, 8 / b)
     return codes.flatten()[:count]
-
-
-def check_bits(option: str, value: int, allowed: tuple[int, ...]) -> int:
-    """Return a bit width, or raise with the allowed ones."""
-    if type(value) is not int or value not in allowed:
-        raise ValueError(
-            f"{option}={value!r}; one of {', '.join(map(str, allowed))} is needed."
-        )
-    return value
 
 
 def _middle_shares(levels: Tensor) -> Tensor:

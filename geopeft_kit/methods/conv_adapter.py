@@ -1,34 +1,21 @@
-"""Conv-Adapter: a small convolution beside each spatial one. Taught in notebook 04.
-
-Source: Chen et al. 2024, Conv-Adapter, arXiv 2208.07463 (CVPR workshops 2024).
-"""
+"""Conv-Adapter: a small convolution beside each spatial one. Taught in notebook 04."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from geopeft_kit.methods.base import Block, Method, Replacement, check_whole
-from geopeft_kit.methods.bottleneck import Parallel, trained_in
-from geopeft_kit.methods.convolutional import check_odd
-
-if TYPE_CHECKING:
-    from geopeft_kit.backbones.base import Backbone
+from geopeft_kit.backbones.base import Backbone
+from geopeft_kit.methods.base import Blocks, Method, register
+from geopeft_kit.methods.block_parts import adapted
+from geopeft_kit.methods.checks import check_odd, check_whole
+from geopeft_kit.methods.replacement import Replacements
 
 
 class ConvAdapterUnit(nn.Module):
-    """gain * Pointwise(GELU(Spatial x)): C -> w channels in w groups, w -> C_out.
+    """gain * Pointwise(GELU(Spatial x)): C -> w = C / g channels in w groups -> C_out.
 
-    Args:
-        inputs: Channels C that come in.
-        outputs: Channels that go out.
-        reduction: g; the middle has w = C / g channels.
-        kernel_size: Side k of the grouped convolution.
-        stride: Its stride.
-        dilation: Its dilation.
-        device: Where the parameters are made.
+    g is the reduction; kernel size, stride and dilation are those of Spatial.
     """
 
     def __init__(
@@ -39,7 +26,6 @@ class ConvAdapterUnit(nn.Module):
         kernel_size: int,
         stride: int = 1,
         dilation: int = 1,
-        device: torch.device | None = None,
     ) -> None:
         super().__init__()
         width = inputs // reduction
@@ -51,11 +37,10 @@ class ConvAdapterUnit(nn.Module):
             padding=dilation * (kernel_size // 2),
             dilation=dilation,
             groups=width,
-            device=device,
         )
         self.activation = nn.GELU()
-        self.pointwise = nn.Conv2d(width, outputs, 1, device=device)
-        self.gain = nn.Parameter(torch.ones(outputs, 1, 1, device=device))
+        self.pointwise = nn.Conv2d(width, outputs, 1)
+        self.gain = nn.Parameter(torch.ones(outputs, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C_out, H / stride, W / stride), in float32."""
@@ -63,6 +48,7 @@ class ConvAdapterUnit(nn.Module):
         return self.gain * self.pointwise(self.activation(x))
 
 
+@register
 class ConvAdapter(Method):
     """A grouped and a 1x1 convolution beside each spatial convolution of a block.
 
@@ -75,6 +61,7 @@ class ConvAdapter(Method):
 
     name = "conv_adapter"
     title = "Conv-Adapter"
+    family = "adapters"
     paper = "Chen et al. 2024, Conv-Adapter, arXiv 2208.07463"
     trained = "grouped and 1x1 convolution and a gain beside each spatial convolution"
     count_formula = "C k^2 + w + wC + 2C per convolution, w = C/g"
@@ -84,7 +71,6 @@ class ConvAdapter(Method):
     needs = "convolutional networks (ConvNeXt, ResNet)"
 
     def why_not(self, backbone: Backbone) -> str | None:
-        """Refuse networks whose blocks have no spatial convolution."""
         if all(spatial_convolutions(block) for _, block in backbone.blocks):
             return None
         return f"the blocks of the layout {backbone.layout!r} hold no k x k convolution"
@@ -92,16 +78,14 @@ class ConvAdapter(Method):
     def build(
         self,
         backbone: Backbone,
-        blocks: list[Block],
+        blocks: Blocks,
         *,
         reduction: int = 8,
         kernel_size: int | None = None,
-    ) -> list[Replacement]:
+    ) -> Replacements:
         """Put an adapter beside each spatial convolution.
 
         Args:
-            backbone: A ConvNeXt or ResNet.
-            blocks: The blocks that get adapters.
             reduction: g; a divisor of all channel counts.
             kernel_size: Side of the grouped convolution, odd; None for that of the
                 convolution beside it.
@@ -113,19 +97,17 @@ class ConvAdapter(Method):
         for path, block in blocks:
             for name, conv in spatial_convolutions(block).items():
                 _check_divides(reduction, conv.in_channels, f"{path}.{name}")
-                unit = ConvAdapterUnit(
-                    conv.in_channels,
-                    conv.out_channels,
-                    reduction,
-                    kernel_size or conv.kernel_size[0],
-                    conv.stride[0],
-                    conv.dilation[0],
-                    conv.weight.device,
-                )
-                parallel, tensors = Parallel(conv, unit), trained_in(unit, "adapter")
-                replacements.append(
-                    Replacement.at(backbone.model, f"{path}.{name}", parallel, tensors)
-                )
+                with conv.weight.device:
+                    unit = ConvAdapterUnit(
+                        conv.in_channels,
+                        conv.out_channels,
+                        reduction,
+                        kernel_size or conv.kernel_size[0],
+                        conv.stride[0],
+                        conv.dilation[0],
+                    )
+                entry = adapted(backbone, f"{path}.{name}", conv, unit)
+                replacements.append(entry)
         return replacements
 
 

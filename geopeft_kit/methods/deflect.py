@@ -11,42 +11,48 @@ auxiliary stream's norm is matched to the principal one's.
 
 Neither the paper's equations nor its code could be read. **Every formula here is
 ours**: the pixel-set network, how the two streams share an attention map, the
-additive and polar deflection, the sizes and the learning rate. This is therefore no
+additive and polar deflection, the sizes and the learning rate. This is therefore not a
 reproduction, and its accuracy says nothing about the paper's. Taught in notebook 05.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from geopeft_kit.backbones.base import Backbone
 from geopeft_kit.indices import available_indices, index_bands
-from geopeft_kit.methods.base import (
-    Block,
-    Method,
-    Replacement,
+from geopeft_kit.methods.base import Blocks, Config, Method, Options, register
+from geopeft_kit.methods.block_parts import device_of
+from geopeft_kit.methods.checks import (
     check_above_zero,
+    check_choice,
+    check_switch,
     check_whole,
 )
 from geopeft_kit.methods.pixel_sets import (
-    Handover,
     JoinStreams,
     PixelSetEmbedding,
+    TokenBuffer,
     UntangledSelect,
 )
+from geopeft_kit.methods.replacement import (
+    Places,
+    Replacement,
+    Replacements,
+    trained_in,
+)
 from geopeft_kit.methods.two_streams import Deflection, Form, UntangledBlock
-
-if TYPE_CHECKING:
-    from geopeft_kit.backbones.base import Backbone
 
 STAGES = ("embedding", "attention", "unbounded", "bounded")
 DEFAULT_INDICES = ("NDVI", "NDWI", "NDMI", "NBR")
 
 
+@register
 class Deflect(Method):
     """An RGB network that reads any bands: two streams, one attention, a small turn.
 
@@ -79,6 +85,8 @@ class Deflect(Method):
 
     name = "deflect"
     title = "DEFLECT-style (formulas ours)"
+    family = "Earth observation"
+    note = "DEFLECT-style"
     paper = (
         "Idea: Thoreau, Marsocci, Derksen 2025, Deflecting Embeddings for Finetuning "
         "Latent representations for Earth and Climate Tasks, arXiv 2503.09493"
@@ -96,7 +104,6 @@ class Deflect(Method):
     needs = "plain timm ViTs, best loaded with new_bands='ignore'"
 
     def why_not(self, backbone: Backbone) -> str | None:
-        """Refuse what has no two streams: only timm's pre-norm ViT blocks do."""
         from timm.models.vision_transformer import Attention, Block, VisionTransformer
 
         if not isinstance(backbone.model, VisionTransformer):
@@ -112,18 +119,16 @@ class Deflect(Method):
                 return f"the attention of {path} is gated"
         return None
 
-    def starts_as_identity(self, config: Mapping[str, Any]) -> bool:
+    def starts_as_identity(self, config: Config) -> bool:
         """True if g starts at 0."""
         return config["start"] == 0
 
-    def resolve(
-        self, backbone: Backbone, blocks: list[Block], options: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Name the indices; by default those of the four whose bands are at hand."""
+    def resolve(self, backbone: Backbone, blocks: Blocks, options: Options) -> Options:
+        """Name the indices; by default those of the four that the bands allow."""
         bands, names = backbone.bands, options["indices"]
         if names is None:
-            at_hand = available_indices(bands)
-            names = [name for name in DEFAULT_INDICES if name in at_hand]
+            available = available_indices(bands)
+            names = [name for name in DEFAULT_INDICES if name in available]
         if isinstance(names, str) or not isinstance(names, Sequence):
             raise TypeError(f"indices={names!r}; a list is needed, as ('NDVI',).")
         for name in names:
@@ -139,7 +144,7 @@ class Deflect(Method):
     def build(
         self,
         backbone: Backbone,
-        blocks: list[Block],
+        blocks: Blocks,
         *,
         width: int = 8,
         features: int = 32,
@@ -150,19 +155,17 @@ class Deflect(Method):
         stage: str = "bounded",
         start: float = 0.0,
         auxiliary_mlp: bool = True,
-    ) -> list[Replacement]:
+    ) -> Replacements:
         """Make the second stream.
 
         Args:
-            backbone: A plain ViT.
-            blocks: The blocks whose principal tokens are deflected.
             width: h, numbers between V and U.
             features: m, width of the pixel-set MLP.
             form: "additive" or "polar".
             rho_max: Largest displacement of the additive form, as a share of |s|.
             theta_max: Largest angle of the polar form in radians, below pi / 2.
             indices: Spectral indices, by name; None for those of NDVI, NDWI, NDMI and
-                NBR whose bands are at hand.
+                NBR whose bands the images have.
             stage: "embedding", "attention", "unbounded" or "bounded".
             start: g at the start.
             auxiliary_mlp: Whether the second stream passes the blocks' MLPs too;
@@ -174,14 +177,11 @@ class Deflect(Method):
         check_above_zero("rho_max", rho_max)
         if not check_above_zero("theta_max", theta_max) < math.pi / 2:
             raise ValueError(f"theta_max={theta_max}; it must be below pi / 2 (1.57).")
-        if not isinstance(auxiliary_mlp, bool):
-            raise TypeError(
-                f"auxiliary_mlp={auxiliary_mlp!r}; True or False is needed."
-            )
-        handover = Handover()
+        check_switch("auxiliary_mlp", auxiliary_mlp)
+        buffer = TokenBuffer()
         replacements = [
-            _select(backbone, features, indices or (), handover),
-            _join(backbone, start if stage == "embedding" else None, handover),
+            _select(backbone, features, indices or (), buffer),
+            _join(backbone, start if stage == "embedding" else None, buffer),
         ]
         if stage == "embedding":
             return replacements
@@ -192,8 +192,9 @@ class Deflect(Method):
         for path, block in backbone.blocks:
             deflection = None
             if path in dict(blocks):
-                g = _scalar(block, start)
-                deflection = Deflection(g, tokens, hidden, form, bound)
+                with device_of(block):
+                    g = nn.Parameter(torch.tensor(float(start)))
+                    deflection = Deflection(g, tokens, hidden, form, bound)
             two = UntangledBlock(block, deflection, path == final, auxiliary_mlp)
             tensors = _tensors(deflection)
             replacements.append(Replacement.at(backbone.model, path, two, tensors))
@@ -203,59 +204,43 @@ class Deflect(Method):
 
 
 def _select(
-    backbone: Backbone, features: int, indices: Sequence[str], handover: Handover
+    backbone: Backbone, features: int, indices: Sequence[str], buffer: TokenBuffer
 ) -> Replacement:
-    """What stands at the shell's own `select`, in front of the network."""
+    """Replace the backbone's own `select`, in front of the network."""
     patch_embed = cast(Any, backbone.model).patch_embed
-    embedding = PixelSetEmbedding(
-        inputs=len(backbone.bands) + len(indices),
-        features=features,
-        width=cast(int, backbone.width),
-        patch=patch_embed.patch_size,
-        device=next(patch_embed.parameters()).device,
-    )
-    select = UntangledSelect(backbone, embedding, indices, handover)
-    tensors = {
-        f"{layer}.{kind}": (embedding.get_submodule(layer), kind)
-        for layer in ("pixel", "token")
-        for kind in ("weight", "bias")
-    }
-    return Replacement("select", backbone, "select", select, tensors)
+    with device_of(patch_embed):
+        embedding = PixelSetEmbedding(
+            inputs=len(backbone.bands) + len(indices),
+            features=features,
+            width=cast(int, backbone.width),
+            patch=patch_embed.patch_size,
+        )
+    select = UntangledSelect(backbone, embedding, indices, buffer)
+    return Replacement("select", backbone, "select", select, trained_in(embedding))
 
 
-def _join(backbone: Backbone, gate: float | None, handover: Handover) -> Replacement:
-    """What stands at `norm_pre`, between the patch embedding and the first block."""
+def _join(backbone: Backbone, start: float | None, buffer: TokenBuffer) -> Replacement:
+    """Replace `norm_pre`, between the patch embedding and the first block."""
     model = cast(Any, backbone.model)
-    scalar = None if gate is None else _scalar(model, gate)
-    join = JoinStreams(model.norm_pre, handover, scalar)
-    tensors: dict[str, tuple[nn.Module, str]] = {}
-    if scalar is not None:
-        tensors["gate"] = (join, "gate")
-    return Replacement.at(model, "norm_pre", join, tensors)
+    gate = None
+    if start is not None:
+        gate = nn.Parameter(torch.tensor(float(start), device=device_of(model)))
+    join = JoinStreams(model.norm_pre, buffer, gate)
+    return Replacement.at(model, "norm_pre", join, trained_in(join, frozen="norm_pre"))
 
 
-def _tensors(deflection: Deflection | None) -> dict[str, tuple[nn.Module, str]]:
+def _tensors(deflection: Deflection | None) -> Places:
     if deflection is None:
         return {}
-    tensors: dict[str, tuple[nn.Module, str]] = {"g": (deflection, "g")}
-    for name, layer in deflection.named_children():
-        tensors[name] = (layer, "weight")
-    return tensors
-
-
-def _scalar(module: nn.Module, value: float) -> nn.Parameter:
-    """A trained scalar where the module is."""
-    device = next(module.parameters()).device
-    return nn.Parameter(torch.full((), float(value), device=device))
+    layers = {name: (layer, "weight") for name, layer in deflection.named_children()}
+    return {"g": (deflection, "g"), **layers}
 
 
 def _check_options(
-    backbone: Backbone, blocks: list[Block], form: str, stage: str, start: float
+    backbone: Backbone, blocks: Blocks, form: str, stage: str, start: float
 ) -> None:
-    if form not in ("additive", "polar"):
-        raise ValueError(f'form={form!r}; "additive" or "polar" is needed.')
-    if stage not in STAGES:
-        raise ValueError(f"stage={stage!r}; allowed are {', '.join(STAGES)}.")
+    check_choice("form", form, ("additive", "polar"))
+    check_choice("stage", stage, STAGES)
     if form == "polar" and stage in ("embedding", "attention"):
         raise ValueError(
             f"stage={stage!r} ends before the deflection, so form='polar' has no "

@@ -17,24 +17,17 @@ Size = tuple[int, int]
 
 
 class DeformableAttention(nn.Module):
-    """Each query looks at a few points of each map, and chooses them itself.
+    """Each query reads a few points of each map, and chooses them itself.
 
     A head h of a query at place p reads level l at K points p + offset, bilinearly and
     zero outside the map, and adds them up with weights that sum to 1 over levels and
     points. Offsets are counted in cells of the level. They start as a ring around the
-    place (one direction a head, one step further a point) with almost equal weights.
-    Almost, where the source says equal: a layer behind a gate that starts at zero would
-    else have no gradient before the third step.
+    place (one direction per head, one step further per point) with almost equal
+    weights. Almost, where the source says equal: a layer behind a gate that starts at
+    zero would else have no gradient before the third step.
 
-    With H heads, L levels, K points and values of r*D channels it trains
-    ``2r D^2 + (r + 1) D + 3HLK (D + 1)`` numbers.
-
-    Args:
-        width: Channels D of queries and values.
-        levels: Maps L to look at.
-        heads: Heads H.
-        points: Points K of a head in a level.
-        inner: Channels r*D of the values inside, a multiple of the heads.
+    With D channels (`width`), H heads, L levels, K points and values of `inner` = r*D
+    channels it trains ``2r D^2 + (r + 1) D + 3HLK (D + 1)`` numbers.
     """
 
     def __init__(
@@ -58,17 +51,10 @@ class DeformableAttention(nn.Module):
     def forward(
         self, queries: Tensor, places: Tensor, values: Tensor, sizes: Sequence[Size]
     ) -> Tensor:
-        """Attend.
+        """Attend from queries (B, Q, D) to values (B, S, D) -> (B, Q, D).
 
-        Args:
-            queries: (B, Q, D).
-            places: (Q, 2) of each query: x and y, from 0 to 1 across the image.
-            values: (B, S, D): the cells of all levels, one level after the other, each
-                row by row.
-            sizes: (h, w) of each level; the products add up to S.
-
-        Returns:
-            (B, Q, D).
+        `places` (Q, 2) are x and y of the queries, from 0 to 1 across the image. Values
+        are the cells of all levels, row by row; `sizes` are (h, w) of each level.
         """
         heads = self.shape[0]
         # Places need float32: bfloat16 has no more than 256 steps between 0.5 and 1.
@@ -107,7 +93,7 @@ def centres(sizes: Sequence[Size], device: torch.device) -> Tensor:
 
 
 def _ring(heads: int, levels: int, points: int) -> Tensor:
-    """Offsets to start from, (H, L, K, 2): a direction a head, a distance a point."""
+    """Initial offsets, (H, L, K, 2): a direction per head, a distance per point."""
     angles = torch.arange(heads) * (2 * math.pi / heads)
     ring = torch.stack([angles.cos(), angles.sin()], dim=1)  # (H, 2)
     ring = ring / ring.abs().amax(dim=1, keepdim=True)  # onto a square of side 2

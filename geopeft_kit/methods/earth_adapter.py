@@ -7,23 +7,22 @@ Written from the published formulas. Source: Hu et al. 2025, Earth-Adapter, arXi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from geopeft_kit.methods.base import (
-    Block,
-    Method,
-    Replacement,
-    check_above_zero,
-    check_whole,
-)
-from geopeft_kit.methods.block_parts import device_of, trained_in
+from geopeft_kit.backbones.base import Backbone, TokenGrid
+from geopeft_kit.methods.base import Blocks, Method, Options, register
+from geopeft_kit.methods.block_parts import device_of
 from geopeft_kit.methods.bottleneck import Bottleneck
-
-if TYPE_CHECKING:
-    from geopeft_kit.backbones.base import Backbone, TokenGrid
+from geopeft_kit.methods.checks import check_above_zero, check_whole
+from geopeft_kit.methods.replacement import (
+    Places,
+    Replacement,
+    Replacements,
+    trained_in,
+)
 
 _START = 0.1  # of the learned scale of the update
 
@@ -34,14 +33,8 @@ class FrequencyAdapter(nn.Module):
     With frequency bands delta = r1 M1(x) + r2 M2(low) + r3 M3(high), where the weights
     r are a softmax over a Linear layer of x, token by token; without them delta =
     M1(x). M is Linear D -> width, ReLU, Linear width -> D. All layers start as torch
-    starts them and the scale at 0.1, so that this is no identity.
-
-    Args:
-        block: The frozen block.
-        grid: Where the patch tokens lie.
-        channels: Token width D.
-        width: Width of the bottlenecks.
-        ratio: Share of the frequencies of an axis that are low; None for no bands.
+    starts them and the scale at 0.1, so that this is not an identity. `ratio` is the
+    share of the frequencies of an axis that are low; None means no bands.
     """
 
     def __init__(
@@ -54,15 +47,14 @@ class FrequencyAdapter(nn.Module):
     ) -> None:
         super().__init__()
         self.block, self.grid, self.ratio = block, grid, ratio
-        device = device_of(block)
         bands = ("full",) if ratio is None else ("full", "low", "high")
         self.bottlenecks = nn.ModuleDict(
-            {band: _bottleneck(channels, width, device) for band in bands}
+            {band: _bottleneck(channels, width) for band in bands}
         )
         self.router = None
         if ratio is not None:
-            self.router = nn.Linear(channels, len(bands), device=device)
-        self.scale = nn.Parameter(torch.full((1,), _START, device=device))
+            self.router = nn.Linear(channels, len(bands))
+        self.scale = nn.Parameter(torch.full((1,), _START))
 
     def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the block and adapt its output, (B, N, D) both."""
@@ -83,6 +75,7 @@ class FrequencyAdapter(nn.Module):
         return (torch.stack(updates, -1) * weights.unsqueeze(-2)).sum(-1)
 
 
+@register
 class EarthAdapter(Method):
     """A bottleneck after each block; in some blocks one each for low and high as well.
 
@@ -97,6 +90,8 @@ class EarthAdapter(Method):
 
     name = "earth_adapter"
     title = "Earth-Adapter-style"
+    family = "Earth observation"
+    note = "Earth-Adapter-style"
     paper = "Hu et al. 2025, Earth-Adapter, arXiv 2504.06220"
     trained = "a bottleneck after each block; in some, one for each frequency band"
     count_formula = (
@@ -108,14 +103,11 @@ class EarthAdapter(Method):
     needs = "plain ViTs (tokens on a grid)"
 
     def why_not(self, backbone: Backbone) -> str | None:
-        """Refuse networks without a token sequence."""
         if backbone.width is None:
             return f"it adapts tokens of a plain ViT; the layout is {backbone.layout!r}"
         return None
 
-    def resolve(
-        self, backbone: Backbone, blocks: list[Block], options: dict[str, Any]
-    ) -> dict[str, Any]:
+    def resolve(self, backbone: Backbone, blocks: Blocks, options: Options) -> Options:
         """Put the numbers of the blocks with frequency bands into the config."""
         chosen = _frequency_blocks(backbone, blocks, options["frequency_layers"])
         options["frequency_layers"] = chosen
@@ -124,17 +116,15 @@ class EarthAdapter(Method):
     def build(
         self,
         backbone: Backbone,
-        blocks: list[Block],
+        blocks: Blocks,
         *,
         width: int = 24,
         frequency_layers: str | Sequence[int] | None = None,
         ratio: float = 0.3,
-    ) -> list[Replacement]:
+    ) -> Replacements:
         """Wrap the chosen blocks.
 
         Args:
-            backbone: A plain ViT.
-            blocks: The blocks that get a bottleneck.
             width: Width h of the bottlenecks; 16, 24, 32 or 64 in the paper.
             frequency_layers: Which of these blocks have frequency bands: "all",
                 "first:k", "last:k", a list of block numbers (which may be empty), or
@@ -149,13 +139,14 @@ class EarthAdapter(Method):
         replacements = []
         for path, block in blocks:
             banded = order.index(path) in (frequency_layers or ())
-            wrapped = FrequencyAdapter(
-                block,
-                backbone.grid,
-                cast(int, backbone.width),
-                width,
-                ratio if banded else None,
-            ).train(block.training)
+            with device_of(block):
+                wrapped = FrequencyAdapter(
+                    block,
+                    backbone.grid,
+                    cast(int, backbone.width),
+                    width,
+                    ratio if banded else None,
+                ).train(block.training)
             entry = Replacement.at(backbone.model, path, wrapped, _tensors(wrapped))
             replacements.append(entry)
         return replacements
@@ -164,16 +155,10 @@ class EarthAdapter(Method):
 def split_frequencies(x: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
     """Split maps into low and high spatial frequencies, which sum to them.
 
-    Low is what a centred square of the shifted spectrum holds, of half-width
+    Low is a centred square of the shifted spectrum, of half-width
     floor(min(h, w) * ratio / 2). Where that is 0, on small grids, low is the mean of
-    the map, so that the band is never empty (ours). High is the rest.
-
-    Args:
-        x: (..., h, w, D); half precision is computed in float32, as FFTs need.
-        ratio: Above 0 and up to 1.
-
-    Returns:
-        low and high, shaped as `x`.
+    the map, so that the band is never empty (ours). High is the rest. Both are shaped
+    as `x`, (..., h, w, D); half precision is computed in float32, as FFTs need.
     """
     sides = x.shape[-3:-1]
     half = int(min(sides) * ratio / 2)
@@ -187,14 +172,14 @@ def split_frequencies(x: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
     return low, x - low
 
 
-def _bottleneck(channels: int, width: int, device: torch.device) -> Bottleneck:
-    bottleneck = Bottleneck(channels, width, nn.ReLU(), device=device)
+def _bottleneck(channels: int, width: int) -> Bottleneck:
+    bottleneck = Bottleneck(channels, width, nn.ReLU())
     bottleneck.up.reset_parameters()  # not from zero
     return bottleneck
 
 
 def _frequency_blocks(
-    backbone: Backbone, blocks: list[Block], choice: str | Sequence[int] | None
+    backbone: Backbone, blocks: Blocks, choice: str | Sequence[int] | None
 ) -> list[int]:
     """Return the numbers, in the backbone, of the blocks with frequency bands."""
     order = [path for path, _ in backbone.blocks]
@@ -218,9 +203,9 @@ def _frequency_blocks(
     )
 
 
-def _tensors(wrapped: FrequencyAdapter) -> dict[str, tuple[nn.Module, str]]:
-    """Readable name -> (holder, attribute) of what trains; nothing of the block."""
-    tensors: dict[str, tuple[nn.Module, str]] = {"scale": (wrapped, "scale")}
+def _tensors(wrapped: FrequencyAdapter) -> Places:
+    """Places of what trains; nothing of the block."""
+    tensors: Places = {"scale": (wrapped, "scale")}
     for band, bottleneck in wrapped.bottlenecks.items():
         tensors |= trained_in(bottleneck, band)
     if wrapped.router is not None:

@@ -1,7 +1,7 @@
-"""Training existing tensors in place: what full, bias and norm tuning share.
+"""Training existing tensors: what full, bias and norm tuning share.
 
-The originals are never written. Copies of the chosen tensors stand in their place, so
-that the original weights stay in memory beside the trained ones.
+The originals are never written: trained copies take the place of the chosen tensors,
+and the original weights stay in memory.
 """
 
 from __future__ import annotations
@@ -9,38 +9,70 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from geopeft_kit.methods.base import Replacement, clone_parameter
+from geopeft_kit.backbones.base import Backbone
+from geopeft_kit.methods.base import Blocks, Method
+from geopeft_kit.methods.replacement import Replacement, Replacements
 
 Chooser = Callable[[nn.Module, str], bool]
 """(module, name of one of its own parameters) -> train it?"""
 
 
+class ChosenParameters(Method):
+    """Trains copies of the parameters that `chooses` picks.
+
+    Where `layers` is not "all", only those inside the blocks.
+
+    Attributes:
+        missing: Why a network without such parameters is refused.
+    """
+
+    family = "existing weights"
+    mergeable = True
+    identity_at_start = True
+    missing: ClassVar[str]
+
+    def chooses(self, module: nn.Module, name: str) -> bool:
+        """Return whether a module's own parameter of this name trains."""
+        raise NotImplementedError
+
+    def why_not(self, backbone: Backbone) -> str | None:
+        for module in backbone.model.modules():
+            own = module.named_parameters(recurse=False)
+            if any(self.chooses(module, name) for name, _ in own):
+                return None
+        return self.missing
+
+    def build(self, backbone: Backbone, blocks: Blocks) -> Replacements:
+        """Copy the parameters of the whole network, or of the chosen blocks."""
+        roots = roots_of(backbone, blocks)
+        return train_copies(backbone.model, roots, self.chooses)
+
+
+def roots_of(backbone: Backbone, blocks: Blocks) -> list[str]:
+    """Paths of the chosen blocks; "", the whole network, where all are chosen."""
+    everything = len(blocks) == len(backbone.blocks)
+    return [""] if everything else [path for path, _ in blocks]
+
+
 def train_copies(
     model: nn.Module, roots: Iterable[str], choose: Chooser
-) -> list[Replacement]:
-    """Replace chosen parameters by trainable copies; statistics stay where they are.
+) -> Replacements:
+    """Replace chosen parameters below the roots (dotted paths) by trainable copies.
 
     Batch norms with a chosen parameter are replaced as a whole by a twin that stays in
-    evaluation mode: their running statistics are no parameters and must not move.
-
-    Args:
-        model: The inner network.
-        roots: Dotted paths of the modules to look into; "" is the whole network.
-        choose: Says which parameters train.
-
-    Returns:
-        The replacements. A parameter used in two places is copied once.
+    evaluation mode, so that their running statistics do not move. A parameter used in
+    two places is copied once.
     """
     copies: dict[int, nn.Parameter] = {}
     replacements = []
     for path, module in _modules_below(model, roots):
         chosen = {
-            name: copies.setdefault(id(p), clone_parameter(p))
+            name: copies.setdefault(id(p), _clone(p))
             for name, p in module.named_parameters(recurse=False)
             if choose(module, name)
         }
@@ -55,17 +87,17 @@ def train_copies(
     return replacements
 
 
-def train_everything(model: nn.Module, roots: Iterable[str]) -> list[Replacement]:
+def train_everything(model: nn.Module, roots: Iterable[str]) -> Replacements:
     """Replace all parameters by trainable copies, and buffers that may move by copies.
 
-    Training writes buffers too: batch-norm statistics. Tables that are rebuilt with the
-    network (not in its state dict) and index tables stay.
+    Batch-norm statistics move. Index tables stay, and so does what is rebuilt with the
+    network (not in its state dict).
     """
     copies: dict[int, nn.Parameter] = {}
     replacements = []
     for path, module in _modules_below(model, roots):
         tensors: dict[str, Tensor] = {
-            name: copies.setdefault(id(p), clone_parameter(p))
+            name: copies.setdefault(id(p), _clone(p))
             for name, p in module.named_parameters(recurse=False)
         }
         tensors |= {
@@ -80,11 +112,9 @@ def train_everything(model: nn.Module, roots: Iterable[str]) -> list[Replacement
 
 
 def fixed_statistics(norm: _BatchNorm, trained: dict[str, nn.Parameter]) -> _BatchNorm:
-    """Return a twin of a batch norm with other parameters, always in evaluation mode.
+    """Return a twin of a batch norm with other parameters ("weight", "bias").
 
-    Args:
-        norm: The original; the twin shares its running statistics.
-        trained: Name ("weight", "bias") -> the parameter that the twin has instead.
+    It shares the running statistics and is always in evaluation mode.
     """
     twin = copy.copy(norm)
     kind: Any = type(norm)
@@ -106,6 +136,10 @@ class FixedStatistics:
 @functools.cache
 def _fixed_class(kind: type[_BatchNorm]) -> type[_BatchNorm]:
     return type(f"Fixed{kind.__name__}", (FixedStatistics, kind), {})
+
+
+def _clone(parameter: Tensor) -> nn.Parameter:
+    return nn.Parameter(parameter.detach().clone(), requires_grad=True)
 
 
 def _may_move(module: nn.Module, name: str, buffer: Tensor) -> bool:

@@ -1,28 +1,21 @@
-"""Mona: a bottleneck with convolutions of three sizes, in series. Notebook 04.
+"""Mona: a bottleneck with convolutions of three sizes, in series.
 
-Source: Yin et al. 2025, Mona, arXiv 2408.08345 (CVPR 2025).
+Taught in notebook 04. Source: Yin et al. 2025, Mona, arXiv 2408.08345 (CVPR 2025).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
 
 import torch
 from torch import Tensor, nn
 
-from geopeft_kit.backbones.base import TokenGrid
-from geopeft_kit.methods.base import Block, Replacement, check_share, check_whole
-from geopeft_kit.methods.block_parts import (
-    channels_of,
-    device_of,
-    in_place_of_mlp,
-    mlp_branch,
-    trained_in,
-)
-from geopeft_kit.methods.convolutional import OnGrid, OnTokenGrids, SwinBlock
-
-if TYPE_CHECKING:
-    from geopeft_kit.backbones.base import Backbone
+from geopeft_kit.backbones.base import Backbone, TokenGrid
+from geopeft_kit.methods.base import Blocks, register
+from geopeft_kit.methods.block_parts import add_to_mlp_branch, channels_of, device_of
+from geopeft_kit.methods.checks import check_share, check_whole
+from geopeft_kit.methods.on_grid import OnGrid, OnTokenGrids, SwinBlock
+from geopeft_kit.methods.replacement import Replacement, Replacements, trained_in
 
 
 class MonaUnit(OnGrid):
@@ -30,36 +23,24 @@ class MonaUnit(OnGrid):
 
     Input gains on the normed and the raw tokens, Linear, the mean of three depthwise
     convolutions with skip, a 1x1 convolution with skip, GELU, dropout, Linear.
-
-    Args:
-        channels: Channels C of the tokens.
-        width: Channels in the middle.
-        dropout: Rate before the last Linear.
-        grid: Where the tokens lie.
-        device: Where the parameters are made.
     """
 
     def __init__(
-        self,
-        channels: int,
-        width: int,
-        dropout: float,
-        grid: TokenGrid,
-        device: torch.device | None = None,
+        self, channels: int, width: int, dropout: float, grid: TokenGrid
     ) -> None:
         super().__init__(grid)
-        self.norm = nn.LayerNorm(channels, device=device)
-        self.normed_gain = nn.Parameter(torch.full((channels,), 1e-6, device=device))
-        self.raw_gain = nn.Parameter(torch.ones(channels, device=device))
-        self.down = nn.Linear(channels, width, device=device)
+        self.norm = nn.LayerNorm(channels)
+        self.normed_gain = nn.Parameter(torch.full((channels,), 1e-6))
+        self.raw_gain = nn.Parameter(torch.ones(channels))
+        self.down = nn.Linear(channels, width)
         self.narrow, self.middle, self.wide = (
-            nn.Conv2d(width, width, size, padding="same", groups=width, device=device)
+            nn.Conv2d(width, width, size, padding="same", groups=width)
             for size in (3, 5, 7)
         )
-        self.mix = nn.Conv2d(width, width, 1, device=device)
+        self.mix = nn.Conv2d(width, width, 1)
         self.activation = nn.GELU()
         self.dropout = nn.Dropout(dropout)
-        self.up = nn.Linear(width, channels, device=device)
+        self.up = nn.Linear(width, channels)
 
     def convolve(self, maps: Tensor) -> Tensor:
         """Three depthwise convolutions and the 1x1 one, over (B, h, H, W)."""
@@ -77,13 +58,8 @@ class MonaUnit(OnGrid):
 class MonaMlp(nn.Module):
     """The MLP branch of a block, one Mona before it and one behind it.
 
-    The block adds its input x to what is returned here. With a, b for what the two
-    units add, x + a is the input of the branch, and the block gives x + a + branch + b.
-
-    Args:
-        branch: Norm and MLP, see `mlp_branch`.
-        after_attention: Unit a.
-        after_mlp: Unit b.
+    The block adds its input x to the result. With a, b for what the two units add,
+    x + a is the input of the branch, and the block gives x + a + branch + b.
     """
 
     def __init__(
@@ -101,10 +77,11 @@ class MonaMlp(nn.Module):
         return added + self.after_mlp(x + added).to(x.dtype)
 
 
+@register
 class Mona(OnTokenGrids):
     """Multi-cognitive adapters in series: after the attention and after the MLP.
 
-    Each acts on the stream, behind the block's sum: x + Up(dropout(GELU(f(Down x')))),
+    Each acts on the stream, after the block's sum: x + Up(dropout(GELU(f(Down x')))),
     f three depthwise convolutions (3, 5, 7) and a 1x1 one, x' the gained input. Layer
     scale does not touch it. Up starts as any Linear does, so that the untrained adapter
     **changes** the output. Two per Swin block are the paper's; ViTs are ours.
@@ -120,16 +97,14 @@ class Mona(OnTokenGrids):
     def build(
         self,
         backbone: Backbone,
-        blocks: list[Block],
+        blocks: Blocks,
         *,
         width: int = 64,
         dropout: float = 0.1,
-    ) -> list[Replacement]:
+    ) -> Replacements:
         """Put an adapter behind each of a block's two sums.
 
         Args:
-            backbone: A ViT or Swin.
-            blocks: The blocks that get adapters.
             width: Channels in the middle.
             dropout: Rate before the last Linear.
         """
@@ -137,21 +112,18 @@ class Mona(OnTokenGrids):
         check_share("dropout", dropout)
         replacements = []
         for path, block in blocks:
-            first, second = (
-                MonaUnit(
-                    channels_of(block), width, dropout, backbone.grid, device_of(block)
+            with device_of(block):
+                first, second = (
+                    MonaUnit(channels_of(block), width, dropout, backbone.grid)
+                    for _ in range(2)
                 )
-                for _ in range(2)
-            )
-            branch, emptied = mlp_branch(block)
             tensors = trained_in(first, "after_attention")
             tensors |= trained_in(second, "after_mlp")
-            substitute = MonaMlp(branch, first, second)
-            if backbone.layout == "swin":
-                replacements.append(
-                    Replacement.at(backbone.model, path, SwinBlock(block))
-                )
-            replacements += in_place_of_mlp(
-                backbone, path, substitute, emptied, tensors
+            combine = functools.partial(
+                MonaMlp, after_attention=first, after_mlp=second
             )
+            if backbone.layout == "swin":
+                whole = Replacement.at(backbone.model, path, SwinBlock(block))
+                replacements.append(whole)
+            replacements += add_to_mlp_branch(backbone, (path, block), combine, tensors)
         return replacements

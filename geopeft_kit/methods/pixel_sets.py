@@ -9,35 +9,28 @@ the paper and what is ours: see `deflect.py`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from geopeft_kit.backbones.base import Backbone
 from geopeft_kit.indices import spectral_indices
-
-if TYPE_CHECKING:
-    from geopeft_kit.backbones.base import Backbone
 
 EPSILON = 1e-6
 
 
-class Handover:
-    """Carries the auxiliary tokens from the image to the token sequence, once.
+class TokenBuffer:
+    """Keeps the auxiliary tokens (B, N, D) past the frozen patch embedding, once.
 
-    The patch embedding between the two places knows nothing of them. Empty before and
-    after each forward pass; a copy starts empty.
+    Empty before and after each forward pass; a copy starts empty.
     """
 
     def __init__(self) -> None:
         self.tokens: Tensor | None = None
 
-    def put(self, tokens: Tensor) -> None:
-        """Leave tokens (B, N, D) for `take`."""
-        self.tokens = tokens
-
     def take(self) -> Tensor:
-        """Take the tokens away."""
+        """Return the tokens and forget them."""
         tokens, self.tokens = self.tokens, None
         if tokens is None:
             raise RuntimeError(
@@ -46,36 +39,25 @@ class Handover:
             )
         return tokens
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Handover:
-        return Handover()
+    def __deepcopy__(self, memo: dict[int, Any]) -> TokenBuffer:
+        return TokenBuffer()
 
 
 class PixelSetEmbedding(nn.Module):
-    """One token a patch from the set of its pixels.
+    """One token of width D per patch, from the set of its pixels.
 
-    A one-layer MLP with ReLU reads each pixel; mean and biased standard deviation over
-    the patch forget the order; a linear layer leads to the token width.
-
-    Args:
-        inputs: Numbers a pixel, C bands and K indices.
-        features: Width m of the MLP.
-        width: Token width D.
-        patch: Height and width of a patch in pixels.
-        device: Where the tensors are made.
+    A one-layer MLP with ReLU reads the C bands and K indices of each pixel; mean and
+    biased standard deviation over the patch (height and width in pixels) forget the
+    order; a linear layer leads to D.
     """
 
     def __init__(
-        self,
-        inputs: int,
-        features: int,
-        width: int,
-        patch: tuple[int, int],
-        device: torch.device | None = None,
+        self, inputs: int, features: int, width: int, patch: tuple[int, int]
     ) -> None:
         super().__init__()
         self.patch = patch
-        self.pixel = nn.Linear(inputs, features, device=device)
-        self.token = nn.Linear(2 * features, width, device=device)
+        self.pixel = nn.Linear(inputs, features)
+        self.token = nn.Linear(2 * features, width)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, C + K, H, W) -> (B, N, D), patches row by row."""
@@ -89,16 +71,10 @@ class PixelSetEmbedding(nn.Module):
 
 
 class UntangledSelect(nn.Module):
-    """Stands at `backbone.select`: makes the auxiliary tokens, hands on what it did.
+    """Takes the place of `backbone.select`, and makes the auxiliary tokens as well.
 
     Indices are computed from reflectance, so the backbone's normalisation is undone
     for them.
-
-    Args:
-        backbone: The backbone; its statistics are copied.
-        embedding: Reads C bands and the indices.
-        indices: Names of the K indices.
-        handover: Where the tokens are left.
     """
 
     mean: Tensor
@@ -109,14 +85,14 @@ class UntangledSelect(nn.Module):
         backbone: Backbone,
         embedding: PixelSetEmbedding,
         indices: Sequence[str],
-        handover: Handover,
+        buffer: TokenBuffer,
     ) -> None:
         super().__init__()
         self.select = backbone.select
         self.embedding = embedding
         self.indices = tuple(indices)
         self.bands = tuple(backbone.bands)
-        self.handover = handover
+        self.buffer = buffer
         self.scale = backbone.card.normalisation.scale
         for name in ("mean", "std"):
             statistic = getattr(backbone, name).detach().clone()
@@ -125,7 +101,7 @@ class UntangledSelect(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Normalised image (B, C, H, W) -> the channels that the network reads."""
         weight = self.embedding.pixel.weight
-        self.handover.put(self.embedding(self.describe(image.to(weight.dtype))))
+        self.buffer.tokens = self.embedding(self.describe(image.to(weight.dtype)))
         return self.select(image)
 
     def describe(self, image: Tensor) -> Tensor:
@@ -138,46 +114,37 @@ class UntangledSelect(nn.Module):
 
 
 class JoinStreams(nn.Module):
-    """Stands at `model.norm_pre`: puts the auxiliary tokens in front of the others.
+    """Takes the place of `model.norm_pre`: puts the auxiliary tokens in front.
 
     Each gets the length (Euclidean norm) of the principal token at its place; the
-    auxiliary class token, and registers if there are any, are zero.
-
-    Args:
-        norm_pre: The layer that stood there.
-        handover: Where the tokens wait.
-        gate: For the ablation "embedding": a scalar, with which the auxiliary tokens
-            are added to the principal ones instead.
+    auxiliary class token, and registers if there are any, are zero. With a scalar
+    `gate` (ablation "embedding") they are added to the principal ones instead.
     """
 
     gate: nn.Parameter | None
 
     def __init__(
-        self, norm_pre: nn.Module, handover: Handover, gate: nn.Parameter | None
+        self, norm_pre: nn.Module, buffer: TokenBuffer, gate: nn.Parameter | None
     ) -> None:
         super().__init__()
         self.norm_pre = norm_pre
-        self.handover = handover
+        self.buffer = buffer
         self.register_parameter("gate", gate)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens (B, P + N, D) -> (B, 2 * (P + N), D); with a gate, the same shape."""
         tokens = self.norm_pre(tokens)
-        auxiliary = match_norm(self.handover.take(), tokens)  # (B, P + N, D)
+        auxiliary = match_norm(self.buffer.take(), tokens)  # (B, P + N, D)
         if self.gate is not None:
             return tokens + self.gate.to(tokens.dtype) * auxiliary
         return torch.cat([auxiliary, tokens], dim=1)
 
 
 def match_norm(auxiliary: Tensor, principal: Tensor) -> Tensor:
-    """Give each auxiliary token the norm of the principal token at its place.
+    """Give auxiliary tokens (B, N, D) the norm of the principal ones (B, P + N, D).
 
-    Args:
-        auxiliary: (B, N, D).
-        principal: (B, P + N, D), P prefix tokens first.
-
-    Returns:
-        (B, P + N, D) in the principal tokens' number type; the first P are zero.
+    Returns (B, P + N, D) in the principal tokens' number type; the first P, where the
+    prefix tokens are, are zero.
     """
     count = auxiliary.shape[1]
     wide = auxiliary.to(torch.promote_types(principal.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""Visual prompt tuning (VPT): learnt tokens beside the image's. Taught in notebook 04.
+"""Visual prompt tuning (VPT): learnt tokens among the image's. Taught in notebook 04.
 
 Source: Jia et al. 2022, Visual Prompt Tuning, arXiv 2203.12119, section 3.2; placement
 and cut-off as in the PEFT study of GFMs, arXiv 2504.17397.
@@ -7,32 +7,22 @@ and cut-off as in the PEFT study of GFMs, arXiv 2504.17397.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from geopeft_kit.methods.base import (
-    Block,
-    Method,
-    Replacement,
-    check_share,
-    check_whole,
-)
-
-if TYPE_CHECKING:
-    from geopeft_kit.backbones.base import Backbone
+from geopeft_kit.backbones.base import Backbone
+from geopeft_kit.methods.base import Blocks, Method, register
+from geopeft_kit.methods.block_parts import device_of
+from geopeft_kit.methods.checks import check_share, check_switch, check_whole
+from geopeft_kit.methods.replacement import Replacement, Replacements
 
 
 class PromptedBlock(nn.Module):
-    """A transformer block that puts prompts in before itself, or takes them off after.
+    """A transformer block that inserts prompts (1, n, D), removes some after, or both.
 
-    Args:
-        block: The frozen block.
-        prefix: Tokens that stand before the prompts (class token, ...).
-        prompts: (1, n, D) to put in, or None.
-        remove: How many prompts to take off after the block.
-        dropout: Rate on the prompts.
+    `prefix` tokens (class token, ...) stay in front of the prompts.
     """
 
     def __init__(
@@ -51,16 +41,7 @@ class PromptedBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Run the block with prompts.
-
-        Args:
-            tokens: (B, N, D), prefix tokens first.
-            *args: Handed to the block.
-            **kwargs: Handed to the block.
-
-        Returns:
-            (B, N, D); more or fewer tokens where prompts stay for later blocks.
-        """
+        """(B, N, D) -> (B, N, D); other N where prompts stay for later blocks."""
         p = self.prefix
         if self.prompts is not None:
             prompts = self.dropout(self.prompts).to(tokens.dtype)
@@ -72,6 +53,7 @@ class PromptedBlock(nn.Module):
         return tokens
 
 
+@register
 class VisualPrompts(Method):
     """Prompt tokens after the prefix tokens.
 
@@ -86,6 +68,8 @@ class VisualPrompts(Method):
 
     name = "vpt"
     title = "Visual prompt tuning (VPT)"
+    family = "prompts"
+    note = "shallow and deep"
     paper = "Jia et al. 2022, Visual Prompt Tuning, arXiv 2203.12119"
     trained = "n prompt tokens, in every block (deep) or once (shallow)"
     count_formula = "deep n*L*D, shallow n*D"
@@ -96,7 +80,6 @@ class VisualPrompts(Method):
     needs = "plain ViTs (token sequences)"
 
     def why_not(self, backbone: Backbone) -> str | None:
-        """Refuse networks without a token sequence."""
         if backbone.width is None:
             return f"prompts need a token sequence; its layout is {backbone.layout!r}"
         return None
@@ -104,26 +87,22 @@ class VisualPrompts(Method):
     def build(
         self,
         backbone: Backbone,
-        blocks: list[Block],
+        blocks: Blocks,
         *,
         tokens: int = 100,
         deep: bool = True,
         dropout: float = 0.1,
-    ) -> list[Replacement]:
+    ) -> Replacements:
         """Wrap the chosen blocks.
 
         Args:
-            backbone: A plain ViT.
-            blocks: The blocks that get prompts.
             tokens: Number of prompts n.
             deep: Own prompts for every block, or one set for all.
             dropout: Rate on the prompts; 0.1 is the study's.
         """
         check_whole("tokens", tokens)
         check_share("dropout", dropout)
-        if not isinstance(deep, bool):
-            raise TypeError(f"deep={deep!r}; True or False is needed.")
-        if not deep:
+        if not check_switch("deep", deep):
             _check_contiguous(backbone, blocks)
         replacements = []
         for position, (path, block) in enumerate(blocks):
@@ -145,13 +124,12 @@ class VisualPrompts(Method):
 
 def _new_prompts(backbone: Backbone, block: nn.Module, tokens: int) -> nn.Parameter:
     patch, width = backbone.strides[-1], cast(int, backbone.width)
-    reference = next(block.parameters())
-    prompts = torch.empty(1, tokens, width, device=reference.device)
+    prompts = torch.empty(1, tokens, width, device=device_of(block))
     bound = math.sqrt(6 / (3 * patch * patch + width))
     return nn.Parameter(nn.init.uniform_(prompts, -bound, bound))
 
 
-def _check_contiguous(backbone: Backbone, blocks: list[Block]) -> None:
+def _check_contiguous(backbone: Backbone, blocks: Blocks) -> None:
     order = [path for path, _ in backbone.blocks]
     numbers = [order.index(path) for path, _ in blocks]
     if numbers != list(range(numbers[0], numbers[0] + len(numbers))):

@@ -1,49 +1,37 @@
-"""Adapters with 1, 2, 4 or 8 bits per weight, stored packed. Taught in notebook 06.
-
-Source: Jie, Wang and Deng 2023 (ICCV), Revisiting the Parameter Efficiency of Adapters
-from the Perspective of Precision Redundancy, arXiv 2307.16867; Bi-AdaptFormer.
-"""
+"""Adapters with 1, 2, 4 or 8 bits per weight, stored packed. Taught in notebook 06."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from geopeft_kit.methods.base import (
-    Block,
-    Method,
-    Replacement,
-    check_above_zero,
-    check_share,
-    check_whole,
-)
+from geopeft_kit.backbones.base import Backbone
+from geopeft_kit.methods.base import Blocks, register
 from geopeft_kit.methods.block_parts import (
+    beside_mlp_branch,
     channels_first,
     channels_of,
     device_of,
-    in_place_of_mlp,
-    mlp_branch,
-    no_mlp,
-    trained_in,
 )
-from geopeft_kit.methods.bottleneck import Parallel
+from geopeft_kit.methods.bottleneck import BottleneckMethod
+from geopeft_kit.methods.checks import (
+    check_above_zero,
+    check_choice,
+    check_share,
+    check_whole,
+)
 from geopeft_kit.methods.codebook import (
     FULL_BITS,
     QUANTISED_BITS,
-    check_bits,
     levels_for_normal,
     pack,
     thresholds_between,
     unpack,
 )
-
-if TYPE_CHECKING:
-    from geopeft_kit.backbones.base import Backbone
-    from geopeft_kit.methods.adapter import Adapter
+from geopeft_kit.methods.replacement import Replacements, tensors_of
 
 _EPSILON = 1e-5  # of the standardisation, as in the paper's code
 
@@ -51,49 +39,37 @@ _EPSILON = 1e-5  # of the standardisation, as in the paper's code
 class QuantisedLinear(nn.Module):
     """Q-Linear: a linear layer without bias whose weights take 2^b values.
 
-    What trains is a full-precision ("latent") weight w. The layer computes with
+    A full-precision ("latent") weight w trains. The layer computes with
 
         n = (w - mean) / (std + 1e-5),   w_b = level nearest to n * std + mean,
 
     mean and unbiased std being those of all entries of w. Gradients pass through the
-    rounding as if it were not there (straight-through), and through mean and std.
+    rounding as if it were not there (straight-through), and through mean and std. With
+    32 bits it is an ordinary linear layer without bias.
 
-    A file holds a code per weight, mean and std, from which the outputs come back
-    exactly. A loaded layer takes level * (std + 1e-5) + mean as its latent weight. The
-    mean and std of *that* are a little different, so it remembers both pairs in
-    `anchor` and works with stored + (own - own at loading): the stored ones as long as
-    the weight stays, and trainable as before when it does not. The anchor is ours.
-
-    Args:
-        inputs: Channels of the input.
-        outputs: Channels of the output.
-        bits: 1, 2, 4, 8, or 32 for an ordinary linear layer without bias.
-        device: Where the parameters are made.
+    A file holds a code per weight, mean and std, which restore the outputs exactly. A
+    loaded layer takes level * (std + 1e-5) + mean as its latent weight. The mean and
+    std of *that* are a little different, so `anchor` keeps both pairs, and the layer
+    works with stored + (own - own at loading). These are the stored ones until the
+    weight changes, and they stay trainable. The anchor is ours.
     """
 
     levels: Tensor
     thresholds: Tensor
     anchor: Tensor
 
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        bits: int,
-        device: torch.device | None = None,
-    ) -> None:
+    def __init__(self, inputs: int, outputs: int, bits: int) -> None:
         super().__init__()
-        self.bits = check_bits("bits", bits, (*QUANTISED_BITS, FULL_BITS))
-        start = nn.Linear(inputs, outputs, bias=False, device=device)
-        self.weight = start.weight
+        self.bits = check_choice("bits", bits, (*QUANTISED_BITS, FULL_BITS))
+        self.weight = nn.Linear(inputs, outputs, bias=False).weight
         if bits == FULL_BITS:
             return
-        levels = torch.tensor(levels_for_normal(bits), device=device)  # (2^b,)
+        levels = torch.tensor(levels_for_normal(bits))  # (2^b,)
         self.register_buffer("levels", levels, persistent=False)
         thresholds = thresholds_between(levels)
         self.register_buffer("thresholds", thresholds, persistent=False)
         # Rows: as stored, and own at loading; columns: mean, std.
-        self.register_buffer("anchor", torch.zeros(2, 2, device=device))
+        self.register_buffer("anchor", torch.zeros(2, 2))
 
     @property
     def quantised(self) -> bool:
@@ -136,9 +112,8 @@ class QuantisedLinear(nn.Module):
         """Take over what `packed` gave."""
         with torch.no_grad():
             mean, std = mean_std = mean_std.to(self.weight)
-            numbers = unpack(
-                codes.to(self.weight.device), self.bits, self.weight.numel()
-            )
+            codes = codes.to(self.weight.device)
+            numbers = unpack(codes, self.bits, self.weight.numel())
             latent = self.levels[numbers] * (std + _EPSILON) + mean
             self.weight.copy_(latent.view_as(self.weight))
             self.anchor.copy_(torch.stack([mean_std, _statistics(self.weight)]))
@@ -150,19 +125,10 @@ class QuantisedLinear(nn.Module):
 
 
 class QuantisedBottleneck(nn.Module):
-    """s * Up(dropout(ReLU(Down x))) of two `QuantisedLinear`.
+    """s * Up(dropout(ReLU(Down x))) of two `QuantisedLinear`, D -> h -> D channels.
 
-    Up starts at small random numbers, because zeros cannot be standardised; at 32 bits
-    it starts at zero.
-
-    Args:
-        channels: Channels D of input and output.
-        width: Channels h in the middle.
-        bits: Bits per weight.
-        scale: Fixed factor s on the output.
-        dropout: Rate on the middle channels.
-        channels_first: The input is (B, D, H, W) instead of (..., D).
-        device: Where the parameters are made.
+    The input is (..., D), or (B, D, H, W) with `channels_first`. Up starts at small
+    random numbers, because zeros cannot be standardised; at 32 bits it starts at zero.
     """
 
     def __init__(
@@ -173,12 +139,11 @@ class QuantisedBottleneck(nn.Module):
         scale: float,
         dropout: float,
         channels_first: bool = False,
-        device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        self.down = QuantisedLinear(channels, width, bits, device)
+        self.down = QuantisedLinear(channels, width, bits)
         self.dropout = nn.Dropout(dropout)
-        self.up = start_small(QuantisedLinear(width, channels, bits, device))
+        self.up = start_small(QuantisedLinear(width, channels, bits))
         self.scale = scale
         self.channel_axis = 1 if channels_first else -1
 
@@ -189,10 +154,9 @@ class QuantisedBottleneck(nn.Module):
         return x.movedim(-1, self.channel_axis)
 
 
-class QuantisedMethod(Method):
+class QuantisedMethod(BottleneckMethod):
     """What methods with quantised layers share: they are stored packed."""
 
-    mergeable = False
     identity_at_start = False
     learning_rate = 1e-3  # the paper's, for Bi-AdaptFormer
 
@@ -200,18 +164,18 @@ class QuantisedMethod(Method):
         """Only at 32 bits, where the way up can start at zero."""
         return config["bits"] == FULL_BITS
 
-    def packed(self, adapter: Adapter) -> dict[str, Tensor]:
+    def packed(self, replacements: Replacements) -> dict[str, Tensor]:
         """Codes, mean and std in the place of each quantised weight."""
-        stored = adapter.tensors()
-        for name, layer in _quantised_layers(adapter):
+        stored = tensors_of(replacements)
+        for name, layer in _quantised_layers(replacements):
             del stored[name]
             stored |= {f"{name}.{key}": t for key, t in layer.packed().items()}
         return stored
 
-    def unpack(self, adapter: Adapter, stored: Mapping[str, Tensor]) -> None:
+    def unpack(self, replacements: Replacements, stored: Mapping[str, Tensor]) -> None:
         """Fill the quantised layers from their codes, the rest as it is."""
-        layers = dict(_quantised_layers(adapter))
-        for name, tensor in adapter.tensors().items():
+        layers = dict(_quantised_layers(replacements))
+        for name, tensor in tensors_of(replacements).items():
             if name in layers:
                 codes, mean_std = stored[f"{name}.codes"], stored[f"{name}.mean_std"]
                 layers[name].load_packed(codes, mean_std)
@@ -219,17 +183,16 @@ class QuantisedMethod(Method):
                 tensor.copy_(stored[name])
 
 
+@register
 class QuantisedAdapter(QuantisedMethod):
     """Bi-AdaptFormer: x + MLP(LN x) + s * Up(dropout(ReLU(Down x))), without biases.
 
-    It stands where `adaptformer` stands and reads the same: the un-normalised stream in
-    front of the MLP's norm (ViT, Swin), or the output of the depthwise convolution
-    (ConvNeXt, where the block's `gamma` multiplies it too; ours, as that paper has
-    none). Stored: ceil(b D h / 8) + 8 bytes per layer.
+    It has the place and the input of `adaptformer`. Stored: ceil(b D h / 8) + 8 bytes
+    per layer.
 
     Up starts from a normal distribution with std 1e-3, cut at 2e-3, so the adapter is
-    *no* identity at the start, unless `bits` is 32. The paper tunes s for every task;
-    our default is 1. Down starts as torch's `nn.Linear` does (ours).
+    *not* an identity at the start, unless `bits` is 32. The paper tunes s for every
+    task; our default is 1. Down starts as torch's `nn.Linear` does (ours).
     """
 
     name = "quantised_adapter"
@@ -237,27 +200,21 @@ class QuantisedAdapter(QuantisedMethod):
     paper = "Jie et al. 2023, Precision Redundancy of Adapters, arXiv 2307.16867"
     trained = "Down and Up beside each MLP, b bits a weight"
     count_formula = "2Dh per block; ceil(2bDh/8) + 16 bytes"
-    needs = "networks with an MLP in their blocks (ViT, Swin, ConvNeXt)"
-
-    def why_not(self, backbone: Backbone) -> str | None:
-        """Refuse networks whose blocks hold no MLP behind or before a norm."""
-        return no_mlp(backbone)
+    note = "1 to 8 bits, stored packed"
 
     def build(
         self,
         backbone: Backbone,
-        blocks: list[Block],
+        blocks: Blocks,
         *,
         width: int = 32,
         bits: int = 1,
         scale: float = 1.0,
         dropout: float = 0.1,
-    ) -> list[Replacement]:
+    ) -> Replacements:
         """Put a quantised adapter beside the MLP and its norm.
 
         Args:
-            backbone: The backbone.
-            blocks: The blocks that get adapters.
             width: Channels h in the middle.
             bits: Bits per weight: 1, 2, 4, 8, or 32 for none saved.
             scale: Factor s on the adapter.
@@ -268,19 +225,12 @@ class QuantisedAdapter(QuantisedMethod):
         check_share("dropout", dropout)
         replacements = []
         for path, block in blocks:
-            adapter = QuantisedBottleneck(
-                channels_of(block),
-                width,
-                bits,
-                scale,
-                dropout,
-                channels_first(block),
-                device_of(block),
-            )
-            branch, emptied = mlp_branch(block)
-            tensors = trained_in(adapter, "adapter")
-            parallel = Parallel(branch, adapter)
-            replacements += in_place_of_mlp(backbone, path, parallel, emptied, tensors)
+            first = channels_first(block)
+            with device_of(block):
+                adapter = QuantisedBottleneck(
+                    channels_of(block), width, bits, scale, dropout, first
+                )
+            replacements += beside_mlp_branch(backbone, (path, block), adapter)
         return replacements
 
 
@@ -298,8 +248,11 @@ def _statistics(weight: Tensor) -> Tensor:
     return torch.stack([weight.mean(), weight.std()])
 
 
-def _quantised_layers(adapter: Adapter) -> Iterator[tuple[str, QuantisedLinear]]:
+def _quantised_layers(
+    replacements: Replacements,
+) -> Iterator[tuple[str, QuantisedLinear]]:
     """Yield (name of the weight, layer) of every layer that is stored as codes."""
-    for name, holder in adapter.holders():
-        if isinstance(holder, QuantisedLinear) and holder.quantised:
-            yield name, holder
+    for entry in replacements:
+        for leaf, (holder, _) in entry.tensors.items():
+            if isinstance(holder, QuantisedLinear) and holder.quantised:
+                yield f"{entry.path}.{leaf}", holder

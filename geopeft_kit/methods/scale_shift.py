@@ -1,21 +1,18 @@
-"""SSF: scale and shift the output of every operation. Taught in notebook 04.
-
-Source: Lian et al. 2022, Scaling & Shifting Your Features, arXiv 2210.08823.
-"""
+"""SSF: scale and shift the output of every operation. Taught in notebook 04."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from geopeft_kit.methods.base import Block, Method, Replacement
+from geopeft_kit.backbones.base import Backbone
+from geopeft_kit.methods.base import Blocks, Method, register
+from geopeft_kit.methods.in_place import roots_of
+from geopeft_kit.methods.replacement import Replacement, Replacements, trained_in
 from geopeft_kit.methods.targets import available_targets
-
-if TYPE_CHECKING:
-    from geopeft_kit.backbones.base import Backbone
 
 # Galileo's patch embeddings read the weight of their convolution without calling it,
 # so that the embedding as a whole is the operation.
@@ -26,10 +23,8 @@ _KINDS = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.BatchNorm2d)
 class ScaleShift(nn.Module):
     """A frozen operation, then scale * y + shift on each of its C output channels.
 
-    Args:
-        op: The operation.
-        layer: The layer in it that holds weight (C, ...) and bias.
-        axis: Which axis of the output has the channels.
+    `layer` is the layer in it that holds weight (C, ...) and bias; `axis` is the
+    channel axis of the output.
     """
 
     def __init__(self, op: nn.Module, layer: Any, axis: int) -> None:
@@ -50,6 +45,7 @@ class ScaleShift(nn.Module):
         return scaled + self.shift.to(out.dtype).view(self.shape)
 
 
+@register
 class ScaleShiftFeatures(Method):
     """A scale (1 at the start) and a shift (0) after each Linear, convolution and norm.
 
@@ -64,6 +60,7 @@ class ScaleShiftFeatures(Method):
 
     name = "ssf"
     title = "Scale and shift (SSF)"
+    family = "existing weights"
     paper = "Lian et al. 2022, Scaling & Shifting Your Features, arXiv 2210.08823"
     trained = "one scale and one shift per output channel of every layer"
     count_formula = "22D per ViT block + 4D (patch embedding, final norm)"
@@ -73,20 +70,18 @@ class ScaleShiftFeatures(Method):
     needs = "any backbone whose norms have one gain per channel"
 
     def why_not(self, backbone: Backbone) -> str | None:
-        """Refuse norms over channels and pixels, which have no axis of channels."""
         for path, module in backbone.model.named_modules():
             if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
                 return f"its norm {path} has a gain for every pixel, not per channel"
         return None
 
-    def build(self, backbone: Backbone, blocks: list[Block]) -> list[Replacement]:
+    def build(self, backbone: Backbone, blocks: Blocks) -> Replacements:
         """Wrap the operations of the whole network, or of the chosen blocks."""
-        everything = len(blocks) == len(backbone.blocks)
-        roots = [("", backbone.model)] if everything else blocks
+        model = backbone.model
         return [
-            _scaled(backbone.model, f"{root}.{path}".lstrip("."), module)
-            for root, parent in roots
-            for path, module in _operations(parent)
+            _scaled(model, f"{root}.{path}".lstrip("."), module)
+            for root in roots_of(backbone, blocks)
+            for path, module in _operations(model.get_submodule(root))
         ]
 
     def folded(self, replacement: Replacement) -> Iterator[tuple[Tensor, Tensor]]:
@@ -105,8 +100,7 @@ def _scaled(model: nn.Module, path: str, op: nn.Module) -> Replacement:
     # so do patch embeddings of Galileo.
     axis = 1 if op is layer and "2d" in type(op).__name__ else -1
     substitute = ScaleShift(op, layer, axis).train(op.training)
-    names = ("scale",) if substitute.shift is None else ("scale", "shift")
-    tensors = {name: (substitute, name) for name in names}
+    tensors = trained_in(substitute, frozen="op")
     return Replacement.at(model, path, substitute, tensors)
 
 

@@ -1,4 +1,4 @@
-"""The layers of SLR: a frozen one, a low-rank path beside it, and two scalings.
+"""The layers of SLR: a frozen one, a parallel low-rank path, and two scalings.
 
 Source: Scheibenreif, Mommert and Borth, Parameter Efficient Self-Supervised Geospatial
 Domain Adaptation, CVPR 2024.
@@ -19,14 +19,9 @@ Layer = nn.Linear | nn.Conv2d
 class ScaledLowRank(nn.Module):
     """y = scale_out * (base(x) + up(down(x))), x scaled by scale_in before.
 
-    Both scalings start at one.
-
-    Args:
-        base: The frozen layer: Linear, 1x1 convolution or patch embedding.
-        down: From the channels of the input to the rank.
-        up: From the rank to the channels of the output.
-        scales_input: False for the patch embedding, which has no scale_in.
-        select: Hands `base` the bands that it knows, where `down` reads more.
+    `base` is a frozen Linear, 1x1 convolution or patch embedding; `down` and `up` lead
+    to the rank and back. Both scalings start at one; a patch embedding has no scale_in.
+    Where `down` reads more bands than `base`, `select` chooses those of `base`.
     """
 
     def __init__(
@@ -96,7 +91,7 @@ def linear_form(base: Layer, rank: int) -> ScaledLowRank:
 def patch_form(
     base: nn.Conv2d, rank: int, channels: int, select: nn.Module | None = None
 ) -> ScaledLowRank:
-    """Adapt a patch embedding by two small convolutions, one behind the other.
+    """Adapt a patch embedding by two small convolutions in series.
 
     Their steps multiply to the patch size: 4 and 4 for 16 pixels, as published; for
     other sizes the two closest factors, the larger one first (ours: 4 and 2 for 8, 7

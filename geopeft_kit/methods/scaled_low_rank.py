@@ -1,18 +1,21 @@
 """Scaled low-rank adapters (SLR): low rank, between two trained scalings.
 
 Source: Scheibenreif, Mommert and Borth, Parameter Efficient Self-Supervised Geospatial
-Domain Adaptation, CVPR 2024. Taught in notebook 05, beside DEFLECT.
+Domain Adaptation, CVPR 2024. Taught in notebook 05.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
-from geopeft_kit.methods.base import Block, Method, Replacement, check_whole
+from geopeft_kit.backbones.base import Backbone
+from geopeft_kit.methods.base import Block, Blocks, Config, Method, Options, register
+from geopeft_kit.methods.checks import check_switch, check_whole
 from geopeft_kit.methods.norm import Norm
+from geopeft_kit.methods.replacement import Replacement, Replacements, trained_in
 from geopeft_kit.methods.scaled_layers import (
     Layer,
     ScaledLowRank,
@@ -21,15 +24,13 @@ from geopeft_kit.methods.scaled_layers import (
 )
 from geopeft_kit.methods.targets import Target, available_targets, find_targets
 
-if TYPE_CHECKING:
-    from geopeft_kit.backbones.base import Backbone
-
 _PATCHES = "patch_embed.proj"
 _TARGETS = ("qkv", "q", "k", "v", "proj", "fc1", "fc2")
 
 
+@register
 class ScaledLowRankAdapters(Method):
-    """Low-rank updates between two scalings, beside trained norms.
+    """Low-rank updates between two scalings, and trained norms.
 
     Default targets are qkv (or q, k, v), proj, fc1 and fc2 of a transformer block, fc1
     and fc2 of a ConvNeXt block. A layer without a bias gets none (ours): there is no
@@ -44,6 +45,8 @@ class ScaledLowRankAdapters(Method):
 
     name = "slr"
     title = "Scaled low-rank adapters (SLR)"
+    family = "low rank"
+    note = "made for GFMs"
     paper = (
         "Scheibenreif et al. 2024, Parameter Efficient Self-Supervised Geospatial "
         "Domain Adaptation, CVPR 2024"
@@ -56,14 +59,11 @@ class ScaledLowRankAdapters(Method):
     needs = "transformers and ConvNeXt (layers called qkv, proj, fc1, fc2)"
 
     def why_not(self, backbone: Backbone) -> str | None:
-        """Refuse networks without attention and MLP."""
         if _default_targets(backbone.blocks):
             return None
         return "its blocks have no attention and no MLP"
 
-    def resolve(
-        self, backbone: Backbone, blocks: list[Block], options: dict[str, Any]
-    ) -> dict[str, Any]:
+    def resolve(self, backbone: Backbone, blocks: Blocks, options: Options) -> Options:
         """Put the targets, and whether unread bands are read, into the config."""
         if options["targets"] is None:
             options["targets"] = _default_targets(blocks)
@@ -71,30 +71,28 @@ class ScaledLowRankAdapters(Method):
             options["all_bands"] = options["patch_embedding"] and _ignores(backbone)
         return options
 
-    def starts_as_identity(self, config: Mapping[str, Any]) -> bool:
+    def starts_as_identity(self, config: Config) -> bool:
         """True for the linear form; the patch form starts at random."""
         return not config["patch_embedding"]
 
-    def can_merge(self, config: Mapping[str, Any]) -> bool:
+    def can_merge(self, config: Config) -> bool:
         """True unless new bands are read, for which the frozen kernel has no place."""
         return not config["all_bands"]
 
     def build(
         self,
         backbone: Backbone,
-        blocks: list[Block],
+        blocks: Blocks,
         *,
         targets: Sequence[str] | None = None,
         rank: int = 16,
         norms: bool = True,
         patch_embedding: bool = False,
         all_bands: bool | None = None,
-    ) -> list[Replacement]:
+    ) -> Replacements:
         """Wrap the targets.
 
         Args:
-            backbone: The backbone.
-            blocks: The blocks to look for targets in.
             targets: Short names of layers; None for the architecture's default.
             rank: Rank of the low-rank path; 16 in the authors' settings.
             norms: Train the normalisation layers too, as the authors do.
@@ -103,16 +101,10 @@ class ScaledLowRankAdapters(Method):
                 one ignores; None for yes where there are such bands.
         """
         check_whole("rank", rank)
-        switches = {
-            "norms": norms,
-            "patch_embedding": patch_embedding,
-            "all_bands": all_bands,
-        }
-        for option, value in switches.items():
-            if not isinstance(value, bool):
-                raise TypeError(f"{option}={value!r}; True or False is needed.")
+        check_switch("norms", norms)
+        check_switch("all_bands", all_bands)
         replacements = []
-        if patch_embedding:
+        if check_switch("patch_embedding", patch_embedding):
             _check_all_blocks(backbone, blocks)
             replacements += _patches(backbone, rank, bool(all_bands))
         elif all_bands:
@@ -131,7 +123,7 @@ class ScaledLowRankAdapters(Method):
             yield from super().folded(replacement)
 
 
-def _patches(backbone: Backbone, rank: int, all_bands: bool) -> list[Replacement]:
+def _patches(backbone: Backbone, rank: int, all_bands: bool) -> Replacements:
     """Replace the patch embedding and, to read every band, the choice before it."""
     conv = _patch_embedding(backbone)
     if not all_bands:
@@ -173,7 +165,7 @@ def _ignores(backbone: Backbone) -> bool:
     return not isinstance(backbone.select, nn.Identity)
 
 
-def _check_all_blocks(backbone: Backbone, blocks: list[Block]) -> None:
+def _check_all_blocks(backbone: Backbone, blocks: Blocks) -> None:
     if len(blocks) < len(backbone.blocks):
         raise ValueError(
             "patch_embedding=True with some of the layers: the patch embedding is "
@@ -209,9 +201,4 @@ def _checked(target: Target) -> Layer:
 
 def _swap(model: nn.Module, path: str, adapted: ScaledLowRank) -> Replacement:
     """Replace a layer; all parameters of its substitute but the layer's own train."""
-    tensors = {}
-    for name, _ in adapted.named_parameters():
-        holder, _, leaf = name.rpartition(".")
-        if holder != "base":
-            tensors[name] = (adapted.get_submodule(holder), leaf)
-    return Replacement.at(model, path, adapted, tensors)
+    return Replacement.at(model, path, adapted, trained_in(adapted, frozen="base"))

@@ -1,8 +1,8 @@
-"""The small convolutional network that a ViT-Adapter puts beside a frozen ViT.
+"""The small convolutional network that a ViT-Adapter adds to a frozen ViT.
 
 `SpatialPrior` makes four maps of the image, `InteractingBlock` lets a block of the ViT
-and the maps read from each other, `FourScales` hands the maps out. `vit_adapter.py`
-puts them in place.
+and the maps read from each other, `FourScales` returns the maps. `vit_adapter.py` puts
+them in place.
 
 Source: Chen et al. 2023, Vision Transformer Adapter for Dense Predictions, ICLR, arXiv
 2205.08534, section 3.
@@ -12,32 +12,26 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from geopeft_kit.backbones.base import TokenGrid
 from geopeft_kit.decoders.neck import group_norm
 from geopeft_kit.methods.deformable import DeformableAttention, Size, centres
-from geopeft_kit.methods.passage import Passage
-
-if TYPE_CHECKING:
-    from geopeft_kit.backbones.base import TokenGrid
+from geopeft_kit.methods.shared_tokens import SharedTokens
 
 STRIDES = (4, 8, 16, 32)
 SCALES = ("quarter", "eighth", "sixteenth", "coarsest")
 
 
 class SpatialPrior(nn.Module):
-    """Convolutions that see the image first: four maps of the ViT's width.
+    """Convolutions over all bands of the image: four maps of the ViT's width D.
 
-    Args:
-        select: What stood in this place; the ViT still gets what it gives.
-        channels: Bands of the image; all of them are read.
-        inner: Channels of the stem; the coarser maps have two and four times as many.
-        width: Token width D.
-        passage: Shared by the parts.
+    `inner` is the width of the stem; the coarser maps have two and four times as many
+    channels. The ViT still gets the output of `select`.
     """
 
     def __init__(
@@ -46,11 +40,11 @@ class SpatialPrior(nn.Module):
         channels: int,
         inner: int,
         width: int,
-        passage: Passage,
+        shared: SharedTokens,
     ) -> None:
         super().__init__()
         self.select = select
-        self.passage = passage
+        self.shared = shared
         self.stem = nn.Sequential(
             OrderedDict(
                 first=_convolution(channels, inner, 2),
@@ -76,7 +70,7 @@ class SpatialPrior(nn.Module):
         projected = [
             self.project[name](m) for name, m in zip(SCALES, maps, strict=True)
         ]
-        self.passage.begin(projected, self.levels)
+        self.shared.begin(projected, self.levels)
         return self.select(image)
 
 
@@ -84,12 +78,7 @@ class Injector(nn.Module):
     """The ViT's patch tokens read from the spatial tokens; nothing at the start.
 
     ``tokens + gamma * attention(norm(tokens), norm(spatial))``, equation 1. Of several
-    tokens per patch (Galileo) each asks for itself, at the place of its patch.
-
-    Args:
-        width: Token width D.
-        grid: Where the patch tokens lie.
-        attention: heads, points and inner width of the attention.
+    tokens per patch (Galileo) each is a query, at the place of its patch.
     """
 
     def __init__(self, width: int, grid: TokenGrid, **attention: int) -> None:
@@ -115,13 +104,8 @@ class Injector(nn.Module):
 class Extractor(nn.Module):
     """The spatial tokens read from the ViT's patch tokens, then a small network.
 
-    Equations 2 and 3. Of several tokens per patch (Galileo) the mean is read.
-
-    Args:
-        width: Token width D.
-        grid: Where the patch tokens lie.
-        hidden: Channels of the network, f*D.
-        attention: heads, points and inner width of the attention.
+    Equations 2 and 3. Of several tokens per patch (Galileo) the mean is read. `hidden`
+    is the width of the network, f*D.
     """
 
     def __init__(
@@ -158,13 +142,7 @@ class Extractor(nn.Module):
 class InteractingBlock(nn.Module):
     """A frozen block with an injector in front of it, extractors behind it, or both.
 
-    Args:
-        block: The frozen block.
-        interaction: Number of the interaction it belongs to.
-        place: Its position among the blocks that interact.
-        injector: In front, or None.
-        extractors: Behind; by name, in order.
-        passage: Shared by the parts.
+    `place` is the block's position among those that interact.
     """
 
     def __init__(
@@ -174,26 +152,26 @@ class InteractingBlock(nn.Module):
         place: int,
         injector: Injector | None,
         extractors: dict[str, nn.Module],
-        passage: Passage,
+        shared: SharedTokens,
     ) -> None:
         super().__init__()
         self.block = block
         self.interaction, self.place = interaction, place
         self.injector = injector
         self.extractors = nn.ModuleDict(extractors)
-        self.passage = passage
+        self.shared = shared
 
     def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        spatial = self.passage.before(self.interaction, self.place, tokens)
-        sizes = self.passage.sizes
+        spatial = self.shared.before(self.interaction, self.place, tokens)
+        sizes = self.shared.sizes
         if self.injector is not None:
             tokens = self.injector(tokens, spatial, sizes)
         tokens = self.block(tokens, *args, **kwargs)
         for extractor in self.extractors.values():
             spatial = extractor(spatial, tokens, sizes)
         if self.extractors:
-            self.passage.after(self.interaction, spatial)
+            self.shared.after(self.interaction, spatial)
         return tokens
 
 
@@ -202,30 +180,25 @@ class FourScales(nn.Module):
 
     Each of the ViT's four maps is resized to its scale and added; then a norm.
 
-    Args:
-        width: Token width D.
-        interactions: How many there are.
-        passage: Shared by the parts.
-
     Attributes:
         channels: Channels of the four maps.
         strides: Pixels per cell of the four maps.
     """
 
-    def __init__(self, width: int, interactions: int, passage: Passage) -> None:
+    def __init__(self, width: int, interactions: int, shared: SharedTokens) -> None:
         super().__init__()
         self.channels, self.strides = [width] * 4, list(STRIDES)
         self.interactions = interactions
-        self.passage = passage
+        self.shared = shared
         self.enlarge = nn.ConvTranspose2d(width, width, 2, stride=2)
         self.norm = nn.ModuleDict({name: group_norm(width) for name in SCALES})
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Four maps (B, D, h, w) of the ViT -> four of strides 4, 8, 16 and 32."""
-        spatial, finest = self.passage.spatial[self.interactions], self.passage.finest
-        coarser = as_maps(spatial, self.passage.sizes)
+        spatial, finest = self.shared.spatial[self.interactions], self.shared.finest
+        coarser = as_maps(spatial, self.shared.sizes)
         if not torch.is_grad_enabled():
-            self.passage.clear()
+            self.shared.clear()
         scales = [cast(Tensor, finest) + self.enlarge(coarser[0]), *coarser]
         joined = []
         for name, own, seen in zip(SCALES, scales, maps, strict=True):

@@ -1,9 +1,9 @@
 """An adapter on disk: a folder with adapter.json and adapter.safetensors.
 
-The tensors lie one after the other in one flat array per number type, and adapter.json
-says which is where. Names that differ in a block number only, with the same shape,
-share a line there: a star in place of the number, and the numbers. A header with one
-entry per tensor would be 30 KB for a ViT-L; this is 2.
+The tensors are concatenated into one flat array per number type, and adapter.json lists
+them. Names that differ in a block number only, with the same shape, share a line there:
+a star in place of the number, and the numbers. A header with one entry per tensor would
+be 30 KB for a ViT-L; this is 2.
 """
 
 from __future__ import annotations
@@ -31,19 +31,12 @@ _NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)")  # a name's parts that are num
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """What `read_adapter` found in a folder.
-
-    Attributes:
-        method: The method's key.
-        config: Arguments for `attach`.
-        backbone: `name` and `weights_hash` of the backbone it belongs to.
-        tensors: Dotted path inside `backbone.model` -> tensor.
-    """
+    """The content of an adapter folder."""
 
     method: str
-    config: dict[str, Any]
-    backbone: dict[str, str]
-    tensors: dict[str, Tensor]
+    config: dict[str, Any]  # arguments for `attach`
+    backbone: dict[str, str]  # its `name` and `weights_hash`
+    tensors: dict[str, Tensor]  # by dotted path inside `backbone.model`
 
 
 def write_adapter(
@@ -53,17 +46,9 @@ def write_adapter(
     backbone: Mapping[str, str],
     tensors: Mapping[str, Tensor],
 ) -> Path:
-    """Write an adapter folder; nothing half-written stays behind on an error.
+    """Write the fields of a `SavedAdapter`; an error leaves nothing half-written.
 
-    Args:
-        folder: Made if needed; other files in it are left alone.
-        method: The method's key.
-        config: `layers` and the options.
-        backbone: `name` and `weights_hash`.
-        tensors: Dotted path inside `backbone.model` -> tensor.
-
-    Returns:
-        The folder.
+    The folder is made if needed; other files in it stay.
 
     Raises:
         OSError: The disk is full, or the place cannot be written.
@@ -83,8 +68,8 @@ def write_adapter(
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        # The tensors get their place first. The description holds their checksum, so
-        # a kill between the two is noticed on loading.
+        # The tensors are renamed first. The description holds their checksum, so a kill
+        # between the two is noticed on loading.
         with (
             whole_file(folder / DESCRIPTION) as text,
             whole_file(folder / TENSORS) as data,
@@ -127,7 +112,7 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
     try:
         arrays = load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file: {error}.") from error
+        raise ValueError(f"{path} is not a safetensors file: {error}.") from error
     return SavedAdapter(
         method=description["method"],
         config=description["config"],
@@ -141,7 +126,7 @@ def _read_description(path: Path) -> dict[str, Any]:
         description = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(
-            f"{path} is truncated or no JSON: {error}. Copy the folder again."
+            f"{path} is truncated or not JSON: {error}. Copy the folder again."
         ) from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         found = description.get("format") if isinstance(description, dict) else None
@@ -159,7 +144,7 @@ def _read_description(path: Path) -> dict[str, Any]:
 def _pack(
     tensors: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Lay tensors end to end; return the flat arrays and the index of what is where."""
+    """Concatenate tensors; return the flat arrays and the index of what is where."""
     groups: dict[tuple[str, tuple[int, ...], torch.dtype], list[str]] = {}
     for name, tensor in tensors.items():
         kind = (_NUMBER.sub("*", name), tuple(tensor.shape), tensor.dtype)

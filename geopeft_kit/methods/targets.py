@@ -28,13 +28,7 @@ _TOKEN_DEFAULTS = ("q", "v", "fc1", "fc1_g", "fc1_x", "fc2")
 
 @dataclass(frozen=True)
 class Target:
-    """A layer, or a third of the rows of a fused one.
-
-    Attributes:
-        path: Dotted path of the layer inside `backbone.model`.
-        layer: The Linear or convolution.
-        part: "q", "k" or "v" where only these rows of a fused layer are meant.
-    """
+    """A layer at a path in `backbone.model`, or the "q", "k" or "v" rows of it."""
 
     path: str
     layer: Layer
@@ -50,6 +44,9 @@ class Target:
         return number * third, (number + 1) * third
 
 
+Targets = list[Target]
+
+
 def default_targets(
     blocks: Sequence[Block], kinds: Kinds = LINEAR_CONV2D
 ) -> tuple[str, ...]:
@@ -60,13 +57,6 @@ def default_targets(
     convolutions (conv1 and conv3 of a ResNet-50 block, the projections of a state-space
     block), and where a block has none (ResNet-18) all its ungrouped convolutions.
     Shortcuts and squeeze-excite layers are left alone.
-
-    Args:
-        blocks: The chosen blocks.
-        kinds: Types of layer that the method can work on.
-
-    Returns:
-        Short names; none where no layer fits.
     """
     layers = _layers_of(blocks, kinds)
     known = {_short(name) for name in layers if _in_attention_or_mlp(name)}
@@ -86,17 +76,12 @@ def default_targets(
 
 def find_targets(
     blocks: Sequence[Block], targets: Sequence[str], kinds: Kinds = LINEAR_CONV2D
-) -> list[Target]:
-    """Find the layers that short names mean, in every block.
+) -> Targets:
+    """Find the layers that short names mean, block by block.
 
-    Args:
-        blocks: The chosen blocks.
-        targets: "q", "k", "v" (own layers, or rows of a fused one), "qkv" (the fused
-            matrix as one), or the end of a layer's path in the block, as "mlp.fc1".
-        kinds: Types of layer that the method can work on.
-
-    Returns:
-        The targets, block by block. A block without a layer of that name is skipped.
+    Names are "q", "k", "v" (own layers, or rows of a fused one), "qkv" (the fused
+    matrix), or the end of a layer's path in the block, as "mlp.fc1". A block without a
+    layer of that name is skipped.
 
     Raises:
         ValueError: A name that no block has for a layer of these kinds, that is given
@@ -133,7 +118,7 @@ def available_targets(
     return list(dict.fromkeys(parts + [name for name in layers]))
 
 
-def _in_block(path: str, layers: Mapping[str, Any], name: str) -> list[Target]:
+def _in_block(path: str, layers: Mapping[str, Any], name: str) -> Targets:
     hits = [rel for rel in layers if rel == name or rel.endswith(f".{name}")]
     if hits:
         return [Target(f"{path}.{rel}", layers[rel]) for rel in hits]
@@ -152,9 +137,9 @@ def _in_block(path: str, layers: Mapping[str, Any], name: str) -> list[Target]:
 def _layers_of(blocks: Sequence[Block], kinds: Kinds) -> dict[str, Any]:
     """Path inside the block -> layer of one of the kinds, over all blocks.
 
-    Layers whose weight is read without calling them are left out: a substitute would
-    stand there with no effect. That is `out_proj` of torch's MultiheadAttention, the
-    qkv of attentions with separate q and v biases (BEiT, Swin V2), and qkv and proj of
+    Layers whose weight is read without calling them are left out, because a substitute
+    would have no effect: `out_proj` of torch's MultiheadAttention, the qkv of
+    attentions with separate q and v biases (BEiT, Swin V2), and qkv and proj of
     torchvision's window attention.
     """
     layers: dict[str, Any] = {}
@@ -195,7 +180,7 @@ def _checked(targets: Sequence[str]) -> list[str]:
     return names
 
 
-def _check_overlap(targets: list[Target]) -> None:
+def _check_overlap(targets: Targets) -> None:
     seen: dict[str, set[str | None]] = {}
     for target in targets:
         parts = seen.setdefault(target.path, set())
@@ -207,8 +192,8 @@ def _check_overlap(targets: list[Target]) -> None:
         parts.add(target.part)
         if not _pointwise(target.layer) and _border_padded(target.layer):
             raise ValueError(
-                f"{target.path} pads with the values at its border, and what peft puts "
-                "beside it pads with zeros. Leave it out of targets."
+                f"{target.path} pads with the values at its border, and the layers of "
+                "peft pad with zeros. Leave it out of targets."
             )
         if _grouped(target.layer):
             raise ValueError(

@@ -1,7 +1,6 @@
 """Two token streams in one frozen ViT: a shared attention map, and the deflection.
 
-The parts of the DEFLECT-style method behind the embedding; all formulas are ours, see
-`deflect.py`. Taught in notebook 05.
+All formulas are ours, see `deflect.py`. Taught in notebook 05.
 """
 
 from __future__ import annotations
@@ -21,50 +20,36 @@ def add_bounded(tokens: Tensor, direction: Tensor, rho: Tensor | float) -> Tenso
 
     s + rho |s| n, with n the unit vector along `direction` (ours). The displacement is
     exactly |rho| |s|, and the angle between old and new obeys sin(angle) <= |rho|.
-
-    Args:
-        tokens: s, (..., D).
-        direction: (..., D), of any length; where it is zero nothing moves.
-        rho: Signed size.
+    Tokens and direction are (..., D); where the direction is zero nothing moves.
     """
     length = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True)
     return tokens + rho * length * F.normalize(direction, dim=-1, eps=EPSILON)
 
 
-def turn(tokens: Tensor, direction: Tensor, theta: Tensor) -> Tensor:
-    """Polar form: turn tokens towards a direction and keep their length.
+def rotate(tokens: Tensor, direction: Tensor, theta: Tensor) -> Tensor:
+    """Polar form: rotate tokens by theta radians towards a direction, both (..., D).
 
     |s| (cos(theta) s/|s| + sin(theta) m), with m the unit part of `direction` that is
-    orthogonal to s (ours). The norm is kept and the angle is exactly |theta|.
-
-    Args:
-        tokens: s, (..., D).
-        direction: (..., D); where it is zero or along s, nothing turns.
-        theta: Signed angle in radians.
+    orthogonal to s (ours). The norm is kept, and the angle is exactly |theta|. Where
+    the direction is zero or along s, nothing rotates.
     """
     length = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True)
     ahead = tokens / length.clamp(min=EPSILON)
     aside = F.normalize(direction, dim=-1, eps=EPSILON)
     aside = aside - (aside * ahead).sum(-1, keepdim=True) * ahead
     aside = F.normalize(aside, dim=-1, eps=EPSILON)
-    turned = torch.cos(theta) * tokens + torch.sin(theta) * length * aside
-    # The norm is kept already; this also covers tokens that have nowhere to turn.
-    norm = torch.linalg.vector_norm(turned, dim=-1, keepdim=True)
-    return turned * (length / norm.clamp(min=EPSILON))
+    rotated = torch.cos(theta) * tokens + torch.sin(theta) * length * aside
+    # The norm is kept already, except of tokens that have nowhere to rotate.
+    norm = torch.linalg.vector_norm(rotated, dim=-1, keepdim=True)
+    return rotated * (length / norm.clamp(min=EPSILON))
 
 
 class Deflection(nn.Module):
-    """Moves principal tokens into a direction read from what the auxiliary ones saw.
+    """Moves principal tokens along a direction read from the auxiliary ones.
 
-    e = U ReLU(V a) through h numbers, no bias; the size is limit * tanh(g), with one
-    learnt scalar g a block.
-
-    Args:
-        g: The scalar; V and U are made where it is.
-        width: Token width D.
-        hidden: h; 0 for the ablation "attention", which adds g * a itself.
-        form: "additive" or "polar".
-        limit: Largest size (rho or theta); None for the ablation "unbounded".
+    e = U ReLU(V a), D -> h -> D without biases; the size is limit * tanh(g), with one
+    learnt scalar g per block. h = 0 is the ablation "attention", which adds g * a;
+    no limit (rho or theta) is the ablation "unbounded".
     """
 
     def __init__(
@@ -79,8 +64,8 @@ class Deflection(nn.Module):
         self.form, self.limit = form, limit
         self.g = g
         if hidden:
-            self.V = nn.Linear(width, hidden, bias=False, device=g.device)
-            self.U = nn.Linear(hidden, width, bias=False, device=g.device)
+            self.V = nn.Linear(width, hidden, bias=False)
+            self.U = nn.Linear(hidden, width, bias=False)
 
     @property
     def size(self) -> Tensor:
@@ -88,14 +73,9 @@ class Deflection(nn.Module):
         return self.g if self.limit is None else self.limit * torch.tanh(self.g)
 
     def forward(self, tokens: Tensor, attended: Tensor) -> Tensor:
-        """Deflect.
+        """Deflect s, the principal tokens after the attention residual, by a.
 
-        Args:
-            tokens: s, principal tokens after the attention residual, (B, N, D).
-            attended: a, output of the shared attention for the auxiliary stream.
-
-        Returns:
-            (B, N, D), in the number type of the tokens.
+        a is the output of the shared attention for the auxiliary stream. All (B, N, D).
         """
         direction = attended.to(self.g.dtype)
         if hasattr(self, "U"):
@@ -104,7 +84,7 @@ class Deflection(nn.Module):
         precise = torch.promote_types(tokens.dtype, torch.float32)
         s, direction, size = (x.to(precise) for x in (tokens, direction, self.size))
         if self.form == "polar":
-            moved = turn(s, direction, size)
+            moved = rotate(s, direction, size)
         elif self.limit is None:
             moved = s + size * direction
         else:
@@ -113,17 +93,12 @@ class Deflection(nn.Module):
 
 
 class UntangledBlock(nn.Module):
-    """A frozen timm block with two streams, auxiliary tokens in front.
+    """A frozen pre-norm `Block` of timm with two streams, auxiliary tokens in front.
 
     All weights of the block serve both streams. The attention map comes from the
-    principal stream alone: where to look is the prior that was learnt on RGB.
-
-    Args:
-        block: timm's pre-norm `Block`.
-        deflection: What moves the principal stream; None where the block is not
-            chosen: it then works on the principal stream, and the other waits.
-        last: True if the auxiliary stream ends here.
-        auxiliary_mlp: Whether the auxiliary stream passes the block's MLP too.
+    principal stream alone: where to look is the prior that was learnt on RGB. Without
+    a deflection (block not chosen) only the principal stream passes the block. The
+    auxiliary stream ends in the `last` block.
     """
 
     def __init__(
@@ -163,15 +138,9 @@ class UntangledBlock(nn.Module):
 def shared_attention(attention: Any, tokens: Tensor) -> Tensor:
     """Run timm's attention on two streams with one map, softmax(q k^T / sqrt(d)).
 
-    Queries and keys come from the principal tokens, values from both; the values of
-    the two streams lie side by side, so that the map is computed once.
-
-    Args:
-        attention: timm's `Attention`.
-        tokens: (B, 2n, D) after the block's first norm, auxiliary first.
-
-    Returns:
-        (B, 2n, D), after the output projection.
+    Queries and keys come from the principal tokens, values from both, concatenated so
+    that the map is computed once. Tokens (B, 2n, D) after the block's first norm,
+    auxiliary first -> (B, 2n, D) after the output projection.
     """
     auxiliary, principal = tokens.chunk(2, dim=1)  # (B, n, D) each
     heads = attention.num_heads

@@ -1,7 +1,7 @@
-"""ViT-Adapter: a small convolutional network beside a frozen ViT. Notebook 07.
+"""ViT-Adapter: a convolutional side network of a frozen ViT. Taught in notebook 07.
 
 A plain ViT has one scale. Here a side network reads the image at strides 4 to 32, the
-ViT's tokens read from it (injectors), it reads from them (extractors), and it hands out
+ViT's tokens read from it (injectors), it reads from them (extractors), and it returns
 four maps at strides 4, 8, 16 and 32. No operator is compiled.
 
 Source: Chen et al. 2023, Vision Transformer Adapter for Dense Predictions, ICLR, arXiv
@@ -11,18 +11,16 @@ Source: Chen et al. 2023, Vision Transformer Adapter for Dense Predictions, ICLR
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import cast
 
 from torch import nn
 
-from geopeft_kit.methods.base import (
-    Block,
-    Method,
-    Replacement,
-    check_above_zero,
-    check_whole,
-)
-from geopeft_kit.methods.passage import Passage
+from geopeft_kit.backbones.base import Backbone
+from geopeft_kit.methods.base import Blocks, Method, Options, register
+from geopeft_kit.methods.block_parts import device_of
+from geopeft_kit.methods.checks import check_above_zero, check_whole
+from geopeft_kit.methods.replacement import Replacement, Replacements, trained_in
+from geopeft_kit.methods.shared_tokens import SharedTokens
 from geopeft_kit.methods.side_network import (
     Extractor,
     FourScales,
@@ -31,10 +29,8 @@ from geopeft_kit.methods.side_network import (
     SpatialPrior,
 )
 
-if TYPE_CHECKING:
-    from geopeft_kit.backbones.base import Backbone
 
-
+@register
 class VitAdapter(Method):
     """A side network that turns a plain ViT into a network of four scales.
 
@@ -57,6 +53,8 @@ class VitAdapter(Method):
 
     name = "vit_adapter"
     title = "ViT-Adapter"
+    family = "side networks"
+    note = "four scales, in plain PyTorch"
     paper = (
         "Chen et al. 2023, Vision Transformer Adapter for Dense Predictions, arXiv "
         "2205.08534"
@@ -74,7 +72,6 @@ class VitAdapter(Method):
     needs = "plain ViTs whose patch size divides 32"
 
     def why_not(self, backbone: Backbone) -> str | None:
-        """Refuse networks without tokens, and patches that share no grid with 32."""
         if backbone.width is None or len(set(backbone.strides)) > 1:
             return (
                 "it gives four scales to a plain ViT, and this network has them "
@@ -89,9 +86,7 @@ class VitAdapter(Method):
             )
         return None
 
-    def resolve(
-        self, backbone: Backbone, blocks: list[Block], options: dict[str, Any]
-    ) -> dict[str, Any]:
+    def resolve(self, backbone: Backbone, blocks: Blocks, options: Options) -> Options:
         """Choose the heads: one for 64 channels."""
         if options["heads"] is None:
             return {**options, "heads": max(1, cast(int, backbone.width) // 64)}
@@ -100,7 +95,7 @@ class VitAdapter(Method):
     def build(
         self,
         backbone: Backbone,
-        blocks: list[Block],
+        blocks: Blocks,
         *,
         width: int = 64,
         interactions: int = 4,
@@ -109,12 +104,10 @@ class VitAdapter(Method):
         value_ratio: float = 0.5,
         network_ratio: float = 0.25,
         last_extractors: int = 3,
-    ) -> list[Replacement]:
+    ) -> Replacements:
         """Put the prior before the network, interactions around blocks, maps behind.
 
         Args:
-            backbone: A plain ViT.
-            blocks: The blocks that take part.
             width: Channels w of the prior's stem.
             interactions: Groups N of blocks.
             heads: Heads H of the deformable attention; None means D / 64.
@@ -138,13 +131,13 @@ class VitAdapter(Method):
             )
         hidden = _share(dim, "network_ratio", network_ratio)
         groups = cut(len(blocks), check_whole("interactions", interactions))
-        passage, grid = Passage(), backbone.grid
-        with next(blocks[0][1].parameters()).device:
+        shared, grid = SharedTokens(), backbone.grid
+        with device_of(blocks[0][1]):
             prior = SpatialPrior(
-                backbone.select, len(backbone.bands), width, dim, passage
+                backbone.select, len(backbone.bands), width, dim, shared
             )
-            scales = FourScales(dim, interactions, passage)
-            replacements = [_replacement(backbone, "select", prior, "select.")]
+            scales = FourScales(dim, interactions, shared)
+            replacements = [_replacement(backbone, "select", prior)]
             for place, (number, block, first, last) in enumerate(_roles(groups)):
                 path, frozen = blocks[block]
                 many = last_extractors if number == interactions - 1 else 1
@@ -157,13 +150,13 @@ class VitAdapter(Method):
                         _ordinal(i): Extractor(dim, grid, hidden, **attention)
                         for i in range(many if last else 0)
                     },
-                    passage,
+                    shared,
                 ).train(frozen.training)
-                tensors = _trained(wrapped, "block.")
+                tensors = trained_in(wrapped, frozen="block")
                 replacements.append(
                     Replacement.at(backbone.model, path, wrapped, tensors)
                 )
-        return [*replacements, _replacement(backbone, "refine", scales, "")]
+        return [*replacements, _replacement(backbone, "refine", scales)]
 
 
 def cut(blocks: int, groups: int) -> list[range]:
@@ -199,19 +192,9 @@ def _share(width: int, option: str, ratio: float) -> int:
     return max(1, round(width * check_above_zero(option, ratio)))
 
 
-def _trained(module: nn.Module, frozen: str) -> dict[str, tuple[nn.Module, str]]:
-    """Name -> (holder, attribute) of all parameters but those of a frozen child."""
-    return {
-        f"{path}.{name}".lstrip("."): (holder, name)
-        for path, holder in module.named_modules()
-        for name, _ in holder.named_parameters(recurse=False)
-        if not frozen or not f"{path}.".startswith(frozen)
-    }
-
-
 def _replacement(
-    backbone: Backbone, attribute: str, substitute: nn.Module, frozen: str
+    backbone: Backbone, attribute: str, substitute: nn.Module
 ) -> Replacement:
-    """The replacement of an attribute of the shell itself."""
-    tensors = _trained(substitute, frozen)
+    """The replacement of an attribute of the backbone itself."""
+    tensors = trained_in(substitute, frozen=attribute)
     return Replacement(attribute, backbone, attribute, substitute, tensors)

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from geopeft_kit.pictures import OKABE_ITO
 
 # One colour per method, the same in every figure, table and map. The methods that are
-# compared most wear Okabe and Ito's own eight; relatives wear a shade of the family.
-METHOD_COLOURS: Mapping[str, str] = {
+# compared most have Okabe and Ito's own eight, relatives a shade of their family.
+METHOD_COLOURS: dict[str, str] = {
     # the two ends, and the rivals that are not adaptations
     "full": "#000000",
     "frozen": "#737373",
@@ -24,7 +24,7 @@ METHOD_COLOURS: Mapping[str, str] = {
     "from_scratch": "#d55e00",
     "pixel_statistics": "#b8a48c",
     "spectral_index": "#8a6d4b",
-    # a few weights of the network itself
+    # existing weights
     "bias": "#e69f00",
     "norm": "#f0e442",
     "ia3": "#c98500",
@@ -43,7 +43,7 @@ METHOD_COLOURS: Mapping[str, str] = {
     # prompts
     "vpt": "#cc79a7",
     "upetu": "#8f3b6b",
-    # small networks beside the layers
+    # adapters and side networks
     "houlsby": "#009e73",
     "adaptformer": "#006b4e",
     "convpass": "#4fc3a1",
@@ -54,10 +54,29 @@ METHOD_COLOURS: Mapping[str, str] = {
     "deflect": "#9b1b30",
     "earth_adapter": "#c7a4d8",
 }
-
+# Family -> shades for methods that are not listed above, in the order of registration.
+FAMILY_SHADES: Mapping[str, tuple[str, ...]] = {
+    "ends": ("#acacac", "#d5d5d5"),
+    "existing weights": ("#796d00", "#6f4100"),
+    "low rank": ("#3a3ad6", "#00085b", "#8f8fe0"),
+    "prompts": ("#a21e97", "#f28ad6"),
+    "adapters": ("#11a200", "#86e8a8", "#2f4a1e"),
+    "side networks": ("#a057f2", "#2c0933"),
+    "Earth observation": ("#f2836f", "#47100c"),
+}
 
 # One more way to tell relatives apart, for readers and printers without colour.
 MARKERS = "osD^vP*Xph"
+
+
+def add_method_colour(method: str, family: str) -> None:
+    """Give a method that has no colour yet the next free shade of its family.
+
+    When all are taken, the last shade is used again.
+    """
+    taken = set(METHOD_COLOURS.values())
+    free = [shade for shade in FAMILY_SHADES[family] if shade not in taken]
+    METHOD_COLOURS.setdefault(method, (free or FAMILY_SHADES[family][-1:])[0])
 
 
 def method_colour(method: str) -> str:

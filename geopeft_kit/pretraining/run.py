@@ -240,7 +240,7 @@ def _check_adapter(backbone: Backbone, teacher: Backbone | None) -> None:
             "nothing trains in the backbone: an adapter froze it and was deactivated. "
             "Call its activate() or detach(); attach 'frozen' to train the heads alone."
         )
-    if adapter is not None and adapter.method.training_rule(adapter, 1) is not None:
+    if adapter is not None and adapter.training_rule(1) is not None:
         raise ValueError(
             f"{adapter.name!r} changes its own form while it trains, which only `fit` "
             "knows how to do. Attach 'lora' or 'slr'."

@@ -154,7 +154,7 @@ class Task(L.LightningModule):
         adapter = getattr(model.backbone, "adapter", None)
         self.rule: TrainingRule | None = None
         if adapter is not None:
-            self.rule = adapter.method.training_rule(adapter, total_steps)
+            self.rule = adapter.training_rule(total_steps)
 
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
         """Logits or values for a batch of images, or of what was cached of them."""

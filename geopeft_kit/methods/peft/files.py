@@ -17,19 +17,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from geopeft_kit.files import whole_file
-from geopeft_kit.methods.peft_layers import ADAPTER, FusedProjection, PeftLayer
+from geopeft_kit.methods.peft.layers import ADAPTER, FusedProjection, PeftLayer
 
 PREFIX = "base_model.model."  # of every key in a peft file
 
 
 def write_peft_files(layers: Mapping[str, PeftLayer], folder: Path) -> None:
-    """Write `adapter_config.json` and `adapter_model.safetensors`.
+    """Write the files that `peft.PeftModel.from_pretrained(timm_model, folder)` reads.
 
-    `peft.PeftModel.from_pretrained(timm_model, folder)` reads them.
-
-    Args:
-        layers: Path inside the timm model -> the wrapped layer that stands there.
-        folder: Made if needed.
+    `layers` maps paths inside the timm model to the wrapped layers.
     """
     state: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}

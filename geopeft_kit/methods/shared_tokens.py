@@ -1,7 +1,7 @@
-"""What the parts of a ViT-Adapter hand on within one forward pass.
+"""Spatial tokens that the parts of a ViT-Adapter share within one forward pass.
 
-The parts stand at different places of a frozen network, whose own code calls them and
-passes nothing between them. Used by `side_network.py`.
+A frozen network calls the parts at different places and passes nothing between them.
+Used by `side_network.py`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from torch import Tensor
 from geopeft_kit.methods.deformable import Size
 
 
-class Passage:
-    """What the parts of the side network hand on within one forward pass.
+class SharedTokens:
+    """The spatial tokens of one forward pass, kept per interaction.
 
-    Spatial tokens are kept per interaction, since a block that is recomputed in the
-    backward pass reads them again. They go with the next pass, or at the end of a pass
-    without gradients. Copies start empty.
+    A block that is recomputed in the backward pass reads them again. They are dropped
+    by the next pass, or at the end of a pass without gradients. Copies start empty.
 
     Attributes:
         finest: The map of the spatial prior at stride 4, (B, D, H/4, W/4).
@@ -30,8 +29,8 @@ class Passage:
     def __init__(self) -> None:
         self.clear()
 
-    def __reduce__(self) -> tuple[type[Passage], tuple[()]]:
-        return Passage, ()
+    def __reduce__(self) -> tuple[type[SharedTokens], tuple[()]]:
+        return SharedTokens, ()
 
     def clear(self) -> None:
         """Forget everything."""
@@ -52,12 +51,9 @@ class Passage:
         self.spatial[0] = torch.cat(tokens, dim=1)  # (B, S, D)
 
     def before(self, interaction: int, place: int, tokens: Tensor) -> Tensor:
-        """The spatial tokens that belong to a block's input.
+        """The spatial tokens for the input (B, N, D) of an interacting block.
 
-        Args:
-            interaction: Number of the interaction.
-            place: Position of the block among those that interact.
-            tokens: The block's input, (B, N, D).
+        `place` is the block's position among those that interact.
 
         Raises:
             RuntimeError: The input belongs to no pass, or to an earlier one.
@@ -78,7 +74,7 @@ class Passage:
         return self.spatial[interaction]
 
     def after(self, interaction: int, spatial: Tensor) -> None:
-        """Keep what an interaction leaves; of a recomputed one, the first stays."""
+        """Keep an interaction's output; recomputing does not replace the first."""
         self.spatial.setdefault(interaction + 1, spatial)
 
 

@@ -9,39 +9,31 @@ Source: Zhang et al. 2023, AdaLoRA, arXiv 2303.10512.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from geopeft_kit.methods.base import (
-    Block,
-    Replacement,
-    TrainingRule,
-    check_above_zero,
-    check_share,
-    check_whole,
-)
-from geopeft_kit.methods.peft_layers import ADAPTER, wrap
-from geopeft_kit.methods.peft_method import PeftMethod
-from geopeft_kit.methods.targets import find_targets
-
-if TYPE_CHECKING:
-    from geopeft_kit.backbones.base import Backbone
-    from geopeft_kit.methods.adapter import Adapter
+from geopeft_kit.backbones.base import Backbone
+from geopeft_kit.methods.base import Blocks, Config, Options, TrainingRule, register
+from geopeft_kit.methods.checks import check_above_zero, check_whole
+from geopeft_kit.methods.peft.layers import ADAPTER, Wrapped
+from geopeft_kit.methods.peft.method import Option, PeftMethod, dropout
+from geopeft_kit.methods.replacement import Replacements
+from geopeft_kit.methods.targets import Targets
 
 WARM_UP, COOL_DOWN = 0.1, 0.3  # shares of a run before and after pruning; ours
 ORTHOGONALITY = 0.5  # weight of the penalty; peft's default
 _SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 
+@register
 class AdaLora(PeftMethod):
     """Low-rank updates W + (alpha / start_rank) P diag(e) Q whose ranks are allocated.
 
-    `fit` prunes: nothing in the first tenth of the steps, then down to the budget,
-    which stands for the last 30 % (the shares are ours). A training loop of one's own
-    gets the same from `adapter.method.training_rule(adapter, total_steps)`.
+    `fit` prunes: nothing in the first tenth of the steps, then down to an average of
+    `rank` per target, which is fixed for the last 30 % (the shares are ours). Your own
+    training loop gets the same from `adapter.training_rule(total_steps)`.
 
     A pruned direction is a zero in e. It stays in the tensors, so an adapter on disk
     has the pruned ranks and the size of the first ones.
@@ -53,10 +45,16 @@ class AdaLora(PeftMethod):
     trained = "Q (rank, in), e (rank) and P (out, rank) beside each target"
     count_formula = "start_rank * (in + out + 1) per target; start_rank = 1.5r"
     learning_rate = 1e-3  # ours
+    config = "AdaLoraConfig"
+    own = {
+        "rank": Option("int", 16, "target_r", check_whole),
+        "start_rank": Option("int | None", None, "init_r", check_whole),
+        "alpha": Option("float | None", None, "lora_alpha", check_above_zero),
+        "dropout": dropout("lora_dropout"),
+    }
+    fixed = {"total_step": 1}  # the real number comes with the training rule
 
-    def resolve(
-        self, backbone: Backbone, blocks: list[Block], options: dict[str, Any]
-    ) -> dict[str, Any]:
+    def resolve(self, backbone: Backbone, blocks: Blocks, options: Options) -> Options:
         """Fill in the targets, the paper's start_rank = 1.5 rank, and alpha."""
         if options["start_rank"] is None:
             options["start_rank"] = check_whole("rank", options["rank"]) * 3 // 2
@@ -65,73 +63,48 @@ class AdaLora(PeftMethod):
             options["alpha"] = options["start_rank"]
         return super().resolve(backbone, blocks, options)
 
-    def build(
+    def inject(self, targets: Targets, fields: Options, values: Config) -> Wrapped:
+        """Wrap the targets, if there is something to prune."""
+        check_whole("start_rank", values["start_rank"], minimum=values["rank"] + 1)
+        return super().inject(targets, fields, values)
+
+    def training_rule(
         self,
-        backbone: Backbone,
-        blocks: list[Block],
-        *,
-        targets: Sequence[str] | None = None,
-        rank: int = 16,
-        start_rank: int | None = None,
-        alpha: float | None = None,
-        dropout: float = 0.0,
-    ) -> list[Replacement]:
-        """Wrap the target layers with peft's AdaLoRA.
-
-        Args:
-            backbone: The backbone.
-            blocks: The blocks to look for targets in.
-            targets: Short names of layers; None for the architecture's default.
-            rank: Average rank after training.
-            start_rank: Rank of every target at the start; None for 1.5 rank.
-            alpha: Scale of the update, alpha / start_rank; None for start_rank.
-            dropout: Rate on the input of Q.
-        """
-        from peft import AdaLoraConfig
-
-        check_whole("rank", rank)
-        most = check_whole("start_rank", start_rank, minimum=rank + 1)
-        scale: Any = check_above_zero("alpha", alpha)  # peft declares whole numbers
-        config = AdaLoraConfig(
-            init_r=most,
-            target_r=rank,
-            lora_alpha=scale,
-            lora_dropout=check_share("dropout", dropout),
-            total_step=1,  # the real number comes with the training rule
-        )
-        return wrap(backbone, find_targets(blocks, targets or (), self.kinds), config)
-
-    def training_rule(self, adapter: Adapter, total_steps: int) -> RankBudget:
+        replacements: Replacements,
+        config: Config,
+        total_steps: int,
+    ) -> RankBudget:
         """Return the pruning of one run."""
-        return RankBudget(adapter, total_steps)
+        return RankBudget(replacements, config, total_steps)
 
 
 class RankBudget(TrainingRule):
     """Prunes an AdaLoRA adapter to its budget in one training run.
 
-    Args:
-        adapter: The adapter.
-        total_steps: Optimiser steps of the run.
-
     Attributes:
         pattern: Name of each e -> which of its entries live; empty before pruning.
     """
 
-    def __init__(self, adapter: Adapter, total_steps: int) -> None:
+    def __init__(
+        self,
+        replacements: Replacements,
+        config: Config,
+        total_steps: int,
+    ) -> None:
         from peft import AdaLoraConfig
         from peft.tuners.adalora.layer import RankAllocator
 
-        substitutes = adapter.substitutes().values()
-        self.layers = nn.ModuleList(s for s in substitutes if isinstance(s, nn.Module))
+        layers = (replacement.substitute for replacement in replacements)
+        self.layers = nn.ModuleList(s for s in layers if isinstance(s, nn.Module))
         self.last = total_steps - int(total_steps * COOL_DOWN)  # step of the last cut
-        config = AdaLoraConfig(
-            init_r=adapter.config["start_rank"],
-            target_r=adapter.config["rank"],
+        schedule = AdaLoraConfig(
+            init_r=config["start_rank"],
+            target_r=config["rank"],
             tinit=int(total_steps * WARM_UP),
             tfinal=total_steps - self.last,
             total_step=total_steps,
         )
-        self.allocator = RankAllocator(self.layers, config, ADAPTER)
+        self.allocator = RankAllocator(self.layers, schedule, ADAPTER)
         self.pattern: dict[str, list[bool]] = {}
 
     def penalty(self) -> Tensor:

@@ -1,43 +1,37 @@
-"""How layers of Hugging Face `peft` get into a backbone: shared by its family.
+"""How layers of Hugging Face `peft` get into a backbone.
 
 `peft` wraps layers in place. Here it is given a small container with the target layers
-instead of the backbone, and the wrapped layers are taken out of it as substitutes. On a
-fused qkv matrix, q, k and v are presented to `peft` as layers of their own that read
-their rows of the fused weight. Taught in notebook 03.
+instead of the backbone, and the wrapped layers become substitutes. On a fused qkv
+matrix, q, k and v are presented to `peft` as layers that read their rows of the fused
+weight. Taught in notebook 03.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from geopeft_kit.methods.base import Replacement
-from geopeft_kit.methods.targets import Target
-
-if TYPE_CHECKING:
-    from geopeft_kit.backbones.base import Backbone
+from geopeft_kit.methods.replacement import Places, Replacement, Replacements
+from geopeft_kit.methods.targets import Target, Targets
 
 PeftLayer = Any
 """A layer that `peft` wrapped; its attributes carry no types."""
+
+Wrapped = list[tuple[Target, PeftLayer]]
 
 ADAPTER = "default"  # the name that peft gives an adapter inside its layers
 
 
 class Rows(nn.Linear):
-    """Some output rows of a Linear, seen as a Linear of its own.
+    """Rows `first` to `last - 1` of a Linear, seen as a Linear of its own.
 
-    It owns nothing: weight and bias are read from the source at every access, so they
-    follow it to another device and number type. They are frozen, whatever the source
-    is: peft sets their flags, which a part of a trainable weight does not allow.
-
-    Args:
-        source: The fused layer.
-        first: First row.
-        last: One past the last row.
+    Weight and bias are read from the source at every access, so they follow it to
+    another device and number type. They are detached, because peft sets their flags,
+    which a part of a trainable weight does not allow.
     """
 
     def __init__(self, source: nn.Linear, first: int, last: int) -> None:
@@ -59,15 +53,10 @@ class Rows(nn.Linear):
 
 
 class FusedProjection(nn.Module):
-    """A fused qkv Linear of which some parts are adapted.
+    """A fused qkv Linear of which some parts ("q", "k", "v") are layers of `peft`.
 
     Plain LoRA adds its delta to the rows of the fused output, so the large product is
-    computed once and not in three. Other methods compute their rows themselves, beside
-    the frozen rows of the other parts.
-
-    Args:
-        base_layer: The frozen fused layer.
-        parts: "q", "k" or "v" -> the layer that `peft` made of those rows.
+    computed once, not in three. Other methods compute their rows themselves.
     """
 
     def __init__(self, base_layer: nn.Linear, parts: dict[str, PeftLayer]) -> None:
@@ -98,27 +87,21 @@ class FusedProjection(nn.Module):
 
 
 def wrap(
-    backbone: Backbone,
-    targets: Sequence[Target],
+    targets: Targets,
     config: Any,
     own_copies: bool = False,
     inject_with: Callable[..., Any] | None = None,
     refine: Callable[[PeftLayer], PeftLayer] | None = None,
-) -> list[Replacement]:
-    """Let `peft` wrap target layers, and return the replacements.
+) -> Wrapped:
+    """Let `peft` wrap target layers.
 
-    Args:
-        backbone: The backbone; not touched.
-        targets: From `find_targets`.
-        config: A peft configuration.
-        own_copies: Give peft copies of the frozen layers, because it changes them.
-        inject_with: See `inject`.
-        refine: Applied to each wrapped layer.
+    With `own_copies`, peft gets copies of the frozen layers, because it changes them.
+    `refine` is applied to each wrapped layer.
     """
     layers = inject(config, [_presented(t, own_copies) for t in targets], inject_with)
     if refine is not None:
         layers = [refine(layer) for layer in layers]
-    return _replacements(backbone.model, targets, layers)
+    return list(zip(targets, layers, strict=True))
 
 
 def inject(
@@ -126,19 +109,11 @@ def inject(
     layers: Sequence[nn.Module],
     inject_with: Callable[..., Any] | None = None,
 ) -> list[PeftLayer]:
-    """Let `peft` wrap layers, and return the wrapped ones.
+    """Let `peft` wrap layers, and return the wrapped ones, in order.
 
-    The layers stay as they are: only the container they are put into is changed, and
-    thrown away.
-
-    Args:
-        config: A peft configuration; its `target_modules` is set here.
-        layers: Linear or convolution layers.
-        inject_with: A tuner's class, called with (container, config, name); needed
-            where layers share state, else peft's `inject_adapter_in_model`.
-
-    Returns:
-        One wrapped layer for each layer, in order.
+    The layers stay as they are: only their container is changed, and thrown away.
+    `inject_with` is a tuner's class, needed where layers share state; the default is
+    peft's `inject_adapter_in_model`.
     """
     from peft import inject_adapter_in_model
 
@@ -161,15 +136,12 @@ def inject(
 
 
 def slot(number: int) -> str:
-    """Return the name that `inject` gives a layer by its place in the list."""
+    """Return the name that `inject` gives to layer 0, 1, ..."""
     return f"layer_{number}"
 
 
 def merged_tensors(layer: PeftLayer) -> dict[str, Tensor]:
-    """Return the weight and bias that a wrapped layer amounts to, by peft's merging.
-
-    Args:
-        layer: A wrapped layer; it stays as it is.
+    """Return the merged weight and bias of a wrapped layer, which stays as it is.
 
     Raises:
         ValueError: A merged number is not finite.
@@ -185,7 +157,7 @@ def merged_tensors(layer: PeftLayer) -> dict[str, Tensor]:
         layer.merged_adapters.clear()
 
 
-def trained_tensors(layer: PeftLayer) -> dict[str, tuple[nn.Module, str]]:
+def trained_tensors(layer: PeftLayer) -> Places:
     """Return readable name -> (holder, attribute) of what a wrapped layer trains."""
     tensors = {}
     for kind in layer.adapter_layer_names:
@@ -199,14 +171,12 @@ def trained_tensors(layer: PeftLayer) -> dict[str, tuple[nn.Module, str]]:
     return tensors
 
 
-def _replacements(
-    model: nn.Module, targets: Sequence[Target], layers: list[PeftLayer]
-) -> list[Replacement]:
+def replacements(model: nn.Module, wrapped: Wrapped) -> Replacements:
     """Turn wrapped layers into replacements; parts of a fused layer share one."""
-    groups: dict[str, list[tuple[Target, PeftLayer]]] = {}
-    for target, layer in zip(targets, layers, strict=True):
+    groups: dict[str, Wrapped] = {}
+    for target, layer in wrapped:
         groups.setdefault(target.path, []).append((target, layer))
-    replacements = []
+    entries = []
     for path, members in groups.items():
         target, substitute = members[0]
         tensors = trained_tensors(substitute)
@@ -218,8 +188,8 @@ def _replacements(
                 for part, layer in parts.items()
                 for leaf, place in trained_tensors(layer).items()
             }
-        replacements.append(Replacement.at(model, path, substitute, tensors))
-    return replacements
+        entries.append(Replacement.at(model, path, substitute, tensors))
+    return entries
 
 
 def _presented(target: Target, own_copy: bool) -> nn.Module:

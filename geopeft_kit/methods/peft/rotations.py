@@ -1,43 +1,71 @@
 """Rotations of a frozen W: OFT and BOFT. Taught in notebook 03.
 
-The layers are those of Hugging Face `peft`, less four faults of version 0.21.2: its OFT
-takes the channels-last maps of a Linear (B, H, W, C) for images, and is no identity on
-convolutions that look at more than one cell; its BOFT tries to compile a CUDA extension
-and goes on with one factor where that fails, and keeps an (in, in) permutation matrix
-per factor and layer.
-
-Source: Qiu et al. 2023, OFT, arXiv 2306.07280; Liu et al. 2023, BOFT, arXiv 2311.06243.
+The layers are those of Hugging Face `peft` without four faults of version 0.21.2. Its
+OFT takes the channels-last maps of a Linear (B, H, W, C) for images, and is not an
+identity on convolutions that look at more than one cell. Its BOFT tries to compile a
+CUDA extension and continues with one factor where that fails, and it keeps an (in, in)
+permutation matrix per factor and layer.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from geopeft_kit.methods.base import Block, Replacement, check_whole
-from geopeft_kit.methods.peft_layers import ADAPTER, PeftLayer, wrap
-from geopeft_kit.methods.peft_method import PeftMethod
-from geopeft_kit.methods.targets import Target, find_targets
-
-if TYPE_CHECKING:
-    from geopeft_kit.backbones.base import Backbone
-
-
-OFT_BLOCK, BOFT_BLOCK = 32, 4  # channels; what is chosen where it divides the inputs
+from geopeft_kit.backbones.base import Backbone
+from geopeft_kit.methods.base import Config, Options, register
+from geopeft_kit.methods.checks import check_whole
+from geopeft_kit.methods.peft.layers import ADAPTER, PeftLayer, Wrapped, wrap
+from geopeft_kit.methods.peft.method import Option, PeftMethod
+from geopeft_kit.methods.targets import Target, Targets, find_targets
 
 
-class Oft(PeftMethod):
+def _block_size(name: str, value: Any) -> int | None:
+    return None if value is None else check_whole(name, value, minimum=2)
+
+
+class Rotation(PeftMethod):
+    """What both share: layers are wrapped in groups of one block size.
+
+    Attributes:
+        usual: The largest block size, in channels, that is chosen by default.
+        size_field: The field of peft's configuration that takes the block size.
+    """
+
+    learning_rate = 1e-3  # ours
+    usual: ClassVar[int]
+    size_field: ClassVar[str]
+
+    def inject(self, targets: Targets, fields: Options, values: Config) -> Wrapped:
+        """Let peft wrap each group with the configuration of its block size."""
+        size, factors = values["block_size"], values.get("factors", 1)
+        wrapped: Wrapped = []
+        for block, group in by_block_size(size, self.usual, targets, factors).items():
+            config = self.configuration(**{**fields, self.size_field: block})
+            wrapped += wrap(group, config, refine=self.refine)
+        return wrapped
+
+    def refine(self, layer: PeftLayer) -> PeftLayer:
+        """Mend a layer that peft made."""
+        raise NotImplementedError
+
+
+@register
+class Oft(Rotation):
     """W R: the input of W is rotated, block by block of its channels.
 
     R is block-diagonal and orthogonal, R = (I + S)^-1 (I - S) (Cayley) of a trained
     skew-symmetric S that starts at 0. The inverse is exact (ours; peft's default is a
     series of five terms, which is orthogonal for small S only).
+
+    `block_size` b must divide all inputs. None takes for each layer the largest up to
+    32 that divides its inputs, or the smallest above where there is none.
     """
 
     name = "oft"
@@ -45,11 +73,12 @@ class Oft(PeftMethod):
     paper = "Qiu et al. 2023, OFT, arXiv 2306.07280"
     trained = "a rotation of each block of b input channels of each target"
     count_formula = "in * (b - 1) / 2 per target"
-    learning_rate = 1e-3  # ours
     needs = "networks with Linear layers or 1x1 convolutions in their blocks"
+    config, size_field, usual = "OFTConfig", "oft_block_size", 32
+    own = {"block_size": Option("int | None", None, size_field, _block_size)}
+    fixed = {"r": 0, "use_cayley_neumann": False}
 
     def why_not(self, backbone: Backbone) -> str | None:
-        """Refuse networks whose convolutions look at more than one cell."""
         reason = super().why_not(backbone)
         if reason is None and _beyond_pointwise(
             find_targets(backbone.blocks, self.default_targets(backbone.blocks))
@@ -57,46 +86,33 @@ class Oft(PeftMethod):
             return "it rotates channels, and its convolutions look at several cells"
         return reason
 
-    def build(
-        self,
-        backbone: Backbone,
-        blocks: list[Block],
-        *,
-        targets: Sequence[str] | None = None,
-        block_size: int | None = None,
-    ) -> list[Replacement]:
-        """Wrap the target layers with peft's OFT.
-
-        Args:
-            backbone: The backbone.
-            blocks: The blocks to look for targets in.
-            targets: Short names of layers; None for the architecture's default.
-            block_size: Channels b that rotate together; must divide all inputs. None
-                takes for each layer the largest up to 32 that divides its inputs (the
-                smallest above where there is none).
-        """
-        from peft import OFTConfig
-
-        chosen = find_targets(blocks, targets or (), self.kinds)
-        if wide := _beyond_pointwise(chosen):
+    def inject(self, targets: Targets, fields: Options, values: Config) -> Wrapped:
+        """Wrap the targets, if each looks at one cell only."""
+        if wide := _beyond_pointwise(targets):
             raise ValueError(
                 f"targets: {wide[0].path} looks at several cells, which peft's OFT "
                 "cannot rotate. Choose Linear layers or 1x1 convolutions, or 'boft'."
             )
+        return super().inject(targets, fields, values)
 
-        def config(size: int) -> OFTConfig:
-            return OFTConfig(r=0, oft_block_size=size, use_cayley_neumann=False)
+    def refine(self, layer: PeftLayer) -> PeftLayer:
+        """Let a Linear take inputs with any leading axes."""
+        if isinstance(layer.get_base_layer(), nn.Linear):
+            layer.__class__ = _mixed(FlattenedOft, layer.__class__)
+        return layer
 
-        groups = _by_block_size(block_size, OFT_BLOCK, chosen)
-        return _wrap_groups(backbone, groups, config, _flattened)
 
-
-class Boft(PeftMethod):
+@register
+class Boft(Rotation):
     """s * (W R): a product R of m sparse rotations, and a factor s per output channel.
 
-    Each of the m factors rotates blocks of b channels; between them the channels change
-    blocks (a butterfly), so that with enough factors every channel reaches every other.
-    With one factor it is OFT with s. A convolution's input is in * kernel area.
+    Each of the m `factors` rotates blocks of b channels; between them the channels
+    change blocks (a butterfly), so that with enough factors every channel reaches every
+    other. With one factor it is OFT with s. A convolution's input is in * kernel area.
+
+    `block_size` b must divide all inputs; with more than one factor b * 2^(m - 1) must,
+    and b is even. None takes for each layer the largest up to 4 that fits, or the
+    smallest above where there is none.
     """
 
     name = "boft"
@@ -104,40 +120,23 @@ class Boft(PeftMethod):
     paper = "Liu et al. 2023, BOFT, arXiv 2311.06243"
     trained = "m rotations of all blocks of b input channels, and s, of each target"
     count_formula = "m * in * b + out per target"
-    learning_rate = 1e-3  # ours
+    config, size_field, usual = "BOFTConfig", "boft_block_size", 4
+    own = {
+        "block_size": Option("int | None", None, size_field, _block_size),
+        "factors": Option("int", 1, "boft_n_butterfly_factor", check_whole),
+    }
 
-    def build(
-        self,
-        backbone: Backbone,
-        blocks: list[Block],
-        *,
-        targets: Sequence[str] | None = None,
-        block_size: int | None = None,
-        factors: int = 1,
-    ) -> list[Replacement]:
-        """Wrap the target layers with peft's BOFT.
-
-        Args:
-            backbone: The backbone.
-            blocks: The blocks to look for targets in.
-            targets: Short names of layers; None for the architecture's default.
-            block_size: Channels b that rotate together; must divide all inputs, and
-                with more than one factor b * 2^(m - 1) must, with an even b. None
-                takes for each layer the largest up to 4 that fits (the smallest above
-                where there is none).
-            factors: Number m of rotations.
-        """
-        from peft import BOFTConfig
-
-        chosen = find_targets(blocks, targets or (), self.kinds)
-        check_whole("factors", factors)
-
-        def config(size: int) -> BOFTConfig:
-            return BOFTConfig(boft_block_size=size, boft_n_butterfly_factor=factors)
-
-        groups = _by_block_size(block_size, BOFT_BLOCK, chosen, factors)
+    def inject(self, targets: Targets, fields: Options, values: Config) -> Wrapped:
+        """Wrap the targets without peft's CUDA extension."""
         with _without_compiler():
-            return _wrap_groups(backbone, groups, config, _plain_butterfly)
+            return super().inject(targets, fields, values)
+
+    def refine(self, layer: PeftLayer) -> PeftLayer:
+        """Let the layer compute its product in plain PyTorch."""
+        layer.__class__ = _mixed(PlainButterfly, layer.__class__)
+        order = layer.boft_P.argmax(-1)  # (m, in, in) -> (m, in)
+        layer.boft_P = order.to(layer.get_base_layer().weight.device)
+        return layer
 
 
 class FlattenedOft:
@@ -191,19 +190,6 @@ class PlainButterfly:
         return base._conv_forward(x, weight.to(x.dtype), bias)
 
 
-def _flattened(layer: PeftLayer) -> PeftLayer:
-    if isinstance(layer.get_base_layer(), nn.Linear):
-        layer.__class__ = _mixed(FlattenedOft, layer.__class__)
-    return layer
-
-
-def _plain_butterfly(layer: PeftLayer) -> PeftLayer:
-    layer.__class__ = _mixed(PlainButterfly, layer.__class__)
-    order = layer.boft_P.argmax(-1)  # (m, in, in) -> (m, in)
-    layer.boft_P = order.to(layer.get_base_layer().weight.device)
-    return layer
-
-
 @functools.cache
 def _mixed(mixin: type, kind: type) -> type:
     return type(f"{mixin.__name__}{kind.__name__}", (mixin, kind), {})
@@ -228,22 +214,13 @@ def _beyond_pointwise(targets: Sequence[Target]) -> list[Target]:
     return [target for target, kernel in kernels if set(kernel) != {1}]
 
 
-def _by_block_size(
+def by_block_size(
     size: int | None, usual: int, targets: Sequence[Target], factors: int = 1
 ) -> dict[int, list[Target]]:
     """Block size -> its targets; peft would change sizes that do not fit, or fail.
 
-    Args:
-        size: For all targets; None chooses one that fits for each.
-        usual: The largest that is chosen, where one up to it fits.
-        targets: Layers to rotate.
-        factors: Number m of rotations.
-
-    Raises:
-        ValueError: `size` does not fit a target; the sizes that do are named.
+    `size` None chooses for each target the largest up to `usual` that fits.
     """
-    if size is not None:
-        check_whole("block_size", size, minimum=2)
     reach = 2 ** (factors - 1)
     groups: dict[int, list[Target]] = {}
     for target in targets:
@@ -267,17 +244,3 @@ def _by_block_size(
         small = [b for b in fitting if b <= usual]
         groups.setdefault(size or max(small or fitting[:1]), []).append(target)
     return groups
-
-
-def _wrap_groups(
-    backbone: Backbone,
-    groups: dict[int, list[Target]],
-    config: Callable[[int], Any],
-    refine: Callable[[PeftLayer], PeftLayer],
-) -> list[Replacement]:
-    """Let peft wrap each group with the configuration of its block size."""
-    return [
-        replacement
-        for size, targets in groups.items()
-        for replacement in wrap(backbone, targets, config(size), refine=refine)
-    ]
