@@ -277,11 +277,12 @@ def public_callables() -> set[str]:
     names = {name for name in gk.__all__ if callable(getattr(gk, name))}
     names |= {f"plots.{n}" for n in gk.plots.__all__ if callable(getattr(gk.plots, n))}
     for module in (gk.baselines, gk.bands):
-        room = module.__name__.rpartition(".")[2]
-        own = inspect.getmembers(
-            module, lambda x: getattr(x, "__module__", "") == module.__name__
-        )
-        names |= {f"{room}.{n}" for n, x in own if n[0] != "_" and callable(x)}
+        home = module.__name__
+        names |= {
+            f"{home.rpartition('.')[2]}.{name}"
+            for name, value in inspect.getmembers(module, callable)
+            if name[0] != "_" and value.__module__ == home
+        }
     return names
 
 

@@ -1,4 +1,4 @@
-"""The rule for devices, shown on the stand-in GPU; and that the stand-in is like one."""
+"""The rule for devices, shown on the stand-in GPU, which fails where one does."""
 
 from __future__ import annotations
 
