@@ -86,7 +86,7 @@ ROWS = [
     # wide enough that some ReLU is awake in every block, whatever the last digit
     Row("adaptformer", {"width": 16, "dropout": 0.0}, WITH_MLP),
     Row("convpass", {"width": 4, "dropout": 0.0}, ("fused", "split", "swin")),
-    Row("conv_adapter", {"reduction": 4}, ("convnext", "resnet")),
+    Row("conv_adapter", {"reduction": 2}, ("convnext", "resnet")),
     Row("mona", {"width": 8, "dropout": 0.0}, ("fused", "split", "swin")),
     Row("quantised_adapter", {"width": 4, "bits": 1, "dropout": 0.0}, WITH_MLP),
     Row("quantised_adapter", {"width": 4, "bits": 4, "dropout": 0.0}, WITH_MLP),
