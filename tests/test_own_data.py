@@ -254,7 +254,7 @@ def test_chips_that_are_written_and_cannot_be_split_stay(pairs: Path) -> None:
         ("image,label\nnowhere.tif,dry\n", "row 0: there is no image"),
         (
             "image,label,date\nx.tif,dry,31st of May\n",
-            "row 0: '31st of May' is no date",
+            "row 0: '31st of May' is not a date",
         ),
         ("image,label\nx.tif,dry\nx.tif,wet\n", "rows 0 and 1 both make a chip"),
     ],
