@@ -21,7 +21,7 @@ def whole_file(target: Path) -> Iterator[Path]:
         target: The file; its folder has to be there.
 
     Yields:
-        A temporary path beside it, with the same suffix.
+        A temporary path next to it, with the same suffix.
     """
     handle, name = tempfile.mkstemp(
         prefix=".", suffix=f".part{target.suffix}", dir=target.parent
@@ -46,7 +46,7 @@ def whole_folder(target: Path, replace: bool = True) -> Iterator[Path]:
             for folders that are named after their content. An empty one always goes.
 
     Yields:
-        A temporary folder beside it.
+        A temporary folder next to it.
 
     Raises:
         FileExistsError: The target is a file; or `replace` is False and it holds

@@ -160,7 +160,7 @@ def test_buffers_splits_of_chip_data_and_nodata(tmp_path: Path) -> None:
     data = gk.ChipData(folder, test_regions=["b"])
     assert "neighbours" not in set(gk.check_data(data).table["check"])
     near = gk.check_data(data, buffer_m=6000).table
-    assert "lie within 6000 m" in near[near["check"] == "neighbours"]["found"].iloc[0]
+    assert "are within 6000 m" in near[near["check"] == "neighbours"]["found"].iloc[0]
     assert gk.check_data(data).chips["nodata"].tolist() == [1 / 16] * 12
 
 

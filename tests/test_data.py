@@ -610,62 +610,57 @@ def read_bad(folder: Path) -> dict[str, Any]:
     return ChipData(folder, test_regions=["a"]).dataset("test")[0]
 
 
-def test_mask_in_another_crs(tmp_path: Path) -> None:
-    folder = broken(tmp_path, mask={"crs": "EPSG:32634"})
-    with pytest.raises(ValueError, match=r"'bad'.*EPSG:32634.*EPSG:32633.*Warp"):
-        read_bad(folder)
+def holed() -> np.ndarray:
+    pixels = image(0).astype(np.float32)
+    pixels[0, 0, :3] = np.nan
+    return pixels
 
 
-def test_mask_somewhere_else(tmp_path: Path) -> None:
-    shifted = from_origin(3e5 + 50, 5e6, 10, 10)
-    folder = broken(tmp_path, mask={"transform": shifted})
-    with pytest.raises(ValueError, match=r"'bad'.*5\.0 pixels away"):
-        read_bad(folder)
+SEVEN = np.full((1, 16, 16), 7, np.uint8)
 
 
-def test_tiny_shifts_of_rounding_are_fine(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mask": {"crs": "EPSG:32634"}}, r"'bad'.*EPSG:32634.*EPSG:32633.*Warp"),
+        (
+            {"mask": {"transform": from_origin(3e5 + 50, 5e6, 10, 10)}},
+            r"'bad'.*5\.0 pixels away",
+        ),
+        (
+            {"mask": {"array": SEVEN}},
+            r"'bad'.*value 7.*0-1 \(dry, water\) and 255",
+        ),
+        ({"image": {"array": holed()}}, r"'bad'.*3 of 1536.*NaN.*nodata"),
+    ],
+)
+def test_files_that_do_not_fit(tmp_path: Path, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_bad(broken(tmp_path, **changes))
+
+
+def test_files_that_just_fit(tmp_path: Path) -> None:
+    """A shift by rounding, and a nodata tag where none is declared."""
     shifted = from_origin(3e5 + 1e-6, 5e6, 10, 10)
-    assert "mask" in read_bad(broken(tmp_path, mask={"transform": shifted}))
+    nodata = int(image(0)[0, 0, 0])
+    folder = broken(tmp_path, mask={"transform": shifted}, image={"nodata": nodata})
+    assert read_bad(folder)["mask"][0, 0] == 255
 
 
-def test_mask_value_outside_the_classes(tmp_path: Path) -> None:
-    wrong = np.full((1, 16, 16), 7, np.uint8)
-    with pytest.raises(ValueError, match=r"'bad'.*value 7.*0-1 \(dry, water\) and 255"):
-        read_bad(broken(tmp_path, mask={"array": wrong}))
-    with pytest.raises(ValueError, match=r"'a_0'.*value 7"):
-        write_chip_folder(tmp_path / "n", toy_chips(mask=wrong[0]), INFO)
-
-
-def test_undeclared_nan_in_a_file(tmp_path: Path) -> None:
-    holes = image(0).astype(np.float32)
-    holes[0, 0, :3] = np.nan
-    with pytest.raises(ValueError, match=r"'bad'.*3 of 1536.*NaN.*nodata"):
-        read_bad(broken(tmp_path, image={"array": holes}))
-
-
-def test_nodata_tag_of_the_file_counts_where_none_is_declared(tmp_path: Path) -> None:
-    sample = read_bad(broken(tmp_path, image={"nodata": int(image(0)[0, 0, 0])}))
-    assert sample["mask"][0, 0] == 255
-
-
-def test_a_cut_file(tmp_path: Path) -> None:
+def test_damaged_files(tmp_path: Path) -> None:
     folder = broken(tmp_path)
     path = folder / "images" / "bad.tif"
-    path.write_bytes(path.read_bytes()[:-900])
-    with pytest.raises(RuntimeError, match=r"'bad'.*bad\.tif cannot be read"):
-        read_bad(folder)
-    path.write_bytes(b"<html>not found</html>")
-    with pytest.raises(RuntimeError, match=r"'bad'.*bad\.tif cannot be read"):
-        read_bad(folder)
-
-
-def test_a_file_with_too_few_bands(folder: Path) -> None:
-    path = folder / "images" / "a_0.tif"
+    whole = path.read_bytes()
+    for content in (whole[:-900], b"<html>not found</html>"):
+        path.write_bytes(content)
+        with pytest.raises(RuntimeError, match=r"'bad'.*bad\.tif cannot be read"):
+            read_bad(folder)
+    path.write_bytes(whole)
     with rasterio.open(path) as raster:
         profile = raster.profile | {"count": 4}
     with rasterio.open(path, "w", **profile) as raster:
         raster.write(image(0, bands=4))
-    with pytest.raises(ValueError, match=r"'a_0'.*has 4 bands.*names 6.*BLUE"):
+    with pytest.raises(ValueError, match=r"'bad'.*has 4 bands.*names 6.*BLUE"):
         read_bad(folder)
 
 
@@ -674,6 +669,7 @@ def test_a_file_with_too_few_bands(folder: Path) -> None:
     [
         ({"image": image(0, bands=4)}, ["a_0", "(4, 16, 16)", "(6, H, W)"]),
         ({"mask": mask(0, size=8)}, ["a_0", "8 x 8", "16 x 16"]),
+        ({"mask": SEVEN[0]}, ["a_0", "value 7"]),
         ({"crs": None}, ["a_0", "crs"]),
         ({"transform": None}, ["a_0", "transform"]),
         ({"image": "nowhere.tif"}, ["a_0", "nowhere.tif"]),
@@ -811,6 +807,10 @@ def test_a_failure_midway_leaves_nothing(tmp_path: Path) -> None:
         with pytest.raises(KeyboardInterrupt):
             write_chip_folder(tmp_path / name, failing(), INFO)
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["mine", "notes.txt"]
+    old = write_chip_folder(tmp_path / "mine", toy_chips(1), INFO)
+    with pytest.raises(KeyboardInterrupt):
+        write_chip_folder(old, failing(), INFO, overwrite=True)
+    assert len(read_chip_folder(old)[1]) == 3 and len(list(old.iterdir())) == 5
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a file size limit")

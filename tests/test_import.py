@@ -158,6 +158,16 @@ def test_imports_point_down(path: Path):
     assert climbs(path, ast.parse(path.read_text())) == []
 
 
+def test_nobody_but_simulated_data_imports_the_simulated_land():
+    importers = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in sources()
+        if room_of(path) != "world"
+        and "world" in imported_rooms(path, ast.parse(path.read_text()))
+    }
+    assert importers == {"data/simulated.py"}
+
+
 @pytest.mark.parametrize(
     "line",
     [

@@ -36,7 +36,7 @@ class Augmentation:
     `ChipData`) of images with the channels `bands`.
 
     Raises:
-        TypeError: Something that is no such transform.
+        TypeError: Something that is not such a transform.
         ValueError: Colour on bands that are not there, or that are not optical.
     """
 

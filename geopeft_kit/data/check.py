@@ -51,7 +51,7 @@ def check_data(
         folder = Path(data)
         if folder.is_dir() and not (folder / FACTS).exists():
             raise FileNotFoundError(
-                f"{folder} is no chip folder yet. Say what the files hold with "
+                f"{folder} is not a chip folder yet. Say what the files hold with "
                 "gk.ChipData.from_pairs(images, masks, ...), then check its result."
             )
         info, index = read_chip_folder(folder)
@@ -267,7 +267,7 @@ def _neighbours(
         if len(shared):
             what, level = f"show the same ground as {rest} chips", "error"
         else:
-            what, level = f"touch {rest} chips, or lie within {buffer_m:g} m", "warning"
+            what, level = f"touch {rest} chips, or are within {buffer_m:g} m", "warning"
         worst = shared if len(shared) else found
         yield Finding(
             "neighbours", level, f"{worst['test'].nunique()} {name} chips {what} (as "

@@ -1,4 +1,4 @@
-"""One chip on its way into a chip folder, and where its pixels lie."""
+"""One chip on its way into a chip folder, and the place of its pixels."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Outline:
 
 
 def outline_of(chip: Chip, height: int, width: int) -> Outline:
-    """Where an array lies, from its chip's transform or bounds."""
+    """The place of an array, from its chip's transform or bounds."""
     transform = chip.transform
     if transform is None and chip.bounds is not None:
         transform = from_bounds(*chip.bounds, width, height)

@@ -58,7 +58,7 @@ class ChipData(SplitData):
             green and blue. Hue and saturation always meet these three alone.
         cache: Keep chips in memory once read. None does so up to 512 MB of stored
             pixels when `num_workers` is 0 (a worker's memory is its own).
-        buffer_m: Metres that lie between test chips and all others at least; nearer
+        buffer_m: Least distance in metres from test chips to all others; nearer
             chips are set aside, and a warning counts them. Touching ones always are
             where groups are held out; regions that share ground are refused.
         blocks: Number of longitude blocks or clusters.
@@ -197,7 +197,7 @@ class ChipData(SplitData):
         """Pack all chips into one memory-mapped file, and read from it from now on.
 
         The pack is named after the content of the files, so other files make another
-        pack. It is written whole or not at all, and used again where it stands. Files
+        pack. It is written whole or not at all, and used again where it exists. Files
         that change while this object lives are not looked at again.
 
         Args:

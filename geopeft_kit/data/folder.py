@@ -47,15 +47,15 @@ def write_chip_folder(
 ) -> Path:
     """Write chips as a chip folder.
 
-    All is written beside the folder, or in a hidden part of one that holds files, and
-    moved there at the end: where anything fails, the folder is as it was before.
+    Everything goes to a temporary folder first and moves to its place at the end: where
+    anything fails, the folder is as it was before.
 
     Args:
         folder: Made where it does not exist.
         chips: Read one at a time, so a generator never holds them all. Chips without
             mask and label are kept as unlabelled images.
         info: Facts of the data set; a mapping takes the names of `DatasetInfo`.
-        overwrite: Replace a data set that stands in `folder`.
+        overwrite: Replace the data set in `folder`.
 
     Returns:
         The folder.
@@ -143,7 +143,7 @@ def read_chip_folder(
     for name in (FACTS, INDEX):
         if not (folder / name).is_file():
             raise FileNotFoundError(
-                f"{folder} has no {name}, so it is no finished chip folder. Run the "
+                f"{folder} has no {name}, so it is not a finished chip folder. Run the "
                 "script that writes it again, or use write_chip_folder."
             )
     info, digest = DatasetInfo.read(folder / FACTS)

@@ -58,7 +58,7 @@ def group_chips(
     found = np.unique(codes)
     if len(found) < 2:
         raise ValueError(
-            f"split={by!r} found one group only: the {len(index)} chips lie at too few "
+            f"split={by!r} found one group only: the {len(index)} chips are at too few "
             "places. Use split='region', or split='index'."
         )
     found = found[np.argsort([east[codes == code].mean() for code in found])]
@@ -78,7 +78,7 @@ def _countries(index: gpd.GeoDataFrame) -> pd.Series:
     names = index["region"].astype(str).map(lambda n: re.split("[,/]", n)[0].strip())
     some = ", ".join(sorted(names.unique())[:6])
     print(
-        f"split: the index has no column 'country'; the region names stand for it "
+        f"split: the index has no column 'country'; the region names are used "
         f"({some}). Chips take a country from Chip(..., extra={{'country': ...}})."
     )
     return names
@@ -115,7 +115,7 @@ def _clusters(lon: np.ndarray, lat: np.ndarray, count: int, seed: int) -> np.nda
     places = len(np.unique(points.round(9), axis=0))
     if places < count:
         raise ValueError(
-            f"blocks is {count}, but the chips lie at {places} places only. Take "
+            f"blocks is {count}, but the chips are at {places} places only. Take "
             f"blocks={max(2, places)} or fewer."
         )
     # Nearby chips differ in the fifth digit: centre and scale before squaring.

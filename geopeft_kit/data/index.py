@@ -61,7 +61,7 @@ def check_index(folder: Path, index: gpd.GeoDataFrame, info: DatasetInfo) -> Non
         raise ValueError(f"{folder / INDEX} has no rows; write at least one chip.")
     twice = index["chip"][index["chip"].duplicated()].tolist()
     if twice:
-        raise ValueError(f"{folder / INDEX}: chip {twice[0]!r} stands there twice.")
+        raise ValueError(f"{folder / INDEX}: chip {twice[0]!r} is there twice.")
     for name in ("chip", "image", "region"):
         if index[name].isna().any():
             raise ValueError(f"{folder / INDEX}: column {name!r} has empty cells.")
@@ -101,7 +101,7 @@ def _check_cells(folder: Path, index: gpd.GeoDataFrame) -> None:
 
 
 def _check_files(folder: Path, index: gpd.GeoDataFrame) -> None:
-    """Every file exists and lies inside the folder."""
+    """Every file exists, inside the folder."""
     names = [
         name
         for column in FILE_COLUMNS

@@ -1,6 +1,6 @@
 """What a chip folder says about itself: `dataset.json`, read and checked.
 
-One small frozen dataclass stands for the file. Everything in it is plain JSON, so
+One small frozen dataclass mirrors the file. Everything in it is plain JSON, so
 that a folder can be made by hand or by another program. Taught in
 `notebooks/14_your_own_data.ipynb`.
 """
@@ -99,7 +99,7 @@ class DatasetInfo:
             )
         wrong = [c for c in self.colours if not re.fullmatch("#[0-9a-fA-F]{6}", c)]
         if wrong:
-            raise ValueError(f"{wrong[0]!r} is no colour; write '#rrggbb'.")
+            raise ValueError(f"{wrong[0]!r} is not a colour; write '#rrggbb'.")
 
     @property
     def num_classes(self) -> int:
@@ -177,7 +177,7 @@ class DatasetInfo:
 
 
 def mask_value_message(name: str, wrong: Sequence[float], info: DatasetInfo) -> str:
-    """What to say about mask values of a chip that are no class."""
+    """What to say about mask values of a chip that are not a class."""
     return (
         f"chip {name!r}: mask value {', '.join(f'{v:g}' for v in wrong[:5])} is "
         f"outside the classes; allowed are 0-{len(info.classes) - 1} "
@@ -217,5 +217,5 @@ def _check_per_band(name: str, value: object, bands: Sequence[str]) -> None:
     if name == "scale" and 0 in numbers:
         raise ValueError(
             "scale is 0, which turns every image black; use for instance "
-            "0.0001 if 10000 stands for reflectance 1."
+            "0.0001 if 10000 means reflectance 1."
         )

@@ -1,4 +1,4 @@
-"""Chips of different splits that touch, overlap or lie too near, counted in metres."""
+"""Chips of different splits that touch, overlap or are too near, counted in metres."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def touching_chips(
 def _near_pairs(
     test: gpd.GeoDataFrame, rest: gpd.GeoDataFrame, buffer_m: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of pairs that touch or lie within the buffer, also across 180°."""
+    """Positions of pairs that touch or are within the buffer, also across 180°."""
     import shapely
 
     shapes = test.geometry.to_numpy()
@@ -105,7 +105,7 @@ def check_leakage(
     what = "overlap" if len(same) else "touch"
     warnings.warn(
         f"{pairs['test'].nunique()} test chips {what} training or validation chips, "
-        f"or lie within {buffer_m:g} m of them ({len(pairs)} pairs; {where}). Scores "
+        f"or are within {buffer_m:g} m of them ({len(pairs)} pairs; {where}). Scores "
         "there may be a little too good.",
         stacklevel=2,
     )

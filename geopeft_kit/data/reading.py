@@ -2,7 +2,7 @@
 
 Everything that can be wrong with a file is said here, with the chip's name: a file cut
 short, a band too few, an image and a mask on different grids, NaN that nobody declared,
-a mask value that is no class. Taught in `notebooks/14_your_own_data.ipynb`.
+a mask value that is not a class. Taught in `notebooks/14_your_own_data.ipynb`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NOWHERE = (float("nan"),) * 4
 
 
 class Grid(NamedTuple):
-    """Where the pixels of a raster lie."""
+    """Size and place of a raster."""
 
     height: int
     width: int
@@ -89,7 +89,7 @@ class ChipReader:
     def _about(
         self, name: str, raster: rasterio.DatasetReader
     ) -> tuple[Grid, float | None]:
-        """Where the pixels of a file lie, and its own nodata value."""
+        """Size and place of a file, and its own nodata value."""
         known = self._asked.get(name)
         if known is None or known[0][:2] != raster.shape:
             known = self._asked[name] = _grid(raster), raster.nodata
@@ -173,7 +173,7 @@ class ChipReader:
         return whole
 
     def _check_classes(self, chip: str, values: np.ndarray, whole: np.ndarray) -> None:
-        """Say which mask values are no class; those without a label are none."""
+        """Say which mask values are not a class."""
         bad = (whole < 0) | (whole >= len(self.info.classes))
         bad &= whole != self.info.ignore_index
         if bad.any():
@@ -218,7 +218,7 @@ def _same_grid(chip: str, what: str, found: Grid, image: Grid) -> None:
     """Refuse two rasters of different size, CRS or place (by more than a pixel/10)."""
     check_same_size(chip, what, found, image)
     if not found.crs or not image.crs:
-        return  # a PNG mask beside a GeoTIFF: the size is all there is to compare
+        return  # a PNG mask of a GeoTIFF: the size is all there is to compare
     if found.crs != image.crs:
         raise ValueError(
             f"chip {chip!r}: {what} is in {found.crs}, its image in {image.crs}. Warp "
@@ -228,7 +228,7 @@ def _same_grid(chip: str, what: str, found: Grid, image: Grid) -> None:
     shift = max(abs(a - b) for a, b in zip(found.bounds, image.bounds, strict=True))
     if shift > 0.1 * pixel:
         raise ValueError(
-            f"chip {chip!r}: {what} lies {shift / pixel:.1f} pixels away from its "
+            f"chip {chip!r}: {what} is {shift / pixel:.1f} pixels away from its "
             f"image (bounds {found.bounds} and {image.bounds}). Warp it to the image's "
             "grid."
         )

@@ -2,7 +2,7 @@
 
 Neighbouring chips look alike, so a random split scores memory as much as skill. Here
 whole groups of chips (see `groups`) are held out, training chips that touch them or
-lie within a buffer are set aside, and validation chips are drawn scene by scene from
+are within a buffer are set aside, and validation chips are drawn scene by scene from
 what is left. Sources: Ploton et al. 2020 (doi 10.1038/s41467-020-18321-y) on spatial
 blocks, Roberts et al. 2017 (doi 10.1111/ecog.02881). Taught in
 `notebooks/09_unseen_regions.ipynb`.
@@ -148,7 +148,7 @@ def set_aside(
         return split
     result = split.mask(index["chip"].isin(near) & split.isin(["train", "val"]))
     result = result.fillna("unused").astype(object)
-    reason = f"touch or lie within {buffer_m:g} m of" if buffer_m else "touch"
+    reason = f"touch or are within {buffer_m:g} m of" if buffer_m else "touch"
     if not (result == "train").any():
         raise ValueError(
             f"all {len(near)} training chips {reason} test chips, so nothing is left "

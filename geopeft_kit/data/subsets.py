@@ -1,4 +1,4 @@
-"""Few of many chips: nested draws, so that the small set lies inside the large one."""
+"""Few of many chips: nested draws, so that the small set is part of the large one."""
 
 from __future__ import annotations
 

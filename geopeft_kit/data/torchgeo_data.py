@@ -3,7 +3,7 @@
     gk.fit(model, EuroSAT100(root, transforms=scaled))      # as it is
     gk.fit(model, gk.TorchgeoData(OSCDDataModule(...), task="change", scale=1e-4))
 
-`gk.fit` wraps whatever is no `SplitData` itself. Values are taken as they are unless a
+`gk.fit` wraps whatever is not `SplitData` itself. Values are taken as they are unless a
 scale is given: images are meant to be reflectance from 0 to 1. torchgeo's own
 normalisation and augmentation run inside its trainer and are not used here, since a
 backbone normalises by its card.

@@ -29,8 +29,8 @@ def metres_per_unit(crs: CRS, transform: Affine, height: float, width: float) ->
     """Metres on the ground of one step along a row or column, the shortest there is.
 
     Measured on the ellipsoid at the corners and the centre of height x width steps,
-    since a degree or a unit of Web Mercator is no fixed number of metres. The shortest
-    keeps buffers safe. `transform` is the identity for plain coordinates.
+    since a degree or a unit of Web Mercator is not a fixed number of metres. The
+    shortest keeps buffers safe. `transform` is the identity for plain coordinates.
     """
     from pyproj import Geod, Transformer
 
@@ -46,7 +46,7 @@ def metres_per_unit(crs: CRS, transform: Affine, height: float, width: float) ->
     shortest = float(np.min(lengths))
     if not np.isfinite(shortest) or shortest <= 0:
         raise ValueError(
-            f"the raster's georeference does not lie on the Earth in {crs}. Check its "
+            f"the raster's georeference is not on the Earth in {crs}. Check its "
             "CRS and transform."
         )
     return shortest

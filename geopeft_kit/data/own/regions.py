@@ -1,6 +1,6 @@
 """Which region a chip of the user's own belongs to: blocks, polygons or names.
 
-A chip belongs to a region where it lies wholly inside of it, half the buffer away from
+A chip belongs to a region if it is wholly inside of it, half the buffer away from
 its border. Two chips of different regions are then a whole buffer apart, whichever of
 them is held out later. Sources: Roberts et al. 2017 (doi 10.1111/ecog.02881) on spatial
 blocks, Ploton et al. 2020 (doi 10.1038/s41467-020-18321-y) on buffers.
@@ -83,7 +83,7 @@ def region_polygons(source: Any, crs: CRS) -> gpd.GeoDataFrame:
     """Columns region (text) and geometry, in `crs`, of regions that the user has drawn.
 
     Raises:
-        ValueError: No column region or name, or shapes that are no polygons.
+        ValueError: No column region or name, or shapes that are not polygons.
     """
     table = read_vector(source, "regions")
     column = next((name for name in ("region", "name") if name in table), None)
@@ -196,7 +196,7 @@ def _find_places(pairs: list[Pair], cutting: Cutting, asked: bool) -> None:
     if table is None:
         if asked:
             raise ValueError(
-                "images without a georeference lie in no region. Sort them into a sub-"
+                "images without a georeference are in no region. Sort them into a sub-"
                 "folder for each region, or give a table with the column region."
             )
         return
@@ -220,7 +220,7 @@ def _find_places(pairs: list[Pair], cutting: Cutting, asked: bool) -> None:
     lost = [pair.name for pair, name in zip(pairs, names, strict=True) if not name]
     if lost:
         raise ValueError(
-            f"image {lost[0]!r} lies in none of the regions. Draw them larger, or "
+            f"image {lost[0]!r} is in none of the regions. Draw them larger, or "
             "leave the image out."
         )
     for pair, name in zip(pairs, names, strict=True):
@@ -228,7 +228,7 @@ def _find_places(pairs: list[Pair], cutting: Cutting, asked: bool) -> None:
     kept = [pair for pair, inside in zip(pairs, free, strict=True) if inside]
     if len(kept) < len(pairs):
         warnings.warn(
-            f"{len(pairs) - len(kept)} of {len(pairs)} images lie within "
+            f"{len(pairs) - len(kept)} of {len(pairs)} images are within "
             f"{cutting.buffer_m / 2:g} m of a region's border and are left out.",
             stacklevel=5,
         )

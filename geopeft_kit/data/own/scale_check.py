@@ -40,7 +40,7 @@ def sample_values(files: Sequence[Path], nodata: float | None = None) -> StoredV
     """A few pixels of up to eight of the files; `nodata` None takes the files' own.
 
     Raises:
-        ValueError: A file is no raster, or has other bands or another type than the
+        ValueError: A file is not a raster, or has other bands or another type than the
             first.
     """
     step = max(1, len(files) // FILES)
@@ -110,7 +110,7 @@ def propose_scale(stored: StoredValues) -> tuple[float, float, str]:
     if low >= 900 and middle > 1500:
         why = f"they hold {span}, like Sentinel-2 since baseline 04.00"
         return 1e-4, -0.1, f"{why}; offset=0 if the offset is taken off already"
-    return 1e-4, 0.0, f"they hold {span}, so 10000 may stand for reflectance 1"
+    return 1e-4, 0.0, f"they hold {span}, so 10000 may mean reflectance 1"
 
 
 def require_bands_and_scale(stored: StoredValues, bands: object, scale: object) -> None:

@@ -1,7 +1,7 @@
 """Scenes (big rasters) with polygons or points -> chips, one window at a time.
 
 Shapes are brought to the raster's CRS and burnt into each window; a pixel has the
-class of the shape that holds its centre. Windows lie inside of regions, so that
+class of the shape that holds its centre. Windows are inside of regions, so that
 overlapping chips never straddle two of them. Nothing is ever whole in memory.
 """
 
@@ -37,7 +37,7 @@ from geopeft_kit.data.own.shapes import (
 
 
 def scene_files(images: Any) -> list[Path]:
-    """The rasters of one path or several; a folder stands for those in it."""
+    """The rasters of one path or several; a folder means all those in it."""
     single = isinstance(images, str | os.PathLike)
     files: list[Path] = []
     for path in map(Path, [images] if single else images):

@@ -58,7 +58,7 @@ def read_vector(
         raise ValueError(f"{name} has no features; give at least one of the {what}.")
     if table.crs is None:
         raise ValueError(
-            f"{name} has no CRS, so where it lies is not known. Set the one that it "
+            f"{name} has no CRS, so its place is not known. Set the one that it "
             'was drawn in: geopandas.read_file(...).set_crs("EPSG:...").'
         )
     lacking = np.flatnonzero((table.geometry.isna() | table.geometry.is_empty).array)

@@ -23,7 +23,7 @@ def read_csv(path: Path) -> pd.DataFrame:
         return pd.read_csv(path, sep=separator, encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path} is not in UTF-8 (byte {error.start} is no letter there). Save it "
+            f"{path} is not in UTF-8 (byte {error.start} is not a letter). Save it "
             "again as 'CSV UTF-8', which spreadsheets offer."
         ) from error
     except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
@@ -58,7 +58,7 @@ def pair_table(source: str | os.PathLike[str] | pd.DataFrame) -> list[Pair]:
         if wrong.any():
             row = int(wrong.argmax())
             raise ValueError(
-                f"{name}, row {row}: {columns['date'][row]!r} is no date. Write "
+                f"{name}, row {row}: {columns['date'][row]!r} is not a date. Write "
                 "2024-05-31."
             )
         columns["date"] = [None if pd.isna(day) else day for day in days]
