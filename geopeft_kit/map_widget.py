@@ -113,8 +113,6 @@ class MapControls:
         drawing = self.scene.drawing
         for number in range(len(self.rows), len(drawing.layers)):
             self.overlays.append(_overlays(drawing.layers[number], number))
-            for overlay in self.overlays[-1]:
-                self.map.add(overlay)
             self.rows.append(self._layer_row(number))
         names = [layer.name for layer in drawing.layers]
         places = [name for name, _ in drawing.places]
