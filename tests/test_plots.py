@@ -191,7 +191,7 @@ def test_history_resources_and_scores():
     figure = plots.plot_resources({"lora": parts["lora"]}, cards)
     assert figure.axes[0].lines[0].get_xdata()[0] == pytest.approx(6)
     words = " ".join(text.get_text() for text in figure.axes[0].texts)
-    assert "T4" in words and "H200 1,024" in words
+    assert "T4" in words and "H200 1,024 MiB" in texts(figure)
     colours = [bar[0].get_facecolor() for bar in figure.axes[0].containers]
     expected = [plots.CAUSE_COLOURS[cause] for cause in parts["lora"]]
     assert [to_hex(colour) for colour in colours] == expected

@@ -68,6 +68,11 @@ def main() -> None:
         FIGURES / "02_memory.png",
     )
     copy_figure(
+        BUILD / "gallery" / "08_memory_and_time.html",
+        "usable_mib",
+        FIGURES / "08_memory.png",
+    )
+    copy_figure(
         BUILD / "gallery" / "03_lora_by_hand.html",
         "cividis",
         FIGURES / "03_moved.png",

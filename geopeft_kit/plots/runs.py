@@ -57,7 +57,7 @@ def plot_resources(
     Args:
         parts: Run -> cause, of `CAUSE_COLOURS` -> bytes.
         limits: Card -> bytes that it has: a line where it is near the bars, else words
-            at the edge.
+            below them.
     """
     figure, (axis,) = new_panels(1, side=4.2)
     figure.set_size_inches(6.5, 0.9 + 0.4 * len(parts))
@@ -88,8 +88,8 @@ def plot_resources(
 
 
 def _draw_limits(axis: Axes, limits: Mapping[str, float], unit: str) -> None:
-    """A line for each card within twice the axis; the larger ones in words."""
-    edge = 2 * axis.get_xlim()[1]
+    """A line for each card that is near enough; the larger ones in words."""
+    edge = 2.5 * axis.get_xlim()[1]
     near = {name: limit for name, limit in limits.items() if limit < edge}
     far = [f"{name} {limit:,.0f}" for name, limit in limits.items() if limit >= edge]
     for name, limit in near.items():
@@ -99,9 +99,7 @@ def _draw_limits(axis: Axes, limits: Mapping[str, float], unit: str) -> None:
     if near:
         axis.set_xlim(right=1.15 * max(near.values()))
     if far:
-        words = f"farther right ({unit}): {', '.join(far)}"
-        axis.annotate(words, (1, 0), (0, -30), xycoords="axes fraction", ha="right",
-                      textcoords="offset points", fontsize="small")  # fmt: skip
+        axis.set_xlabel(f"{axis.get_xlabel()}\nfarther right: {', '.join(far)} {unit}")
 
 
 def plot_scores(scores: pd.DataFrame, metric: str = "miou") -> Figure:
