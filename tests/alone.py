@@ -2,7 +2,7 @@
 
 Other people's modules took half of the time of a cell to copy, the same ones each time.
 So a script starts as a fork of a process that holds those, but neither the kit nor
-anything of a test.
+anything of a test. It runs on the stand-in GPU, see `standin_gpu.py`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import os
 import runpy
 from multiprocessing import forkserver
 from pathlib import Path
+
+import standin_gpu
 
 # Without geopandas, which starts a thread: threads do not survive a fork.
 OTHERS = ["lightning", "timm", "peft", "rasterio"]
@@ -46,4 +48,6 @@ def _run(script: Path) -> None:
     with open("output.txt", "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    if standin_gpu.wanted():
+        standin_gpu.install()
     runpy.run_path(str(script), run_name="__main__")

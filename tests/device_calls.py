@@ -6,7 +6,6 @@ what fails and ends with 1 then. `test_devices.py` starts it.
 
 from __future__ import annotations
 
-import inspect
 import sys
 import tempfile
 import traceback
@@ -184,11 +183,10 @@ def scene() -> Path:
     path = FOLDER / "scene.tif"
     pixels = np.random.default_rng(0).uniform(0, 3000, (6, 48, 40)).astype(np.uint16)
     place = from_origin(500_000, 5e6, 10, 10)
-    with rasterio.open(
-        path, "w", "GTiff", 40, 48, 6, "EPSG:32633", place, "uint16"
-    ) as f:
-        f.write(pixels)
-        f.descriptions = BANDS
+    kind = {"count": 6, "height": 48, "width": 40, "dtype": "uint16"}
+    with rasterio.open(path, "w", crs="EPSG:32633", transform=place, **kind) as file:
+        file.write(pixels)
+        file.descriptions = BANDS
     return path
 
 
@@ -278,11 +276,10 @@ def public_callables() -> set[str]:
     names |= {f"plots.{n}" for n in gk.plots.__all__ if callable(getattr(gk.plots, n))}
     for module in (gk.baselines, gk.bands):
         home = module.__name__
-        names |= {
-            f"{home.rpartition('.')[2]}.{name}"
-            for name, value in inspect.getmembers(module, callable)
-            if name[0] != "_" and value.__module__ == home
-        }
+        own = [
+            n for n, x in vars(module).items() if getattr(x, "__module__", 0) == home
+        ]
+        names |= {f"{home.rpartition('.')[2]}.{n}" for n in own if n[0] != "_"}
     return names
 
 

@@ -38,6 +38,14 @@ def connect(self, address):
 socket.socket.connect = connect
 """
 
+# Runs before a notebook's own cells.
+DEVICE = """
+import standin_gpu
+
+if standin_gpu.wanted():
+    standin_gpu.install()
+"""
+
 
 def tags(cell: NotebookNode) -> list[str]:
     """Tags of a cell."""
@@ -62,7 +70,8 @@ def offline_environment(folder: Path) -> dict[str, str]:
     guard.mkdir(exist_ok=True)
     (guard / "sitecustomize.py").write_text(OFFLINE)
     inherited = os.environ.get("PYTHONPATH")
-    path = os.pathsep.join([str(guard), *([inherited] if inherited else [])])
+    tests = str(Path(__file__).parent)
+    path = os.pathsep.join([str(guard), tests, *([inherited] if inherited else [])])
     kept = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
     return kept | {
         "PYTHONPATH": path,
@@ -103,8 +112,12 @@ def with_solutions(notebook: NotebookNode) -> tuple[NotebookNode, list[NotebookN
 
 
 def run(notebook: NotebookNode, folder: Path, timeout: int = 600) -> Executed:
-    """Run a notebook offline, in fast mode, in `folder`, its solutions included."""
+    """Run a notebook offline, in fast mode, in `folder`, its solutions included.
+
+    It runs on the stand-in GPU: what a GPU would refuse, fails here.
+    """
     notebook, added = with_solutions(notebook)
+    notebook.cells.insert(0, new_code_cell(DEVICE))
     client = NotebookClient(
         notebook,
         timeout=timeout,
@@ -116,6 +129,7 @@ def run(notebook: NotebookNode, folder: Path, timeout: int = 600) -> Executed:
         client.execute(env=offline_environment(folder))
     except CellExecutionError as failure:
         error = str(failure)
+    del notebook.cells[0]
     return Executed(notebook, time.perf_counter() - start, error, added)
 
 

@@ -1,4 +1,4 @@
-"""The rule for devices, shown on the stand-in GPU, which fails where one does."""
+"""The rule for devices, on a stand-in GPU; and that the stand-in is like a GPU."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from notebook_tools import offline_environment
 from torch import nn
 
+import geopeft_kit as gk
 from geopeft_kit.devices import device_of, moved, on_own_device
 
 TESTS = Path(__file__).parent
@@ -138,6 +139,17 @@ def test_input_and_metadata_meet_the_weights():
     assert image.device.type == known["date"].device.type == "meta"
     with pytest.raises(NotImplementedError):  # there, but no way back from meta
         model(torch.ones(2))
+
+
+@pytest.mark.slow
+def test_a_model_still_exports_and_compiles():
+    model = gk.build_model(gk.load_backbone("geopeft_tiny"), "linear").eval()
+    image = torch.rand(1, 6, 64, 64)
+    expected = model(image)
+    program = torch.export.export(model, (image,)).module()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.equal(program(image), expected)
+    assert torch.equal(compiled(image), expected)
 
 
 def test_moved_keeps_the_form():

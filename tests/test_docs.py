@@ -34,6 +34,8 @@ FOREIGN = {
     "Loading widget...": "ipywidgets",
     "the 'state' key is missing from 'metadata.widgets'": "GitHub",
     "CUDA out of memory": "torch",
+    "Expected all tensors to be on the same device": "torch",
+    "can't convert cuda:0 device type tensor to numpy": "torch",
     "DefaultCPUAllocator: can't allocate memory": "torch",
     "Target modules … not found in the base model": "peft",
 }
