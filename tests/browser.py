@@ -186,7 +186,7 @@ def jupyter_lab(
             )
         try:
             url = f"http://127.0.0.1:{port}"
-            wait_for(f"{url}/api?token={token}", server, log, timeout)
+            _wait_for(f"{url}/api?token={token}", server, log, timeout)
             yield Lab(url, token, folder, path)
         finally:
             server.terminate()
@@ -196,7 +196,7 @@ def jupyter_lab(
                 server.kill()
 
 
-def wait_for(url: str, server: subprocess.Popen, log: Path, timeout: float) -> None:
+def _wait_for(url: str, server: subprocess.Popen, log: Path, timeout: float) -> None:
     end = time.monotonic() + timeout
     while time.monotonic() < end and server.poll() is None:
         try:

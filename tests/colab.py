@@ -6,19 +6,16 @@ the one that runs the tests; pip installs the kit into it as the setup cell says
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import json
 import os
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from browser import wait_for
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell
@@ -145,27 +142,3 @@ def colab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Colab]:
         patch.setenv("JUPYTER_PATH", str(folder / "jupyter"))
         yield made
     shutil.rmtree(folder / "venv")
-
-
-@contextlib.contextmanager
-def classic_notebook(colab: Colab, folder: Path) -> Iterator[str]:
-    """Colab's Notebook 6 as a server; gives the address of the folder's notebooks."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        colab.python, "-m", "notebook", "--no-browser", "--allow-root",
-        "--ip=127.0.0.1", f"--port={port}", "--NotebookApp.token=test",
-        f"--notebook-dir={folder}",
-    ]  # fmt: skip
-    log = folder / "notebook.log"
-    with open(log, "w") as file:
-        server = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, env=colab.environment()
-        )
-    try:
-        wait_for(f"http://127.0.0.1:{port}/api?token=test", server, log, 90)
-        yield f"http://127.0.0.1:{port}/notebooks/{{}}?token=test"
-    finally:
-        server.terminate()
-        server.wait(20)

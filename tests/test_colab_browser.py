@@ -8,8 +8,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from browser import Visit, write_notebook
-from colab import PINS, STAND_IN, Colab, classic_notebook
+from browser import Visit
+from colab import PINS, STAND_IN, Colab
 from notebook_tools import NOTEBOOKS, REPO, error_outputs, tagged
 from packaging.requirements import Requirement
 
@@ -103,50 +103,6 @@ PICTURES = """all => all.map(i => {
   const box = i.getBoundingClientRect();
   return [[i.naturalWidth, i.naturalHeight], [box.width, box.height]];
 })"""
-
-
-MAP = """
-import geopeft_kit as gk
-data = gk.simulated_data("burn", chips_per_region=2)
-sample = data.dataset("test")[0]
-guesses = {"guess": [sample["mask"]]}
-layers = gk.chip_layers([sample], data.bands, data.classes, data.colours, guesses)
-gk.show_map(layers)
-"""
-
-
-def test_map_and_explorer_live_in_notebook_6(
-    colab: Colab, visit: Visit, tmp_path: Path
-) -> None:
-    """With the JavaScript of ipywidgets 7, which Colab's front end speaks, too."""
-    install(colab, "00", tmp_path)
-    see_live(colab, visit, tmp_path)
-
-
-def see_live(colab: Colab, visit: Visit, folder: Path) -> None:
-    write_notebook(folder / "live.ipynb", [MAP, "gk.Explorer(data)"])
-    page = visit.page
-    page.set_default_timeout(240_000)
-    with classic_notebook(colab, folder) as address:
-        page.goto(address.format("live.ipynb"))
-        page.wait_for_function("window.Jupyter?.notebook?.kernel?.is_connected()")
-        page.evaluate("Jupyter.notebook.execute_all_cells()")
-        page.locator(".gpk-map .leaflet-image-layer").first.wait_for()
-        sizes = page.locator(".gpk-map .leaflet-image-layer").evaluate_all(PICTURES)
-        assert any(min(own + shown) > 0 for own, shown in sizes)
-        truth = page.locator(".gpk-layer").filter(has_text="truth")
-        assert truth.locator("span").get_attribute("title") == "truth"
-        tabs = page.locator(".gpk-explorer .lm-TabBar-tabLabel")
-        tabs.last.wait_for()
-        assert tabs.all_inner_texts() == ["Picture", "Map", "Runs", "Code"]
-        panel = page.locator(".gpk-parameters")
-        before = panel.inner_text()
-        page.locator(".gpk-decoder button", has_text="fcn").click()
-        page.wait_for_function(
-            "old => document.querySelector('.gpk-parameters').innerText !== old",
-            arg=before,
-        )
-        page.screenshot(path=REPO / "build" / "colab" / "live.png", full_page=True)
 
 
 def test_an_old_runtime_ends_in_one_sentence(colab: Colab, tmp_path: Path) -> None:
