@@ -37,9 +37,11 @@ NOT_CALLED = {
     "fetch_scene": "reads files and the network",
     "list_backbones": "a table of cards",
     "list_methods": "a table of cards",
+    "mixed_precision": "a word for a device",
     "predict_place": "fetch_scene, then predict_scene",
     "simulated_data": "chips on the CPU",
     "touching_chips": "outlines of chips",
+    "usable_mib": "a number for a card",
     "baselines.fit_logistic": "solves on the device of its tensors, as PyTorch does",
     "bands.Band": "a row of facts",
     "bands.band_indices": "names",
@@ -190,6 +192,12 @@ def scene() -> Path:
     return path
 
 
+def load_model() -> None:
+    """Saved from the GPU, loaded on the CPU: the same answers."""
+    model = gk.load_model(gk.save_model(trained(), FOLDER / "model"))
+    assert torch.equal(model(image()), trained()(image()))
+
+
 def predict_scene() -> Path:
     return gk.predict_scene(
         trained(), scene(), FOLDER / "map.tif", scale=1e-4, progress=False
@@ -244,10 +252,12 @@ CALLS: dict[str, Callable[[], Any]] = {
     "fit": lambda: answers_everywhere(trained(), image()),
     "load_adapter": load_adapter,
     "load_backbone": load_backbone,
+    "load_model": load_model,
     "predict_scene": predict_scene,
     "pretrain": pretrain,
     "pretrain_geo_aware": pretrain_geo_aware,
     "region_gap": lambda: gk.region_gap({"lora": trained()}, data(), resamples=5),
+    "save_model": lambda: gk.save_model(trained(), FOLDER / "saved"),
     "save_map": lambda: gk.save_map(layers(), FOLDER / "map.html"),
     "score_regions": lambda: gk.score_regions(trained(), data(), resamples=5),
     "selective_scan": selective_scan,

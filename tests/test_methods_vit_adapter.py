@@ -192,13 +192,13 @@ def test_every_decoder_uses_all_four_maps_and_trains(decoder: str) -> None:
     optimiser = torch.optim.AdamW(model.trainable_parameters(), 1e-3)
     before = {n: p.detach().clone() for n, p in adapter.named_parameters()}
     losses = []
-    for _ in range(3):
+    for _ in range(8):
         loss = F.cross_entropy(model(picture), target)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         losses.append(loss.item())
-    assert losses[2] < losses[0]
+    assert losses[-1] < losses[0]
     assert all(not torch.equal(before[n], p) for n, p in adapter.named_parameters())
 
 

@@ -30,12 +30,10 @@ class Decoder(nn.Module):
         reads: which of the four maps the decoder uses.
         standardise: one `Standardise` for each map that is read.
         head: the last layer, the one that knows the classes.
-        finer: further last layers, whose answers are added to the head's.
     """
 
     reads: tuple[int, ...] = (3,)
     head: nn.Module
-    finer: nn.ModuleList | tuple[nn.Module, ...] = ()
 
     def __init__(
         self,
@@ -59,6 +57,11 @@ class Decoder(nn.Module):
         """Standardised maps -> logits (B, K, h', w') that cover at least the grid."""
         raise NotImplementedError
 
+    @property
+    def last_layers(self) -> list[nn.Module]:
+        """The layers whose answers are added up: the head alone, in most decoders."""
+        return [self.head]
+
     def start(self, reach: float = 2.0) -> None:
         """Draw the last layer: weights with deviation reach / n, n its inputs; no bias.
 
@@ -72,7 +75,7 @@ class Decoder(nn.Module):
         Source: the output layer of muP, Yang et al. 2022, arXiv 2203.03466, table 3; 2
         is measured (benchmarks/decoder_start.py).
         """
-        for layer in (self.head, *self.finer):
+        for layer in self.last_layers:
             transposed = isinstance(layer, nn.ConvTranspose2d)  # (inputs, K, s, s)
             inputs = layer.weight.shape[0 if transposed else 1]
             nn.init.normal_(layer.weight, std=reach / inputs)

@@ -74,6 +74,11 @@ class LinearDecoder(Decoder):
         )
         self.start()
 
+    @property
+    def last_layers(self) -> list[nn.Module]:
+        """The head and its like on the finer maps."""
+        return [self.head, *self.finer]
+
     def decode(self, maps: list[Tensor], grid: tuple[int, int]) -> Tensor:
         """(B, D, h, w) -> (B, K, s*h, s*w); no resizing is needed."""
         logits = self.head(self.dropout(maps[-1]))
