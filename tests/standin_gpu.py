@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _foreach_supported_types
 from torch.overrides import handle_torch_function, has_torch_function
+from torch.utils._device import _device_constructors
 
 try:
     from torch.utils.backend_registration import (
@@ -281,6 +282,8 @@ def install() -> None:
     _register()
     torch.device = Device  # type: ignore[misc, assignment]
     torch.inference_mode = torch.no_grad  # type: ignore[assignment, misc]
+    # `with torch.device(...)` knows the true torch.tensor from now on
+    _device_constructors()
     torch.tensor = _tensor_on_device(torch.tensor)
     torch.as_tensor = _tensor_on_device(torch.as_tensor)
     # a module keeps its parameters when it moves, and optimisers step in one go
