@@ -8,22 +8,43 @@ from __future__ import annotations
 
 import html
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
+from .map_layers import MapLayer
 from .map_page import legends
 from .overlays import Drawing, DrawnLayer
-from .pixel_values import pixel_html
+from .pixel_values import Reading, pixel_html
 from .widget_versions import tooltip
 
 if TYPE_CHECKING:
     import ipyleaflet
 
-    from .maps import SceneMap
-
 SPARE_PANES = 60  # a map has no more panes than it was born with
 
 
-def leaflet_map(scene: SceneMap) -> ipyleaflet.Map:
+class Scene(Protocol):
+    """What the widget shows; `maps.SceneMap` is one."""
+
+    drawing: Drawing
+    height: int
+    swipe: tuple[int, int] | None
+    basemap: dict[str, str] | None
+    tools: bool
+    on_box: Callable[[Any], Sequence[MapLayer]] | None
+
+    @property
+    def map(self) -> ipyleaflet.Map:
+        """The map alone, made once."""
+
+    def add(self, layers: Sequence[MapLayer]) -> None:
+        """Put more layers on top."""
+
+    def pixel(self, lon: float, lat: float) -> list[Reading]:
+        """What each layer holds at a place."""
+
+
+def leaflet_map(scene: Scene) -> ipyleaflet.Map:
     """The map of a scene: a pane per layer, scale bar, north arrow."""
     import ipyleaflet
     import ipywidgets
@@ -80,7 +101,7 @@ def view_of(bounds: tuple, height: int, width: int = 700) -> dict[str, Any]:
 class MapControls:
     """Core widgets beside the map: places, layers, opacity, swipe, legend, a pixel."""
 
-    def __init__(self, scene: SceneMap) -> None:
+    def __init__(self, scene: Scene) -> None:
         import ipywidgets as widgets
 
         self.scene, self.map, self.split = scene, scene.map, None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -58,7 +59,7 @@ class Decoder(nn.Module):
         raise NotImplementedError
 
     @property
-    def last_layers(self) -> list[nn.Module]:
+    def last_layers(self) -> list[Any]:
         """The layers whose answers are added up: the head alone, in most decoders."""
         return [self.head]
 

@@ -10,6 +10,7 @@ Notebooks: 02 (the linear probe), 07.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +76,7 @@ class LinearDecoder(Decoder):
         self.start()
 
     @property
-    def last_layers(self) -> list[nn.Module]:
+    def last_layers(self) -> list[Any]:
         """The head and its like on the finer maps."""
         return [self.head, *self.finer]
 
