@@ -20,7 +20,7 @@ from torch import Tensor
 from geopeft_kit.backbones import find_card, load_backbone
 from geopeft_kit.backbones.base import SAMPLE, Backbone, Origin
 from geopeft_kit.backbones.weights import is_tag, read_checkpoint, save_weights
-from geopeft_kit.files import hash_of, whole_folder
+from geopeft_kit.files import hash_of, whole_file, whole_folder
 from geopeft_kit.methods import load_adapter
 from geopeft_kit.methods.adapter import original_backbone, original_hash
 from geopeft_kit.model import Model, build_model
@@ -121,7 +121,8 @@ def _write(model: Model, folder: Path) -> None:
     tensors = {name: value.cpu().contiguous() for name, value in state.items()}
     if origin is not None and origin.generator is not None:
         tensors[_GENERATOR] = origin.generator
-    save_file(tensors, folder / TENSORS)
+    with whole_file(folder / TENSORS) as path:  # with the rights of ordinary files
+        save_file(tensors, path)
     if adapter is not None:
         adapter.save(folder)
     with original_backbone(backbone):

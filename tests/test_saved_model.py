@@ -456,3 +456,11 @@ def test_other_files_are_not_lost(saved: Path):
     with pytest.raises(FileExistsError, match=r"'notes.txt.*Choose another"):
         gk.save_model(built(), saved)
     assert (saved / "notes.txt").read_text() == "mine"
+
+
+def test_files_have_the_rights_of_ordinary_files(tmp_path):
+    model = gk.build_model(gk.load_backbone("geopeft_tiny"), "linear")
+    (tmp_path / "plain").write_text("")
+    rights = (tmp_path / "plain").stat().st_mode
+    folder = gk.save_model(model, tmp_path / "model")
+    assert {path.stat().st_mode for path in folder.iterdir()} == {rights}
