@@ -153,6 +153,8 @@ def widget_tree(model: str, states: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def bar_text(model: str, states: dict[str, Any]) -> str | None:
     """Last text of a progress bar, "" of one that was taken away; None of the rest."""
+    if model not in states:  # the run ended before they were kept
+        return None
     tree = list(widget_tree(model, states))
     bars = [state for state in tree if state["_view_name"] == "ProgressView"]
     if not bars:

@@ -77,8 +77,8 @@ def area_of_applicability(
         )
     if samples < 2:
         raise ValueError(f"samples is {samples}; take 2 or more, 4000 is usual.")
-    device = choose_device(device)
-    features, folds = _training_patches(model.backbone, data, split, device)
+    model.to(choose_device(device))  # whole: a decoder left behind could not go on
+    features, folds = _training_patches(model.backbone, data, split)
     if len(features) > samples:
         generator = torch.Generator().manual_seed(seed)
         kept = torch.randperm(len(features), generator=generator)[:samples]
@@ -92,7 +92,7 @@ def area_of_applicability(
 
 
 def _training_patches(
-    backbone: Backbone, data: ChipData, split: str, device: torch.device
+    backbone: Backbone, data: ChipData, split: str
 ) -> tuple[Tensor, Tensor]:
     """(N, D) features of all patches of a split, and the number of their fold."""
     rows = data.dataset(split).rows
@@ -102,7 +102,7 @@ def _training_patches(
         folds = spatial_blocks(index)
     found, numbers, first = [], [], 0
     for batch in data.dataloader(split):
-        features = _patches(backbone.to(device), batch["image"], batch_meta(batch))
+        features = _patches(backbone, batch["image"], batch_meta(batch))
         count, width = features.shape[:2]
         found.append(features.flatten(2).transpose(1, 2).reshape(-1, width))
         own = torch.from_numpy(np.array(folds[first : first + count], dtype=np.int64))

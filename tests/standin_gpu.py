@@ -350,9 +350,9 @@ def _tensor_on_device(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if isinstance(data, StandinTensor):
             return data.to(device) if device is not None else data
         data = _numbers(data)
-        if device is None or RealDevice(device).type != NAME:
-            given = {} if device is None else {"device": device}
-            return make(data, *args, **given, **kwargs)
+        device = torch.get_default_device() if device is None else device
+        if RealDevice(device).type != NAME:
+            return make(data, *args, device=device, **kwargs)
         return make(data, *args, device="cpu", **kwargs).to(device)
 
     return made

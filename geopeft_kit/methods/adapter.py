@@ -89,6 +89,13 @@ class Adapter:
         self._check("parameters")
         yield from self._trained().values()
 
+    def holders(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield (name of a tensor, new module that holds it)."""
+        self._check("holders")
+        for entry in self._replacements:
+            for leaf, (holder, _) in entry.tensors.items():
+                yield f"{entry.path}.{leaf}", holder
+
     def tensors(self) -> dict[str, Tensor]:
         """Return what is saved, unpacked: trained tensors, and buffers that move."""
         self._check("tensors")
