@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _foreach_supported_types
 from torch.overrides import handle_torch_function, has_torch_function
-from torch.utils._device import _device_constructors
+from torch.utils._device import DeviceContext, _device_constructors
 
 try:
     from torch.utils.backend_registration import (
@@ -343,6 +343,12 @@ def _autocast(name: str, low: bool) -> Callable[..., Any]:
     return cast
 
 
+def _context_device() -> torch.device | None:
+    """The device of the innermost ``with torch.device(...)``."""
+    modes = torch.overrides._get_current_function_mode_stack()
+    return next((m.device for m in modes[::-1] if isinstance(m, DeviceContext)), None)
+
+
 def _tensor_on_device(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`torch.tensor` by way of the CPU, since PyTorch's own way there is in C++."""
 
@@ -350,9 +356,10 @@ def _tensor_on_device(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if isinstance(data, StandinTensor):
             return data.to(device) if device is not None else data
         data = _numbers(data)
-        device = torch.get_default_device() if device is None else device
-        if RealDevice(device).type != NAME:
-            return make(data, *args, device=device, **kwargs)
+        device = _context_device() if device is None else device
+        if device is None or RealDevice(device).type != NAME:
+            given = {} if device is None else {"device": device}
+            return make(data, *args, **given, **kwargs)
         return make(data, *args, device="cpu", **kwargs).to(device)
 
     return made

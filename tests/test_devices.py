@@ -81,6 +81,8 @@ assert there.cpu().numpy().sum() == 15
 assert "device='standin:0'" in repr(there)
 with torch.device("meta"):
     assert torch.tensor([1.0]).is_meta
+with torch.device(gpu):
+    assert torch.tensor(1.0).device == nn.Linear(2, 2).weight.device == gpu
 
 layer = nn.Conv2d(1, 2, 3)
 weight, before = layer.weight, copy.deepcopy(layer)
