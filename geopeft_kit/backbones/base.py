@@ -90,6 +90,9 @@ class Origin:
     generator: Tensor | None
     sample: str
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Origin:
+        return self  # never changed, so copies of a backbone share it
+
 
 class Backbone(nn.Module):
     """A geospatial foundation model as a source of four feature maps.

@@ -383,11 +383,18 @@ def _remember(backbone: Backbone, **attributes: Any) -> None:
 
 
 def _place(backbone: Backbone) -> Place:
-    """Device and floating dtype of the backbone, read from its first parameter."""
-    for parameter in backbone.model.parameters():
-        if parameter.is_floating_point():
-            return parameter.device, parameter.dtype
-    raise ValueError("The backbone has no floating point parameter.")
+    """Device and floating dtype of the backbone, read from its first parameter.
+
+    The active adapter's own stay in float32 on a backbone of lower precision, so they
+    tell it only where there is no other, as under "full".
+    """
+    active = _active(backbone)
+    new = {id(p) for p in active._trained().values()} if active else set()
+    floating = [p for p in backbone.model.parameters() if p.is_floating_point()]
+    if not floating:
+        raise ValueError("The backbone has no floating point parameter.")
+    first = next((p for p in floating if id(p) not in new), floating[0])
+    return first.device, first.dtype
 
 
 def _moved(
