@@ -20,6 +20,7 @@ from torch import Tensor
 from geopeft_kit.backbones import find_card, load_backbone
 from geopeft_kit.backbones.base import SAMPLE, Backbone, Origin
 from geopeft_kit.backbones.weights import is_tag, read_checkpoint, save_weights
+from geopeft_kit.devices import device_of
 from geopeft_kit.files import hash_of, whole_file, whole_folder
 from geopeft_kit.methods import load_adapter
 from geopeft_kit.methods.adapter import original_backbone, original_hash
@@ -104,7 +105,7 @@ def load_model(folder: str | Path, backbone: Backbone | None = None) -> Model:
         active.deactivate()
     with torch.random.fork_rng(devices=[]):  # a file needs no random numbers
         model = build_model(backbone, **saved["model"])
-    model.to(next(backbone.parameters()).device, getattr(torch, saved["dtype"]))
+    model.to(device_of(backbone), getattr(torch, saved["dtype"]))
     model.decoder.load_state_dict(tensors)
     model.classes, model.colours = saved["classes"], saved["colours"]
     model.adapter = backbone.adapter

@@ -9,7 +9,6 @@ import functools
 from collections.abc import Callable
 from typing import Any, cast
 
-import torch
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
@@ -121,11 +120,6 @@ def channels_of(block: nn.Module) -> int:
 def channels_first(block: nn.Module) -> bool:
     """True where the MLP is made of 1x1 convolutions and sees (B, C, H, W)."""
     return bool(getattr(block, "use_conv_mlp", False))
-
-
-def device_of(block: nn.Module) -> torch.device:
-    """Where a block computes."""
-    return next(block.parameters()).device
 
 
 def zeroed(layer: nn.Linear) -> nn.Linear:

@@ -13,13 +13,13 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from geopeft_kit.backbones.base import Backbone
+from geopeft_kit.devices import device_of
 from geopeft_kit.methods.base import Blocks, Method, register
 from geopeft_kit.methods.block_parts import (
     adapted,
     beside_mlp_branch,
     channels_first,
     channels_of,
-    device_of,
     no_mlp,
     zeroed,
 )

@@ -12,11 +12,11 @@ from timm.layers.activations import QuickGELU
 from torch import Tensor, nn
 
 from geopeft_kit.backbones.base import Backbone, TokenGrid
+from geopeft_kit.devices import device_of
 from geopeft_kit.methods.base import Blocks, register
 from geopeft_kit.methods.block_parts import (
     adapted,
     channels_of,
-    device_of,
     norms_behind,
     zeroed,
 )

@@ -25,9 +25,9 @@ import torch
 from torch import nn
 
 from geopeft_kit.backbones.base import Backbone
+from geopeft_kit.devices import device_of
 from geopeft_kit.indices import available_indices, index_bands
 from geopeft_kit.methods.base import Blocks, Config, Method, Options, register
-from geopeft_kit.methods.block_parts import device_of
 from geopeft_kit.methods.checks import (
     check_above_zero,
     check_choice,

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from geopeft_kit.backbones.base import Backbone, TokenGrid
+from geopeft_kit.devices import device_of
 from geopeft_kit.methods.base import Blocks, Method, Options, register
-from geopeft_kit.methods.block_parts import device_of
 from geopeft_kit.methods.bottleneck import Bottleneck
 from geopeft_kit.methods.checks import check_above_zero, check_whole
 from geopeft_kit.methods.replacement import (

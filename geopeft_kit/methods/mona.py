@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from geopeft_kit.backbones.base import Backbone, TokenGrid
+from geopeft_kit.devices import device_of
 from geopeft_kit.methods.base import Blocks, register
-from geopeft_kit.methods.block_parts import add_to_mlp_branch, channels_of, device_of
+from geopeft_kit.methods.block_parts import add_to_mlp_branch, channels_of
 from geopeft_kit.methods.checks import check_share, check_whole
 from geopeft_kit.methods.on_grid import OnGrid, OnTokenGrids, SwinBlock
 from geopeft_kit.methods.replacement import Replacement, Replacements, trained_in

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geopeft_kit.backbones.base import Backbone
+from geopeft_kit.devices import device_of
 from geopeft_kit.methods.base import Blocks, register
 from geopeft_kit.methods.block_parts import (
     beside_mlp_branch,
     channels_first,
     channels_of,
-    device_of,
 )
 from geopeft_kit.methods.bottleneck import BottleneckMethod
 from geopeft_kit.methods.checks import (

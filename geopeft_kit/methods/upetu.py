@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geopeft_kit.backbones.base import Backbone
+from geopeft_kit.devices import device_of
 from geopeft_kit.methods.base import Blocks, register
-from geopeft_kit.methods.block_parts import AdaptedLayer, device_of
+from geopeft_kit.methods.block_parts import AdaptedLayer
 from geopeft_kit.methods.checks import check_switch, check_whole
 from geopeft_kit.methods.quantised import (
     QuantisedLinear,

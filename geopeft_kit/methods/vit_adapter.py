@@ -16,8 +16,8 @@ from typing import cast
 from torch import nn
 
 from geopeft_kit.backbones.base import Backbone
+from geopeft_kit.devices import device_of
 from geopeft_kit.methods.base import Blocks, Method, Options, register
-from geopeft_kit.methods.block_parts import device_of
 from geopeft_kit.methods.checks import check_above_zero, check_whole
 from geopeft_kit.methods.replacement import Replacement, Replacements, trained_in
 from geopeft_kit.methods.shared_tokens import SharedTokens
