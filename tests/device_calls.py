@@ -101,8 +101,10 @@ def answers_everywhere(module: Any, given: Any, *more: Any) -> None:
         known = module.cpu()(given, *more)
         module.to(GPU)
     known = known[-1] if isinstance(known, list) else known
-    torch.testing.assert_close(one, known, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(two.cpu(), known, rtol=1e-5, atol=1e-6)
+    # Kernels may sum in another order: float32 holds six digits of the largest value.
+    close = 1e-5 * max(1.0, float(known.abs().max()))
+    torch.testing.assert_close(one, known, rtol=1e-4, atol=close)
+    torch.testing.assert_close(two.cpu(), known, rtol=1e-4, atol=close)
 
 
 def explorer() -> None:
