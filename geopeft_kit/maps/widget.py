@@ -11,11 +11,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .map_layers import MapLayer
-from .map_page import legends
-from .overlays import Drawing, DrawnLayer
-from .pixel_values import Reading, pixel_html
-from .widget_versions import tooltip
+from geopeft_kit.maps.layers import MapLayer
+from geopeft_kit.maps.overlays import Drawing, DrawnLayer
+from geopeft_kit.maps.page import legends
+from geopeft_kit.maps.pixel_values import Reading, pixel_html
+from geopeft_kit.maps.widget_versions import tooltip
 
 if TYPE_CHECKING:
     import ipyleaflet
