@@ -30,7 +30,7 @@ from geopeft_kit.maps.scene_map import (
     save_map,
     show_map,
 )
-from geopeft_kit.maps.widget_versions import tooltip
+from geopeft_kit.maps.widget import tooltip
 
 EVIL = '<img src=x onerror="window.hacked=1">'
 CLASSES = [EVIL, "water </script> & ice"]

@@ -22,8 +22,13 @@ from geopeft_kit.maps.layers import MapLayer, Raster, chip_layers
 from geopeft_kit.maps.overlays import Box, Drawing, draw
 from geopeft_kit.maps.page import frame, page
 from geopeft_kit.maps.pixel_values import Reading, read_pixel
-from geopeft_kit.maps.widget import MapControls, leaflet_map, legend_html
-from geopeft_kit.maps.widget_versions import show_bundle, view_bundle
+from geopeft_kit.maps.widget import (
+    MapControls,
+    leaflet_map,
+    legend_html,
+    show_bundle,
+    view_bundle,
+)
 
 if TYPE_CHECKING:
     import ipyleaflet
