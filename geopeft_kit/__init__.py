@@ -25,16 +25,15 @@ if TYPE_CHECKING:
         touching_chips,
     )
     from geopeft_kit.explorer import Explorer
-    from geopeft_kit.exports import export_prediction
     from geopeft_kit.geo_aware import pretrain_geo_aware
-    from geopeft_kit.inference import predict_scene
-    from geopeft_kit.map_layers import MapLayer, Raster, chip_layers
-    from geopeft_kit.maps import save_map, show_map
+    from geopeft_kit.maps import MapLayer, Raster, chip_layers, save_map, show_map
+    from geopeft_kit.maps.exports import export_prediction
+    from geopeft_kit.maps.places import fetch_scene, predict_place
     from geopeft_kit.methods import attach, list_methods, load_adapter
     from geopeft_kit.model import build_model
-    from geopeft_kit.places import fetch_scene, predict_place
     from geopeft_kit.pretraining import pretrain
     from geopeft_kit.saved_model import load_model, save_model
+    from geopeft_kit.scenes.inference import predict_scene
     from geopeft_kit.training import (  # type: ignore[no-redef]
         MemoryEstimate,
         estimate_memory,
@@ -105,17 +104,16 @@ _ROOMS = {
         "simulated_data",
         "touching_chips",
     ),
-    "exports": ("export_prediction",),
     "explorer": ("Explorer",),
     "geo_aware": ("pretrain_geo_aware",),
-    "inference": ("predict_scene",),
-    "maps": ("save_map", "show_map"),
+    "maps": ("MapLayer", "Raster", "chip_layers", "save_map", "show_map"),
+    "maps.exports": ("export_prediction",),
+    "maps.places": ("fetch_scene", "predict_place"),
     "methods": ("attach", "list_methods", "load_adapter"),
     "model": ("build_model",),
-    "map_layers": ("MapLayer", "Raster", "chip_layers"),
-    "places": ("fetch_scene", "predict_place"),
     "pretraining": ("pretrain",),
     "saved_model": ("load_model", "save_model"),
+    "scenes.inference": ("predict_scene",),
     "training": (
         "MemoryEstimate",
         "estimate_memory",

@@ -23,30 +23,15 @@ FLOORS = (
     ("bands", "download", "decoders", "plots", "world"),
     ("data", "backbones"),
     ("methods", "model"),
-    ("training", "inference"),
+    ("training", "scenes"),
     ("maps", "pretraining", "comparison"),
     ("explorer",),
 )
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 # Rooms that serve the ones above and stand on their floors.
-LEVEL |= dict.fromkeys(
-    ["devices", "pictures", "progress", "rasters", "files", "kept_rows"], LEVEL["plots"]
-)
-LEVEL |= dict.fromkeys(
-    [
-        "map_layers",
-        "map_page",
-        "map_widget",
-        "overlays",
-        "pixel_values",
-        "places",
-        "stac",
-        "exports",
-        "widget_versions",
-    ],
-    LEVEL["maps"],
-)
-LEVEL["applicability"] = LEVEL["inference"]
+LEVEL |= dict.fromkeys(["devices", "pictures", "progress", "files"], LEVEL["plots"])
+LEVEL["exports"] = LEVEL["maps"]
+LEVEL["applicability"] = LEVEL["scenes"]
 LEVEL["saved_model"] = LEVEL["model"]
 LEVEL |= {"baselines": LEVEL["comparison"], "indices": LEVEL["bands"]}
 LEVEL["geo_aware"] = LEVEL["pretraining"]

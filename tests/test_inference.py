@@ -13,7 +13,7 @@ import torch
 from rasterio.transform import Affine
 from torch import nn
 
-from geopeft_kit.inference import blend_weight, predict_scene, window_starts
+from geopeft_kit.scenes.inference import blend_weight, predict_scene, window_starts
 
 BANDS = ("BLUE", "GREEN", "RED")
 TRANSFORM = Affine(10.0, 0.0, 500_000.0, 0.0, -10.0, 4_100_000.0)

@@ -16,7 +16,7 @@ import torch
 from large_scene import write_vrt
 from test_inference import BANDS, Net, pixelwise, read, reflectance, write_scene
 
-from geopeft_kit.inference import predict_scene
+from geopeft_kit.scenes.inference import predict_scene
 
 HERE = Path(__file__).parent
 
@@ -26,7 +26,7 @@ import os, signal, sys
 sys.path.insert(0, {tests!r})
 import torch
 from test_inference import Net
-from geopeft_kit.inference import predict_scene
+from geopeft_kit.scenes.inference import predict_scene
 
 class Dying(Net):
     calls = 0

@@ -17,7 +17,7 @@ from stac_server import Catalogue, serve
 from test_inference import BANDS, Net
 
 import geopeft_kit as gk
-from geopeft_kit.stac import fmask_hides
+from geopeft_kit.scenes.stac import fmask_hides
 
 CRS, LEFT, TOP, SIDE = "EPSG:32631", 500_000, 4_900_020, 10
 GRID = from_origin(LEFT, TOP, SIDE, SIDE)

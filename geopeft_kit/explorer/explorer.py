@@ -32,10 +32,10 @@ from geopeft_kit.explorer.storage import (
     save_bench,
 )
 from geopeft_kit.explorer.turns import Cancelled, Mailbox
+from geopeft_kit.maps.widget import show_bundle, view_bundle
 from geopeft_kit.methods import list_methods
 from geopeft_kit.model import Model
 from geopeft_kit.saved_model import save_model
-from geopeft_kit.widget_versions import show_bundle, view_bundle
 
 
 class Explorer:

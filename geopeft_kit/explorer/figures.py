@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from geopeft_kit import plots
 from geopeft_kit.data.chips import ChipData
 from geopeft_kit.explorer.bench import Bench, KeptRun, pareto_front
-from geopeft_kit.map_layers import MapLayer, Raster, chip_layers, chip_raster
-from geopeft_kit.maps import SceneMap, show_map
+from geopeft_kit.maps.layers import MapLayer, Raster, chip_layers, chip_raster
+from geopeft_kit.maps.scene_map import SceneMap, show_map
 from geopeft_kit.model import WHOLE_IMAGE_TASKS
 from geopeft_kit.pictures import as_numpy, picture_bands, stretch, stretch_limits
 from geopeft_kit.training.evaluate import HEADLINE

@@ -19,7 +19,7 @@ from geopeft_kit.explorer import figures, panels
 from geopeft_kit.explorer.bench import Bench, KeptRun, Preview, machine_memory
 from geopeft_kit.explorer.choice import Choice
 from geopeft_kit.explorer.controls import Controls, control
-from geopeft_kit.maps import SceneMap
+from geopeft_kit.maps.scene_map import SceneMap
 from geopeft_kit.plots import METHOD_COLOURS
 
 TABS = ("Picture", "Map", "Runs", "Code")

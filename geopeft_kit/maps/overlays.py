@@ -24,8 +24,8 @@ from rasterio.transform import Affine, array_bounds, from_origin
 from rasterio.vrt import WarpedVRT
 from rasterio.warp import reproject, transform_bounds
 
-from .map_layers import MapLayer, Raster, Source, class_names, sources_of
-from .pictures import (
+from geopeft_kit.maps.layers import MapLayer, Raster, Source, class_names, sources_of
+from geopeft_kit.pictures import (
     OKABE_ITO,
     as_numpy,
     class_colours,

@@ -30,11 +30,11 @@ import torch
 from rasterio.transform import Affine
 from torch import nn
 
-from .devices import device_of, moved
-from .kept_rows import KeptRows
-from .pictures import Colours, class_colours
-from .progress import progress_bar
-from .rasters import RowWriter, SceneReader
+from geopeft_kit.devices import device_of, moved
+from geopeft_kit.pictures import Colours, class_colours
+from geopeft_kit.progress import progress_bar
+from geopeft_kit.scenes.kept_rows import KeptRows
+from geopeft_kit.scenes.rasters import RowWriter, SceneReader
 
 CLASS_NODATA = 255
 TASKS = ("segmentation", "regression", "super_resolution")

@@ -21,15 +21,15 @@ from rasterio.transform import from_origin
 from rasterio.vrt import WarpedVRT
 from rasterio.warp import transform_bounds
 
-from .bands import resolve_bands
-from .files import whole_file
-from .inference import predict_scene
-from .map_layers import MapLayer
-from .rasters import SceneReader
-from .stac import BandFile, band_files, cloud_file, find_item
+from geopeft_kit.bands import resolve_bands
+from geopeft_kit.files import whole_file
+from geopeft_kit.maps.layers import MapLayer
+from geopeft_kit.scenes.inference import predict_scene
+from geopeft_kit.scenes.rasters import SceneReader
+from geopeft_kit.scenes.stac import BandFile, band_files, cloud_file, find_item
 
 if TYPE_CHECKING:
-    from .pictures import Colours
+    from geopeft_kit.pictures import Colours
 
 Box = tuple[float, float, float, float]
 LARGEST = 4096  # pixels along a side of a box

@@ -11,15 +11,16 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .map_layers import MapLayer
-from .map_page import legends
-from .overlays import Drawing, DrawnLayer
-from .pixel_values import Reading, pixel_html
-from .widget_versions import tooltip
+from geopeft_kit.maps.layers import MapLayer
+from geopeft_kit.maps.overlays import Drawing, DrawnLayer
+from geopeft_kit.maps.page import legends
+from geopeft_kit.maps.pixel_values import Reading, pixel_html
 
 if TYPE_CHECKING:
     import ipyleaflet
+    import ipywidgets
 
+VIEW = "application/vnd.jupyter.widget-view+json"
 SPARE_PANES = 60  # a map has no more panes than it was born with
 
 
@@ -309,3 +310,29 @@ def legend_html(drawing: Drawing) -> str:
             for colour, text in entries
         ]
     return "<div style='line-height:1.5'>" + "".join(parts) + "</div>"
+
+
+# --- ipywidgets 7, which Colab ships, and ipywidgets 8 --------------------------------
+
+
+def view_bundle(widget: ipywidgets.Widget) -> dict[str, Any]:
+    """The live widget as a MIME bundle; ipywidgets 7 has no method that returns it."""
+    model = {"version_major": 2, "version_minor": 0, "model_id": widget.model_id}
+    return {VIEW: model}
+
+
+def show_bundle(bundle: dict[str, Any]) -> None:
+    """Display a MIME bundle as a message of its own.
+
+    Colab tells the front end where the code of ipyleaflet is in these messages only,
+    not in the results of cells.
+    """
+    from IPython.display import display
+
+    display(bundle, raw=True)
+
+
+def tooltip(kind: type[ipywidgets.Widget], text: str) -> dict[str, str]:
+    """The argument of a widget that sets its tooltip."""
+    name = "tooltip" if "tooltip" in kind.class_trait_names() else "description_tooltip"
+    return {name: text}

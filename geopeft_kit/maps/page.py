@@ -3,7 +3,7 @@
 Leaflet's script and style come from the installed package `django-js-lib-leaflet`
 (Leaflet itself, BSD licence, without Django) and stand inside the page, as do all
 pictures. The page's own security policy forbids every request, so it cannot lean on
-the network by accident. The page itself is `map_page.html`. A click reads the colours
+the network by accident. The page itself is `page.html`. A click reads the colours
 of its pictures back: the class, and a value to 1/128 of its ramp; reflectance and the
 probabilities of classes that did not win are not in the page.
 """
@@ -16,7 +16,7 @@ import json
 import re
 from typing import Any
 
-from .overlays import Drawing, ramp_colours
+from geopeft_kit.maps.overlays import Drawing, ramp_colours
 
 
 def leaflet_files() -> tuple[str, str]:
@@ -93,7 +93,7 @@ def page(
         # A name that holds "</script>" must not end the script element.
         "DATA": json.dumps(data).replace("<", r"\u003c").replace("&", r"\u0026"),
     }
-    template = importlib.resources.files(__package__) / "map_page.html"
+    template = importlib.resources.files(__package__) / "page.html"
     return re.sub(
         "__(" + "|".join(parts) + ")__",
         lambda found: parts[found[1]],

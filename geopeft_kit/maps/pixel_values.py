@@ -19,10 +19,10 @@ from rasterio.transform import Affine
 from rasterio.warp import transform as to_crs
 from rasterio.windows import Window
 
-from .bands import resolve_bands
-from .map_layers import MapLayer, Raster, Source, class_names, sources_of
-from .pictures import as_numpy
-from .plots import plot_spectrum
+from geopeft_kit.bands import resolve_bands
+from geopeft_kit.maps.layers import MapLayer, Raster, Source, class_names, sources_of
+from geopeft_kit.pictures import as_numpy
+from geopeft_kit.plots import plot_spectrum
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .files import whole_file
+from geopeft_kit.files import whole_file
 
 
 class KeptRows:

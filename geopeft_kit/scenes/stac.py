@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .bands import resolve_bands
+from geopeft_kit.bands import resolve_bands
 
 if TYPE_CHECKING:
     import pystac

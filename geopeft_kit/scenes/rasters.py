@@ -18,7 +18,7 @@ import rasterio
 from rasterio.errors import RasterioError, RasterioIOError
 from rasterio.windows import Window
 
-from .bands import resolve_bands
+from geopeft_kit.bands import resolve_bands
 
 BLOCK = 256  # rows and columns of one block of the tiled GeoTIFF that is written
 

@@ -15,7 +15,7 @@ import numpy as np
 import rasterio
 from rasterio.transform import Affine, from_bounds
 
-from .pictures import Colours, as_numpy
+from geopeft_kit.pictures import Colours, as_numpy
 
 KINDS = ("image", "classes", "values", "errors")
 OUTSIDE = "#4d4d4d"

@@ -17,13 +17,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .files import whole_file
-from .map_layers import MapLayer, Raster, chip_layers
-from .map_page import frame, page
-from .map_widget import MapControls, leaflet_map, legend_html
-from .overlays import Box, Drawing, draw
-from .pixel_values import Reading, read_pixel
-from .widget_versions import show_bundle, view_bundle
+from geopeft_kit.files import whole_file
+from geopeft_kit.maps.layers import MapLayer, Raster, chip_layers
+from geopeft_kit.maps.overlays import Box, Drawing, draw
+from geopeft_kit.maps.page import frame, page
+from geopeft_kit.maps.pixel_values import Reading, read_pixel
+from geopeft_kit.maps.widget import (
+    MapControls,
+    leaflet_map,
+    legend_html,
+    show_bundle,
+    view_bundle,
+)
 
 if TYPE_CHECKING:
     import ipyleaflet

@@ -1,0 +1,169 @@
+"""A prediction as a file for other tools: COG, polygons, picture.
+
+A web page is made by `gk.save_map`. Every file is written whole or not at all.
+Taught in `notebooks/09_unseen_regions.ipynb`.
+
+Source:
+    COG, a GeoTIFF that can be read in part over the web: https://cogeo.org.
+    GeoJSON, in longitude and latitude: RFC 7946.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import rasterio
+import rasterio.shutil
+from rasterio.enums import Resampling
+
+from geopeft_kit.files import whole_file
+from geopeft_kit.maps.layers import MapLayer, class_names
+from geopeft_kit.pictures import Colours, class_colours
+from geopeft_kit.scenes.rasters import colour_to_rgba
+
+PIECES = 2_000_000  # polygons above this are no longer a file that anybody opens
+SIDE = 4096  # pixels of a picture
+
+
+def export_prediction(
+    source: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    classes: Sequence[str] | None = None,
+    colours: Colours | None = None,
+    smallest_m2: float = 0.0,
+) -> dict[str, Path]:
+    """Write a class map as COG, GeoJSON and PNG.
+
+    Args:
+        source: A GeoTIFF of class numbers, as `gk.predict_scene` writes it.
+        folder: Where to write; the files are named after the source.
+        classes: Class names; by default those in the file.
+        colours: One per class; by default the file's colour table.
+        smallest_m2: Polygons of less area are left out of the GeoJSON.
+
+    Returns:
+        "cog", "geojson" and "png", each with its path.
+
+    Raises:
+        FileNotFoundError: No such raster or folder.
+        ValueError: No class names, or more polygons than make sense.
+    """
+    source, folder = Path(source), Path(folder)
+    if not source.is_file() or not folder.is_dir():
+        lost = source if not source.is_file() else folder
+        raise FileNotFoundError(f"{str(lost)!r} does not exist. Check the path.")
+    names = class_names(MapLayer("export", source, "classes", classes=classes))
+    table = _colours(source, names, colours)
+    written = {
+        "cog": folder / f"{source.stem}_cog.tif",
+        "geojson": folder / f"{source.stem}.geojson",
+        "png": folder / f"{source.stem}.png",
+    }
+    save_cog(source, written["cog"], names, table)
+    save_polygons(source, written["geojson"], names, smallest_m2)
+    save_picture(source, written["png"], table)
+    return written
+
+
+def _colours(source: Path, names: Sequence[str], colours: Colours | None) -> list[str]:
+    """The caller's colours, else the file's, else the kit's own."""
+    if colours is None:
+        with rasterio.open(source) as raster:
+            if raster.colorinterp[0].name == "palette":
+                table = raster.colormap(1)
+                colours = [table[i][:3] for i in range(len(names))]
+    return class_colours(names, colours)
+
+
+def save_cog(
+    source: Path, target: Path, names: Sequence[str], colours: Sequence[str]
+) -> Path:
+    """A cloud-optimised GeoTIFF with colour table, class names and overviews.
+
+    `source` is a GeoTIFF of class numbers; `colours` are "#rrggbb", one per class.
+    """
+    with (
+        whole_file(target) as part,
+        tempfile.TemporaryDirectory(dir=target.parent) as box,
+    ):
+        painted = Path(box) / "painted.tif"
+        shutil.copyfile(source, painted)
+        with rasterio.open(painted, "r+") as raster:
+            table = {i: colour_to_rgba(colour) for i, colour in enumerate(colours)}
+            raster.write_colormap(1, table)
+            raster.update_tags(classes=json.dumps(list(names)))
+        # Overviews take the commonest class: no mean of numbers that are names.
+        rasterio.shutil.copy(painted, part, driver="COG", compress="deflate",
+                             overview_resampling="mode", blocksize=256)  # fmt: skip
+    return target
+
+
+def save_polygons(
+    source: Path, target: Path, names: Sequence[str], smallest_m2: float = 0.0
+) -> Path:
+    """Patches of one class as GeoJSON polygons in longitude and latitude.
+
+    Each feature has `class`, `number` and `area_m2`, computed in an equal-area
+    projection; those below `smallest_m2` are left out. Raises ValueError for too many
+    polygons.
+    """
+    import geopandas as gpd
+    import shapely
+    from rasterio.features import shapes
+
+    with rasterio.open(source) as raster:
+        if not raster.crs:
+            raise ValueError(
+                f"{source} has no coordinate system, so no place on Earth."
+            )
+        band = rasterio.band(raster, 1)
+        found, numbers = [], []
+        for shape, number in shapes(band, mask=raster.dataset_mask(), connectivity=4):
+            found.append(shapely.geometry.shape(shape))
+            numbers.append(int(number))
+            if len(found) > PIECES:
+                raise ValueError(
+                    f"{source} has more than {PIECES} patches. Smooth the prediction, "
+                    "or cut it into parts."
+                )
+        crs = raster.crs
+    table = gpd.GeoDataFrame(
+        {"class": [names[n] for n in numbers], "number": numbers},
+        geometry=found, crs=crs,
+    )  # fmt: skip
+    table["area_m2"] = table.to_crs("EPSG:6933").area.round(1)
+    kept = table[table["area_m2"] >= smallest_m2].to_crs("EPSG:4326")
+    with whole_file(target) as part:
+        part.write_text(kept.to_json(drop_id=True), encoding="utf-8")
+    return target
+
+
+def save_picture(source: Path, target: Path, colours: Sequence[str]) -> Path:
+    """A class map as PNG, transparent where there is no prediction.
+
+    Sides of more than 4096 pixels are thinned out.
+    """
+    from PIL import Image
+
+    with rasterio.open(source) as raster:
+        thin = max(1.0, max(raster.width, raster.height) / SIDE)
+        shape = (
+            max(1, round(raster.height / thin)),
+            max(1, round(raster.width / thin)),
+        )
+        numbers = raster.read(1, out_shape=shape, resampling=Resampling.nearest)
+        known = raster.dataset_mask(out_shape=shape) > 0
+    table = np.zeros((256, 4), np.uint8)
+    for number, colour in enumerate(colours):
+        table[number] = colour_to_rgba(colour)
+    rgba = table[numbers]  # (h, w, 4)
+    rgba[~known] = 0
+    with whole_file(target) as part:
+        Image.fromarray(rgba).save(part, "PNG")
+    return target

@@ -1,0 +1,1 @@
+"""Whole scenes: read by the window, predicted, described by STAC catalogues."""
