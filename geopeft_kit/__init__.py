@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         ChipData,
         TorchgeoData,
         check_data,
+        sample_scene,
         simulated_data,
         touching_chips,
     )
@@ -81,6 +82,7 @@ __all__ = [
     "pretrain",
     "pretrain_geo_aware",
     "region_gap",
+    "sample_scene",
     "save_map",
     "save_model",
     "score_regions",
@@ -101,6 +103,7 @@ _ROOMS = {
         "ChipData",
         "TorchgeoData",
         "check_data",
+        "sample_scene",
         "simulated_data",
         "touching_chips",
     ),

@@ -39,6 +39,7 @@ NOT_CALLED = {
     "list_methods": "a table of cards",
     "mixed_precision": "a word for a device",
     "predict_place": "fetch_scene, then predict_scene",
+    "sample_scene": "files",
     "simulated_data": "chips on the CPU",
     "touching_chips": "outlines of chips",
     "usable_mib": "a number for a card",

@@ -297,8 +297,9 @@ def test_validation_keeps_scenes_whole_and_touching_chips_together(
         assert (data.index["split"] == "val").sum() == 4
 
 
-def test_one_block_cannot_be_split(tmp_path: Path) -> None:
-    chips = toy_chips(extra={"scene": "one"})
+def test_one_scene_without_a_place_cannot_be_split(tmp_path: Path) -> None:
+    """Chips of one scene without a place: there is no area to validate on."""
+    chips = toy_chips(extra={"scene": "one"}, crs=None, transform=None)
     folder = write_chip_folder(tmp_path / "toy", chips, INFO)
     with pytest.raises(ValueError, match=r"no validation chips.*val_fraction=0"):
         ChipData(folder, test_regions=["a"])

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from geopeft_kit.data.chips import ChipData
     from geopeft_kit.data.folder import read_chip_folder, write_chip_folder
     from geopeft_kit.data.leakage import touching_chips
+    from geopeft_kit.data.sample import sample_scene
     from geopeft_kit.data.simulated import simulated_data
     from geopeft_kit.data.torchgeo_data import TorchgeoData
 
@@ -23,6 +24,7 @@ __all__ = [
     "TorchgeoData",
     "check_data",
     "read_chip_folder",
+    "sample_scene",
     "simulated_data",
     "touching_chips",
     "write_chip_folder",
@@ -35,6 +37,7 @@ _ROOMS = {
     "TorchgeoData": "torchgeo_data",
     "check_data": "check",
     "read_chip_folder": "folder",
+    "sample_scene": "sample",
     "simulated_data": "simulated",
     "touching_chips": "leakage",
     "write_chip_folder": "folder",

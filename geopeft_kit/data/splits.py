@@ -90,7 +90,7 @@ def resolve_split(
     if buffer_m or not own:
         result = set_aside(index, result, buffer_m)
     if split != "index" and not (result == "val").any() and val_fraction:
-        result = draw_validation(index, result, val_fraction, seed)
+        result = draw_validation(index, result, val_fraction, seed, buffer_m)
     return result
 
 
@@ -176,12 +176,17 @@ def random_split(index: gpd.GeoDataFrame, fraction: float, seed: int) -> pd.Seri
 
 
 def draw_validation(
-    index: gpd.GeoDataFrame, split: pd.Series, fraction: float, seed: int
+    index: gpd.GeoDataFrame,
+    split: pd.Series,
+    fraction: float,
+    seed: int,
+    buffer_m: float = 0.0,
 ) -> pd.Series:
     """Turn a share of the "train" rows into "val", scene by scene.
 
     Chips with the same `scene`, or whose footprints touch, stay together. The share is
-    taken from each region, so that validation sees all of them.
+    taken from each region, so that validation sees all of them. If all training chips
+    are one scene, an area of it validates, see `validation_area`.
     """
     rows = np.flatnonzero((split == "train").to_numpy())
     train = index.iloc[rows]
@@ -199,13 +204,51 @@ def draw_validation(
     if not len(val):  # every region is one block: take whole blocks of all of them
         val = _choose_blocks(blocks, np.arange(len(blocks)), fraction, rng)
     if not len(val):
-        raise ValueError(
-            f"no validation chips can be drawn: the {len(rows)} training chips touch "
-            "each other or are one scene. Give the folder its own split lists and use "
-            "split='index', pass val_fraction=0, or ask for split='random'."
-        )
+        return validation_area(index, split, fraction, seed, buffer_m)
     result = split.copy()
     result.iloc[rows[val]] = "val"
+    return result
+
+
+def validation_area(
+    index: gpd.GeoDataFrame,
+    split: pd.Series,
+    fraction: float,
+    seed: int,
+    buffer_m: float = 0.0,
+) -> pd.Series:
+    """Turn one compact area of a single scene into "val".
+
+    The area is one of 1 / `fraction` clusters of near chips. Training chips that touch
+    it, or are within the buffer, are "unused"; a warning counts them.
+
+    Raises:
+        ValueError: Chips have no place, or no training chip would be left.
+    """
+    train = index[split == "train"]
+    problem = ValueError(
+        f"no validation chips can be drawn: the {len(train)} training chips touch each "
+        "other or are one scene. Give the folder its own split lists and use "
+        "split='index', pass val_fraction=0, or ask for split='random'."
+    )
+    areas = max(2, round(1 / fraction))
+    if train.geometry.isna().any() or len(train) < 2 * areas:
+        raise problem
+    inside = group_chips(train, "cluster", areas, seed)
+    inside = inside == draw_groups(inside, 1 / areas, seed)[0]
+    held_out = pd.Series(np.where(inside, "test", "train"), train.index)
+    near = train["chip"].isin(touching_chips(train, held_out, buffer_m)["train"])
+    if (inside | near).all():
+        raise problem
+    warnings.warn(
+        f"the training chips are one scene, so an area of it validates: {inside.sum()} "
+        f"chips; {near.sum()} training chips that touch it or are within "
+        f"{buffer_m:g} m are set aside, {(~(inside | near)).sum()} are left.",
+        stacklevel=2,
+    )
+    result = split.copy()
+    result[train.index[near]] = "unused"
+    result[train.index[inside]] = "val"
     return result
 
 
