@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from geopeft_kit.inference import predict_scene
     from geopeft_kit.map_layers import MapLayer, Raster, chip_layers
     from geopeft_kit.maps import save_map, show_map
-    from geopeft_kit.methods import attach, list_methods, load_adapter
+    from geopeft_kit.methods import attach, combine, list_methods, load_adapter
     from geopeft_kit.model import build_model
     from geopeft_kit.places import fetch_scene, predict_place
     from geopeft_kit.pretraining import pretrain
@@ -64,6 +64,7 @@ __all__ = [
     "build_model",
     "check_data",
     "chip_layers",
+    "combine",
     "compare",
     "estimate_memory",
     "evaluate",
@@ -110,7 +111,7 @@ _ROOMS = {
     "geo_aware": ("pretrain_geo_aware",),
     "inference": ("predict_scene",),
     "maps": ("save_map", "show_map"),
-    "methods": ("attach", "list_methods", "load_adapter"),
+    "methods": ("attach", "combine", "list_methods", "load_adapter"),
     "model": ("build_model",),
     "map_layers": ("MapLayer", "Raster", "chip_layers"),
     "places": ("fetch_scene", "predict_place"),

@@ -173,7 +173,7 @@ def test_a_saved_adapter_gives_the_same_maps(kind: str, row: Row, tmp_path) -> N
     expected = output(backbone)
     folder = adapter.save(tmp_path / "adapter")
     on_disk = sum(path.stat().st_size for path in folder.iterdir())
-    assert on_disk <= adapter.num_bytes + 20_000
+    assert on_disk <= adapter.num_bytes + 30_000
 
     other = make(kind, row.load)
     torch.manual_seed(99)  # a random start must not matter

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, TypeVar, cast
 from torch import Tensor, nn
 
 from geopeft_kit.backbones.base import Backbone
+from geopeft_kit.devices import device_of
 from geopeft_kit.methods.replacement import Replacement, Replacements, tensors_of
 from geopeft_kit.plots.colours import add_method_colour
 
@@ -125,6 +126,8 @@ class Method(ABC):
     learning_rate: ClassVar[float | None]
     needs: ClassVar[str] = "any backbone"
     note: ClassVar[str] = ""
+    linear: ClassVar[bool] = False
+    """True where the change of the weights is linear in the trained tensors."""
 
     @abstractmethod
     def build(self, backbone: Backbone, blocks: Blocks) -> Replacements:
@@ -161,6 +164,41 @@ class Method(ABC):
         for leaf, (holder, attribute) in replacement.tensors.items():
             yield getattr(original, leaf), getattr(holder, attribute)
 
+    def joint_config(self, configs: Sequence[Config]) -> Options:
+        """Return the config of the weighted sum of several adapters of this method.
+
+        Raises:
+            ValueError: Their sum is no adapter of this method.
+        """
+        if not self.linear:
+            able = [m.name for m in all_methods() if m.linear or m.name == "lora"]
+            raise ValueError(
+                f"{self.name!r} adapters cannot be combined: the sum of their changes "
+                f"is not an adapter of this method. Methods that combine: "
+                f"{', '.join(able)}."
+            )
+        check_equal(configs)
+        return dict(configs[0])
+
+    def join(
+        self,
+        start: Mapping[str, Tensor],
+        parts: Sequence[tuple[Config, Mapping[str, Tensor]]],
+        weights: Sequence[float],
+    ) -> dict[str, Tensor]:
+        """Return the tensors of a weighted sum: start + sum of w (tensor - start).
+
+        `start` are those of an untrained adapter; `parts` are configs and tensors.
+        """
+        return {
+            name: first
+            + sum(
+                weight * (tensors[name] - first)
+                for weight, (_, tensors) in zip(weights, parts, strict=True)
+            )
+            for name, first in start.items()
+        }
+
     def packed(self, replacements: Replacements) -> dict[str, Tensor]:
         """Return name -> tensor as `save` writes them: here, all as they are."""
         return tensors_of(replacements)
@@ -195,11 +233,7 @@ class Method(ABC):
     @classmethod
     def parameters(cls) -> dict[str, tuple[str, Any]]:
         """Option -> (type in words, default), read from the signature of `build`."""
-        return {
-            p.name: (inspect.formatannotation(p.annotation).strip("'"), p.default)
-            for p in inspect.signature(cls.build).parameters.values()
-            if p.kind is inspect.Parameter.KEYWORD_ONLY
-        }
+        return _keywords(cls.build)
 
     @classmethod
     def options(cls) -> dict[str, str]:
@@ -229,6 +263,27 @@ class Method(ABC):
             options=self.options(),
             reason=self.why_not,
         )
+
+
+class BlockMethod(Method):
+    """A method that treats every block alike; options are those of `in_block`."""
+
+    @abstractmethod
+    def in_block(self, backbone: Backbone, path: str, block: Any) -> Replacements:
+        """Make the substitutes for one block; new tensors are made on its device."""
+
+    def build(self, backbone: Backbone, blocks: Blocks, **options: Any) -> Replacements:
+        """Make the substitutes block by block."""
+        replacements: Replacements = []
+        for path, block in blocks:
+            with device_of(block):
+                replacements += self.in_block(backbone, path, block, **options)
+        return replacements
+
+    @classmethod
+    def parameters(cls) -> dict[str, tuple[str, Any]]:
+        """Option -> (type in words, default), read from the signature of `in_block`."""
+        return _keywords(cls.in_block)
 
 
 METHODS: dict[str, Method] = {}
@@ -262,6 +317,25 @@ def register(kind: Kind) -> Kind:
 def all_methods() -> list[Method]:
     """Return every method, family by family."""
     return sorted(METHODS.values(), key=lambda method: FAMILIES.index(method.family))
+
+
+def check_equal(configs: Sequence[Config], apart_from: Sequence[str] = ()) -> None:
+    """Refuse to combine adapters whose configs differ in other options than these."""
+    for name in set(configs[0]) - set(apart_from):
+        values = [config[name] for config in configs]
+        if any(value != values[0] for value in values):
+            raise ValueError(
+                f"Adapters to combine need the same {name}; they have {values}."
+            )
+
+
+def _keywords(function: Callable[..., Any]) -> dict[str, tuple[str, Any]]:
+    """Keyword-only argument -> (type in words, default)."""
+    return {
+        p.name: (inspect.formatannotation(p.annotation).strip("'"), p.default)
+        for p in inspect.signature(function).parameters.values()
+        if p.kind is inspect.Parameter.KEYWORD_ONLY
+    }
 
 
 def select_blocks(blocks: Sequence[Block], layers: Layers) -> list[Block]:

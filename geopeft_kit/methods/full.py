@@ -23,6 +23,7 @@ class Frozen(Method):
     trained = "nothing in the backbone; the decoder on top alone"
     count_formula = "0"
     mergeable = True
+    linear = True
     identity_at_start = True
     learning_rate = None
 
@@ -46,6 +47,7 @@ class Full(Method):
     trained = "all parameters; batch-norm statistics move"
     count_formula = "all"
     mergeable = True
+    linear = True
     identity_at_start = True
     # The 15 full runs of the PEFT study (arXiv 2504.17397, its released settings) chose
     # 2.2e-5 to 9.9e-4, larger models the smaller ones.
@@ -74,6 +76,7 @@ class LastBlocks(Method):
     trained = "all parameters of the last `number` blocks"
     count_formula = "number * block (plain ViT block: 12D^2 + 13D)"
     mergeable = True
+    linear = True
     identity_at_start = True
     learning_rate = 1e-4  # as full; ours
 

@@ -33,6 +33,7 @@ class ChosenParameters(Method):
 
     family = "existing weights"
     mergeable = True
+    linear = True
     identity_at_start = True
     missing: ClassVar[str]
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from geopeft_kit.backbones.base import Backbone, TokenGrid
-from geopeft_kit.methods.base import Method
+from geopeft_kit.methods.base import BlockMethod
 from geopeft_kit.methods.block_parts import no_mlp, norms_behind
 
 
@@ -67,7 +67,7 @@ class SwinBlock(nn.Module):
         return x + block.drop_path2(block.mlp(block.norm2(x)))
 
 
-class OnTokenGrids(Method):
+class OnTokenGrids(BlockMethod):
     """What Convpass and Mona need."""
 
     family = "adapters"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geopeft_kit.backbones.base import Backbone
-from geopeft_kit.devices import device_of
-from geopeft_kit.methods.base import Blocks, register
+from geopeft_kit.methods.base import Method, register
 from geopeft_kit.methods.block_parts import (
     beside_mlp_branch,
     channels_first,
@@ -154,9 +154,11 @@ class QuantisedBottleneck(nn.Module):
         return x.movedim(-1, self.channel_axis)
 
 
-class QuantisedMethod(BottleneckMethod):
+class QuantisedMethod(Method):
     """What methods with quantised layers share: they are stored packed."""
 
+    family = "adapters"
+    mergeable = False
     identity_at_start = False
     learning_rate = 1e-3  # the paper's, for Bi-AdaptFormer
 
@@ -184,7 +186,7 @@ class QuantisedMethod(BottleneckMethod):
 
 
 @register
-class QuantisedAdapter(QuantisedMethod):
+class QuantisedAdapter(QuantisedMethod, BottleneckMethod):
     """Bi-AdaptFormer: x + MLP(LN x) + s * Up(dropout(ReLU(Down x))), without biases.
 
     It has the place and the input of `adaptformer`. Stored: ceil(b D h / 8) + 8 bytes
@@ -202,10 +204,11 @@ class QuantisedAdapter(QuantisedMethod):
     count_formula = "2Dh per block; ceil(2bDh/8) + 16 bytes"
     note = "1 to 8 bits, stored packed"
 
-    def build(
+    def in_block(
         self,
         backbone: Backbone,
-        blocks: Blocks,
+        path: str,
+        block: Any,
         *,
         width: int = 32,
         bits: int = 1,
@@ -223,15 +226,11 @@ class QuantisedAdapter(QuantisedMethod):
         check_whole("width", width)
         check_above_zero("scale", scale)
         check_share("dropout", dropout)
-        replacements = []
-        for path, block in blocks:
-            first = channels_first(block)
-            with device_of(block):
-                adapter = QuantisedBottleneck(
-                    channels_of(block), width, bits, scale, dropout, first
-                )
-            replacements += beside_mlp_branch(backbone, (path, block), adapter)
-        return replacements
+        first = channels_first(block)
+        adapter = QuantisedBottleneck(
+            channels_of(block), width, bits, scale, dropout, first
+        )
+        return beside_mlp_branch(backbone, (path, block), adapter)
 
 
 def start_small(layer: QuantisedLinear) -> QuantisedLinear:

@@ -65,6 +65,7 @@ class ScaleShiftFeatures(Method):
     trained = "one scale and one shift per output channel of every layer"
     count_formula = "22D per ViT block + 4D (patch embedding, final norm)"
     mergeable = True
+    linear = True
     identity_at_start = True
     learning_rate = 1e-3  # ours
     needs = "any backbone whose norms have one gain per channel"

@@ -9,6 +9,7 @@ weight. Taught in notebook 03.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -133,6 +134,12 @@ def inject(
                 # Master weights of a half-precision backbone's adapter are in float32.
                 child._apply(_at_least_float32)
     return wrapped
+
+
+@functools.cache
+def mixed(mixin: type, kind: type) -> type:
+    """Return peft's class of a layer with some of its methods replaced."""
+    return type(f"{mixin.__name__}{kind.__name__}", (mixin, kind), {})
 
 
 def slot(number: int) -> str:

@@ -7,6 +7,7 @@ more overrides `inject`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -83,6 +84,7 @@ class PeftMethod(Method):
         config: Name of the configuration class in `peft`.
         own: The options besides `targets`.
         fixed: Further fields of the configuration, the same in every adapter.
+        tuner: Name of the tuner in `peft`, where the layers share tensors.
     """
 
     family = "low rank"
@@ -93,6 +95,7 @@ class PeftMethod(Method):
     config: ClassVar[str]
     own: ClassVar[Mapping[str, Option]] = {}
     fixed: ClassVar[Mapping[str, Any]] = {}
+    tuner: ClassVar[str | None] = None
 
     @classmethod
     def parameters(cls) -> dict[str, tuple[str, Any]]:
@@ -137,13 +140,19 @@ class PeftMethod(Method):
 
     def inject(self, targets: Targets, fields: Options, values: Config) -> Wrapped:
         """Wrap the targets; `fields` are those of the configuration."""
-        return wrap(targets, self.configuration(**fields))
+        import peft
+
+        tuner = None if self.tuner is None else getattr(peft, self.tuner)
+        return wrap(targets, self.configuration(**fields), inject_with=tuner)
 
     def configuration(self, **fields: Any) -> Any:
         """Make peft's configuration."""
         import peft
 
-        return getattr(peft, self.config)(**fields)
+        with warnings.catch_warnings():
+            # random matrices are drawn from a seed, and not saved on purpose
+            warnings.filterwarnings("ignore", ".*to not save .*within the state dict.*")
+            return getattr(peft, self.config)(**fields)
 
     def folded(self, replacement: Replacement) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield each frozen tensor, or its q, k, v rows, and the merged values."""

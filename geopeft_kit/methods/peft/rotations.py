@@ -9,7 +9,6 @@ permutation matrix per factor and layer.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from geopeft_kit.backbones.base import Backbone
 from geopeft_kit.methods.base import Config, Options, register
 from geopeft_kit.methods.checks import check_whole
-from geopeft_kit.methods.peft.layers import ADAPTER, PeftLayer, Wrapped, wrap
+from geopeft_kit.methods.peft.layers import ADAPTER, PeftLayer, Wrapped, mixed, wrap
 from geopeft_kit.methods.peft.method import Option, PeftMethod
 from geopeft_kit.methods.targets import Target, Targets, find_targets
 
@@ -98,7 +97,7 @@ class Oft(Rotation):
     def refine(self, layer: PeftLayer) -> PeftLayer:
         """Let a Linear take inputs with any leading axes."""
         if isinstance(layer.get_base_layer(), nn.Linear):
-            layer.__class__ = _mixed(FlattenedOft, layer.__class__)
+            layer.__class__ = mixed(FlattenedOft, layer.__class__)
         return layer
 
 
@@ -133,7 +132,7 @@ class Boft(Rotation):
 
     def refine(self, layer: PeftLayer) -> PeftLayer:
         """Let the layer compute its product in plain PyTorch."""
-        layer.__class__ = _mixed(PlainButterfly, layer.__class__)
+        layer.__class__ = mixed(PlainButterfly, layer.__class__)
         order = layer.boft_P.argmax(-1)  # (m, in, in) -> (m, in)
         layer.boft_P = order.to(layer.get_base_layer().weight.device)
         return layer
@@ -188,11 +187,6 @@ class PlainButterfly:
         if isinstance(base, nn.Linear):
             return F.linear(x, weight.to(x.dtype), bias)
         return base._conv_forward(x, weight.to(x.dtype), bias)
-
-
-@functools.cache
-def _mixed(mixin: type, kind: type) -> type:
-    return type(f"{mixin.__name__}{kind.__name__}", (mixin, kind), {})
 
 
 @contextmanager
