@@ -14,9 +14,9 @@ import geopeft_kit as gk
 from geopeft_kit.backbones import Backbone
 from geopeft_kit.methods import Adapter
 from geopeft_kit.methods.adapter import attachments_of
-from geopeft_kit.methods.base import METHODS
+from geopeft_kit.methods.base import combining
 
-COMBINE = [name for name, method in METHODS.items() if method.linear] + ["lora"]
+COMBINE = combining()
 
 
 def two(name: str, backbone: Backbone, *options: dict[str, Any]) -> list[Adapter]:

@@ -21,7 +21,8 @@ COLUMNS = {
     "resnet": "ResNet",
 }
 # Kinds of layer that the tests' small networks lack, and the page's have.
-LARGER_ONLY = {"vera": "convnext", "fourierft": "convnext", "oft": "resnet"}
+LINEAR_ONLY = ("vera", "fourierft", "randlora", "shira", "delora")
+LARGER_ONLY = dict.fromkeys(LINEAR_ONLY, "convnext") | {"oft": "resnet"}
 
 
 @pytest.fixture(scope="module")

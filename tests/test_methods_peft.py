@@ -53,7 +53,7 @@ def peft_twin(name: str, model: nn.Module, paths: list[str]) -> None:
         ),
         "randlora": lambda: peft.RandLoraConfig(
             r=8,
-            randlora_alpha=16,
+            randlora_alpha=1,
             projection_prng_key=3,
             save_projection=False,
             sparse=True,
@@ -81,7 +81,7 @@ PARITY: list[tuple[str, dict[str, Any], str]] = [
     ("adalora", {"rank": 2, "start_rank": 3, "alpha": 5}, "resnet"),
     ("vera", {"rank": 8, "seed": 3}, "fused"),
     ("vera", {"rank": 8, "seed": 3}, "mambaout_femto"),
-    ("randlora", {"rank": 8, "alpha": 16, "seed": 3}, "fused"),
+    ("randlora", {"rank": 8, "alpha": 1, "seed": 3}, "fused"),
     ("shira", {"rank": 3, "seed": 3}, "fused"),
     ("shira", {"rank": 3, "seed": 3}, "split"),
     ("delora", {"rank": 3, "bound": 5}, "fused"),

@@ -1,4 +1,4 @@
-"""What stands between a backbone's feature maps and a decoder.
+"""Between a backbone's feature maps and a decoder: standardisation and the pyramid.
 
 `Standardise` gives every channel mean 0 and spread 1, `Pyramid` turns the four
 equally sized maps of a plain ViT into the four scales that a UNet or UPerNet

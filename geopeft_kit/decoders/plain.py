@@ -47,13 +47,6 @@ class LinearDecoder(Decoder):
     With `all_scales` each map paints its own patches and the paintings add up: still
     one linear map, with ``D_i * s_i * s_i * K`` weights more for each finer map.
 
-    Args:
-        channels: channels of the backbone's four maps.
-        strides: their strides, pixels.
-        outputs: output channels K.
-        dropout: chance of a feature to be zeroed in front of the head.
-        all_scales: read all four maps.
-
     Source: the linear decoder of all main tables in arXiv 2504.17397; `all_scales` is
     ours.
     """
@@ -93,18 +86,11 @@ class FCNDecoder(Decoder):
 
     A block is: transposed convolution (x2), 3x3 convolution, normalisation, GELU. With
     `all_scales` each finer map is added by a 1x1 convolution where its stride is
-    reached, as in the paper's skips, and there are blocks enough to reach them all.
+    reached, as in the paper's skips, and there are enough blocks to reach them all.
 
-    Args:
-        channels: channels of the backbone's four maps.
-        strides: their strides, pixels.
-        outputs: output channels K.
-        width: channels of every block.
-        steps: number of blocks; at most log2(stride) are built, the rest of the way to
-            pixels is bilinear. The PEFT study used 4 of width 512; 2 of width 256 cost
-            a small fraction of the memory.
-        dropout: chance of a feature to be zeroed in front of the head.
-        all_scales: read all four maps; their strides must be powers of 2 apart.
+    `width` is the channels of a block. Of `steps` blocks at most log2(stride) are
+    built; the rest of the way to pixels is bilinear. The PEFT study used 4 of width
+    512; 2 of width 256 cost a small fraction of the memory.
 
     Source: after FCN (Long et al. 2015, arXiv 1411.4038), in the form of the PEFT study
     (arXiv 2504.17397).

@@ -113,11 +113,7 @@ class Adapter:
             self.method.unpack(self._replacements, stored)
 
     def training_rule(self, total_steps: int) -> TrainingRule | None:
-        """Return what training needs besides gradient steps; None for most methods.
-
-        Args:
-            total_steps: Optimiser steps of the whole run.
-        """
+        """What a run of `total_steps` needs besides gradients; mostly None."""
         self._check("training_rule")
         return self.method.training_rule(self._replacements, self.config, total_steps)
 
@@ -316,8 +312,7 @@ class Adapter:
 def original_backbone(backbone: Backbone) -> Iterator[dict[str, bool]]:
     """Deactivate the active adapter; an error inside brings everything back.
 
-    Yields:
-        Parameter name -> requires_grad flag of the backbone.
+    Yields parameter name -> requires_grad flag of the backbone.
     """
     active = _active(backbone)
     if active is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -133,7 +133,7 @@ class Method(ABC):
     def build(self, backbone: Backbone, blocks: Blocks) -> Replacements:
         """Make the substitutes for the chosen blocks, without touching the backbone.
 
-        No adapter is active at this moment. Replacements are swapped in in order.
+        No adapter is active at this moment. The order is that of swapping in.
         """
 
     def why_not(self, backbone: Backbone) -> str | None:
@@ -153,10 +153,7 @@ class Method(ABC):
         return self.mergeable
 
     def folded(self, replacement: Replacement) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (original tensor, the values that merging writes into it).
-
-        This default serves methods that train copies of existing tensors.
-        """
+        """Yield (original tensor, the values that merging writes): here, of copies."""
         original = replacement.original
         if isinstance(original, Tensor):
             yield original, cast(Tensor, replacement.substitute)
@@ -165,17 +162,12 @@ class Method(ABC):
             yield getattr(original, leaf), getattr(holder, attribute)
 
     def joint_config(self, configs: Sequence[Config]) -> Options:
-        """Return the config of the weighted sum of several adapters of this method.
-
-        Raises:
-            ValueError: Their sum is no adapter of this method.
-        """
+        """Return the config of a weighted sum of adapters, or say why there is none."""
         if not self.linear:
-            able = [m.name for m in all_methods() if m.linear or m.name == "lora"]
             raise ValueError(
                 f"{self.name!r} adapters cannot be combined: the sum of their changes "
                 f"is not an adapter of this method. Methods that combine: "
-                f"{', '.join(able)}."
+                f"{', '.join(combining())}."
             )
         check_equal(configs)
         return dict(configs[0])
@@ -209,20 +201,12 @@ class Method(ABC):
             tensor.copy_(stored[name])
 
     def training_rule(
-        self,
-        replacements: Replacements,
-        config: Config,
-        total_steps: int,
+        self, replacements: Replacements, config: Config, total_steps: int
     ) -> TrainingRule | None:
         """Return what training needs besides gradient steps; None for most methods."""
         return None
 
-    def export(
-        self,
-        replacements: Replacements,
-        config: Config,
-        folder: Path,
-    ) -> None:
+    def export(self, replacements: Replacements, config: Config, folder: Path) -> None:
         """Write the adapter in another library's format."""
         raise ValueError(
             f"{self.name!r} has no format that another library reads. Methods that "
@@ -248,21 +232,8 @@ class Method(ABC):
 
     def card(self) -> MethodCard:
         """Return the method's card."""
-        return MethodCard(
-            name=self.name,
-            title=self.title,
-            family=self.family,
-            paper=self.paper,
-            trained=self.trained,
-            count_formula=self.count_formula,
-            mergeable=self.mergeable,
-            identity_at_start=self.identity_at_start,
-            learning_rate=self.learning_rate,
-            needs=self.needs,
-            note=self.note,
-            options=self.options(),
-            reason=self.why_not,
-        )
+        facts = {f.name: getattr(self, f.name) for f in fields(MethodCard)[:-2]}
+        return MethodCard(**facts, options=self.options(), reason=self.why_not)
 
 
 class BlockMethod(Method):
@@ -296,9 +267,6 @@ def register(kind: Kind) -> Kind:
     """Class decorator: give a method its place in `list_methods` and its colour.
 
     Running a cell or module again replaces its own method.
-
-    Raises:
-        ValueError: The family is unknown, or another class has the name.
     """
     name, old = kind.name, METHODS.get(kind.name)
     if kind.family not in FAMILIES:
@@ -338,16 +306,13 @@ def _keywords(function: Callable[..., Any]) -> dict[str, tuple[str, Any]]:
     }
 
 
+def combining() -> list[str]:
+    """Names of the methods whose adapters add up; LoRA's do because ranks can grow."""
+    return [m.name for m in all_methods() if m.linear or m.name == "lora"]
+
+
 def select_blocks(blocks: Sequence[Block], layers: Layers) -> list[Block]:
-    """Choose blocks: "all", "last:k", or a list of numbers counted from 0.
-
-    Returns:
-        The chosen blocks, in the order of the backbone.
-
-    Raises:
-        ValueError: An unknown word, an empty, repeated or out-of-range choice.
-        TypeError: Neither a word nor whole numbers.
-    """
+    """Choose blocks, in the backbone's order: "all", "last:k", or numbers from 0."""
     count = len(blocks)
     allowed = f'"all", "last:k" with k from 1 to {count}, or a list of 0..{count - 1}'
     if isinstance(layers, str):

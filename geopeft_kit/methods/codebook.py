@@ -27,14 +27,10 @@ def levels_for_normal(bits: int) -> tuple[float, ...]:
     """Return the 2^b levels with the smallest expected absolute error on N(0, 1).
 
     A cell ends half-way between two levels, t_j = (v_j + v_(j+1)) / 2, and each level
-    is the *median* of its cell: 2 Phi(v_j) = Phi(t_(j-1)) + Phi(t_j), with 0 and 1 at
-    the two ends. The paper's code updates levels and cells in turn, 500 times; 8 bits
-    are then far from the end (outermost level 2.81, here 3.79). Ours starts from the
-    density that is best for many levels, N(0, 2), does ten such rounds, and then solves
-    the same equations with Newton's method.
-
-    Returns:
-        The levels, rising; symmetric about 0.
+    is the *median* of its cell: 2 Phi(v_j) = Phi(t_(j-1)) + Phi(t_j). The paper's code
+    updates both in turn, 500 times, which at 8 bits is far from the solution (outermost
+    level 2.81, here 3.79). Ours starts from N(0, 2), the best density for many levels,
+    and ends with Newton's method.
     """
     count = 2**bits
     places = torch.arange(count, dtype=torch.float64, device="cpu").add(0.5) / count
@@ -59,8 +55,7 @@ def thresholds_between(levels: Tensor) -> Tensor:
 def expected_error(bits: int) -> float:
     """Return the expected distance of a number from N(0, 1) to its nearest level.
 
-    In a cell from a to b with the median v the integral of abs(n - v) is
-    2 density(v) - density(a) - density(b).
+    A cell from a to b with median v has 2 density(v) - density(a) - density(b) of it.
     """
     levels = torch.tensor(levels_for_normal(bits), dtype=torch.float64, device="cpu")
     ends = F.pad(_density(thresholds_between(levels)), (1, 1))  # (K + 1,)
@@ -68,10 +63,7 @@ def expected_error(bits: int) -> float:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Put n codes of b bits, any shape, into (ceil(n b / 8),) uint8.
-
-    Each byte holds 8 / b codes, the first in the lowest bits.
-    """
+    """Put n codes of b bits into (ceil(n b / 8),) uint8, the first in the low bits."""
     each = 8 // bits
     flat = F.pad(codes.flatten(), (0, -codes.numel() % each))
     shifts = torch.arange(each, device=codes.device) * bits

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from geopeft_kit.backbones.base import Backbone, TokenGrid
 from geopeft_kit.methods.base import register
 from geopeft_kit.methods.block_parts import (
+    OnGrid,
+    OnTokenGrids,
+    SwinBlock,
     adapted,
     channels_of,
     norms_behind,
@@ -25,7 +28,6 @@ from geopeft_kit.methods.checks import (
     check_share,
     check_whole,
 )
-from geopeft_kit.methods.on_grid import OnGrid, OnTokenGrids, SwinBlock
 from geopeft_kit.methods.replacement import Replacement, Replacements, trained_in
 
 

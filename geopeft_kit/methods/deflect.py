@@ -65,13 +65,11 @@ class Deflect(Method):
        additive s + rho |s| n, or polar, |s| (cos(theta) s/|s| + sin(theta) n_orth).
     4. Bound: rho = rho_max tanh(g), theta = theta_max tanh(g), g = 0 at the start.
 
-    `stage` says how far to go, for ablations (ours; each keeps all above it):
+    `stage` says how far to go, for ablations (ours):
 
-    - "embedding": no block is touched; zP + g zA once, before the first block. Leaves
-      out 2 to 4. Trains the embedding and one scalar.
-    - "attention": in each block, s + g a. Leaves out 3 and 4: no V and U, no bound.
-    - "unbounded": s + g U ReLU(V a), or in polar form the angle theta = g. Leaves
-      out 4.
+    - "embedding", 1 alone: zP + g zA once, before the first block.
+    - "attention", 1 and 2: in each block, s + g a.
+    - "unbounded", 1 to 3: s + g U ReLU(V a), or in polar form the angle theta = g.
     - "bounded": everything.
 
     With g = 0, only g receives a gradient in the first step; the rest moves from the

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from geopeft_kit.backbones.base import Backbone
-from geopeft_kit.methods.base import Blocks, Method
+from geopeft_kit.methods.base import Blocks, Method, register
 from geopeft_kit.methods.replacement import Replacement, Replacements
 
 Chooser = Callable[[nn.Module, str], bool]
@@ -155,3 +155,47 @@ def _modules_below(
     """Yield (dotted path, module) of the roots and all below them."""
     for root in roots:
         yield from model.get_submodule(root).named_modules(prefix=root)
+
+
+@register
+class Bias(ChosenParameters):
+    """All bias terms: of the blocks, the patch embedding and the final norm.
+
+    The bias of a batch norm counts as one; its statistics stay.
+    """
+
+    name = "bias"
+    title = "Bias tuning (BitFit)"
+    paper = "Ben Zaken et al. 2022, BitFit, arXiv 2106.10199"
+    trained = "every bias"
+    count_formula = "11D per ViT block + 2D (patch embedding, final norm)"
+    learning_rate = 1e-3  # ours; biases bear a larger rate than weights
+    needs = "any backbone with biases"
+    note = "BitFit"
+    missing = "it has no bias terms"
+
+    def chooses(self, module: nn.Module, name: str) -> bool:
+        """Choose by the parameter's name."""
+        return name == "bias" or name.endswith("_bias")
+
+
+@register
+class Norm(ChosenParameters):
+    """Weight and bias of every normalisation layer, the final one included.
+
+    Running statistics of a batch norm stay: it computes with the frozen ones, in
+    training too.
+    """
+
+    name = "norm"
+    title = "Norm tuning"
+    paper = "Basu et al. 2024, LayerNorm tuning, arXiv 2304.01917"
+    trained = "weight and bias of every normalisation layer"
+    count_formula = "4D per ViT block + 2D (final norm)"
+    learning_rate = 1e-3  # ours
+    needs = "any backbone with affine normalisation layers"
+    missing = "it has no normalisation layer with a weight or bias"
+
+    def chooses(self, module: nn.Module, name: str) -> bool:
+        """Choose by the class's name: LayerNorm, BatchNormAct2d, RmsNorm, ..."""
+        return "norm" in type(module).__name__.lower()

@@ -13,9 +13,14 @@ from torch import Tensor, nn
 
 from geopeft_kit.backbones.base import Backbone, TokenGrid
 from geopeft_kit.methods.base import register
-from geopeft_kit.methods.block_parts import add_to_mlp_branch, channels_of
+from geopeft_kit.methods.block_parts import (
+    OnGrid,
+    OnTokenGrids,
+    SwinBlock,
+    add_to_mlp_branch,
+    channels_of,
+)
 from geopeft_kit.methods.checks import check_share, check_whole
-from geopeft_kit.methods.on_grid import OnGrid, OnTokenGrids, SwinBlock
 from geopeft_kit.methods.replacement import Replacement, Replacements, trained_in
 
 

@@ -43,15 +43,13 @@ class QuantisedLinear(nn.Module):
 
         n = (w - mean) / (std + 1e-5),   w_b = level nearest to n * std + mean,
 
-    mean and unbiased std being those of all entries of w. Gradients pass through the
-    rounding as if it were not there (straight-through), and through mean and std. With
-    32 bits it is an ordinary linear layer without bias.
+    mean and unbiased std over all entries. Gradients pass the rounding unchanged
+    (straight-through). With 32 bits it is an ordinary linear layer.
 
-    A file holds a code per weight, mean and std, which restore the outputs exactly. A
-    loaded layer takes level * (std + 1e-5) + mean as its latent weight. The mean and
-    std of *that* are a little different, so `anchor` keeps both pairs, and the layer
-    works with stored + (own - own at loading). These are the stored ones until the
-    weight changes, and they stay trainable. The anchor is ours.
+    A file holds a code per weight, mean and std. A loaded layer takes level * (std +
+    1e-5) + mean as its latent weight, whose own mean and std differ a little. So
+    `anchor` (ours) keeps both pairs, and the layer works with stored + (own - own at
+    loading): exact until the weight changes, and trainable.
     """
 
     levels: Tensor

@@ -20,12 +20,12 @@ from geopeft_kit.devices import device_of
 from geopeft_kit.methods.base import Blocks, Method, Options, register
 from geopeft_kit.methods.checks import check_above_zero, check_whole
 from geopeft_kit.methods.replacement import Replacement, Replacements, trained_in
-from geopeft_kit.methods.shared_tokens import SharedTokens
 from geopeft_kit.methods.side_network import (
     Extractor,
     FourScales,
     Injector,
     InteractingBlock,
+    SharedTokens,
     SpatialPrior,
 )
 
@@ -67,8 +67,7 @@ class VitAdapter(Method):
     )
     mergeable = False
     identity_at_start = False
-    # The median of the study's five runs, 2.6e-4 to 9.7e-4.
-    learning_rate = 7e-4
+    learning_rate = 7e-4  # median of the study's five runs, 2.6e-4 to 9.7e-4
     needs = "plain ViTs whose patch size divides 32"
 
     def why_not(self, backbone: Backbone) -> str | None:
@@ -160,11 +159,7 @@ class VitAdapter(Method):
 
 
 def cut(blocks: int, groups: int) -> list[range]:
-    """Cut blocks into groups as evenly as the four maps of a ViT are taken.
-
-    Raises:
-        ValueError: There are fewer blocks than groups.
-    """
+    """Cut blocks into groups as evenly as the four maps of a ViT are taken."""
     if groups > blocks:
         raise ValueError(
             f"interactions={groups}, and there are {blocks} blocks: each interaction "

@@ -126,17 +126,8 @@ class Lora(PeftMethod):
             joined[name] = torch.cat(factors, dim=int(name.endswith("lora_B")))
         return joined
 
-    def export(
-        self,
-        replacements: Replacements,
-        config: Config,
-        folder: Path,
-    ) -> None:
-        """Write `adapter_config.json` and `adapter_model.safetensors` of peft.
-
-        Raises:
-            ValueError: The adapter starts from a changed copy of the frozen weights.
-        """
+    def export(self, replacements: Replacements, config: Config, folder: Path) -> None:
+        """Write peft's files, unless the start changed a copy of the frozen weights."""
         init = config.get("init", "default")
         if init in SHIFTING:
             raise ValueError(

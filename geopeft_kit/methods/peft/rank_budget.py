@@ -69,10 +69,7 @@ class AdaLora(PeftMethod):
         return super().inject(targets, fields, values)
 
     def training_rule(
-        self,
-        replacements: Replacements,
-        config: Config,
-        total_steps: int,
+        self, replacements: Replacements, config: Config, total_steps: int
     ) -> RankBudget:
         """Return the pruning of one run."""
         return RankBudget(replacements, config, total_steps)
@@ -86,10 +83,7 @@ class RankBudget(TrainingRule):
     """
 
     def __init__(
-        self,
-        replacements: Replacements,
-        config: Config,
-        total_steps: int,
+        self, replacements: Replacements, config: Config, total_steps: int
     ) -> None:
         from peft import AdaLoraConfig
         from peft.tuners.adalora.layer import RankAllocator
