@@ -15,7 +15,7 @@ import torch
 import geopeft_kit as gk
 from geopeft_kit.backbones import Backbone
 from geopeft_kit.methods import MethodCard
-from geopeft_kit.methods.base import FAMILIES, combining
+from geopeft_kit.methods.base import FAMILIES, combining, linear_only
 
 PAGE = Path(__file__).with_name("methods.md")
 CHEATSHEET = PAGE.with_name("cheatsheet.md")
@@ -90,8 +90,7 @@ of {combining}.
 {serves}
 Asked of {asked}.
 Smaller relatives have fewer kinds of layer: ConvNeXt atto to nano have no Linear layers
-(`vera`, `fourierft`, `randlora`, `shira`, `delora`), ResNet-18 and -34 no 1x1
-convolutions (`oft`).
+({linear_only}), ResNet-18 and -34 no 1x1 convolutions (`oft`).
 
 Where it says no, this is the reason that `attach` gives:
 
@@ -110,6 +109,7 @@ def page() -> str:
     text = TEXT.format(
         methods=method_table(cards),
         combining=", ".join(f"`{name}`" for name in combining()),
+        linear_only=", ".join(f"`{name}`" for name in linear_only()),
         serves=serving_table(refusals),
         asked=", ".join(f"`{name}`" for name in ARCHITECTURES.values()),
         reasons=reason_list(refusals),

@@ -77,24 +77,16 @@ def test_round_trip(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    "name", ["timm:convnext_atto", "timm:resnet10t", "galileo_nano"]
-)
-@pytest.mark.parametrize("method", ["full", "norm", "lora"])
-def test_round_trip_on_other_architectures(
-    tmp_path: Path, name: str, method: str
-) -> None:
-    backbone = make(name)
-    adapter = gk.attach(backbone, method)
-    stir(adapter)
-    backbone.train()(torch.rand(2, len(backbone.bands), 64, 64))  # statistics move
+def test_statistics_that_moved_are_saved(tmp_path: Path) -> None:
+    backbone, other = make("timm:resnet10t"), make("timm:resnet10t")
+    adapter = gk.attach(backbone, "full")
+    backbone.train()(torch.rand(2, len(backbone.bands), 64, 64))
     backbone.eval()
-    expected = output(backbone)
     folder = adapter.save(tmp_path / "adapter")
-    other = make(name)
+    frozen = output(other)
     gk.load_adapter(other, folder)
-    assert torch.equal(output(other), expected)
-    assert folder_size(folder) <= adapter.num_bytes + 30_000
+    assert torch.equal(output(other), output(backbone))
+    assert not torch.allclose(output(other), frozen, atol=1e-3)
 
 
 def test_the_description_is_readable(saved: Path) -> None:
@@ -337,20 +329,6 @@ def test_a_full_disk_leaves_nothing_half_written(
 
 # --- other processes, and plain peft ------------------------------------------------
 
-LOAD_HERE = """
-import sys, torch
-import geopeft_kit as gk
-folder, result = sys.argv[1:]
-torch.manual_seed(0)
-backbone = gk.load_backbone("geopeft_tiny", weights=None).eval()
-gk.load_adapter(backbone, folder)
-generator = torch.Generator().manual_seed(1)
-image = torch.rand(2, 6, 16, 16, generator=generator)
-with torch.no_grad():
-    out = torch.cat([m.flatten() for m in backbone(image)])
-torch.save(out, result)
-"""
-
 PLAIN_PEFT = """
 import sys, timm, torch
 from peft import PeftModel
@@ -377,16 +355,6 @@ def elsewhere(code: str, *arguments: Path) -> Tensor:
     )
     assert done.returncode == 0, done.stderr
     return torch.load(arguments[-1], weights_only=True)
-
-
-@pytest.mark.slow
-def test_another_process_computes_the_same(tmp_path: Path) -> None:
-    backbone = make()
-    adapter = gk.attach(backbone, "lora", rank=2)
-    stir(adapter)
-    adapter.save(tmp_path / "adapter")
-    found = elsewhere(LOAD_HERE, tmp_path / "adapter", tmp_path / "out.pt")
-    assert torch.equal(found, output(backbone))
 
 
 def plain_timm() -> nn.Module:
@@ -554,6 +522,11 @@ def test_peft_folders_that_cannot_be_read_say_why(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             gk.load_adapter(backbone, tmp_path)
     path.write_text(json.dumps(config))
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    key = "base_model.model.blocks.0.mlp.fc1.lora_B.bias"
+    save_file(tensors | {key: torch.ones(768)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="Variants with others cannot be read"):
+        gk.load_adapter(backbone, tmp_path)
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
     with pytest.raises(FileNotFoundError, match="Pickled files"):
         gk.load_adapter(backbone, tmp_path)

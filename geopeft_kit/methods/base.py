@@ -128,6 +128,8 @@ class Method(ABC):
     note: ClassVar[str] = ""
     linear: ClassVar[bool] = False
     """True where the change of the weights is linear in the trained tensors."""
+    kinds: ClassVar[tuple[type[nn.Module], ...]] = ()
+    """Types of layer it works on, where it takes `targets`."""
 
     @abstractmethod
     def build(self, backbone: Backbone, blocks: Blocks) -> Replacements:
@@ -309,6 +311,11 @@ def _keywords(function: Callable[..., Any]) -> dict[str, tuple[str, Any]]:
 def combining() -> list[str]:
     """Names of the methods whose adapters add up; LoRA's do because ranks can grow."""
     return [m.name for m in all_methods() if m.linear or m.name == "lora"]
+
+
+def linear_only() -> list[str]:
+    """Names of the methods that serve no convolutions."""
+    return [m.name for m in all_methods() if m.kinds == (nn.Linear,)]
 
 
 def select_blocks(blocks: Sequence[Block], layers: Layers) -> list[Block]:

@@ -196,7 +196,7 @@ class OnTokenGrids(BlockMethod):
     def why_not(self, backbone: Backbone) -> str | None:
         if backbone.layout not in ("vit", "swin"):
             return (
-                "it stands beside or behind attention, and the layout "
+                "it works beside or behind attention, and the layout "
                 f"{backbone.layout!r} has none"
             )
         return no_mlp(backbone)

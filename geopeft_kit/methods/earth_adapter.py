@@ -79,12 +79,10 @@ class EarthAdapter(BlockMethod):
     """A bottleneck after each block; in some blocks one each for low and high as well.
 
     The frequencies are those of the token grid. Blocks without frequency bands have one
-    bottleneck and no router. The paper chooses the blocks per data set: its released
-    settings take the first or last 3 or 6 of 24. The default here, the first quarter of
-    the chosen blocks, is ours. With three bands in every block a ViT-L at width 24 has
-    3,688,224 numbers, as the authors' code allocates, and with six such blocks
-    1,825,674. How the layers start is not stated; torch's own start gives the first
-    update the size that it has in the authors' code.
+    bottleneck and no router. The paper chooses the blocks per data set (the first or
+    last 3 or 6 of 24); our default is the first quarter of the chosen blocks. How the
+    layers start is not stated; torch's own start gives the first update the size that
+    it has in the authors' code.
     """
 
     name = "earth_adapter"

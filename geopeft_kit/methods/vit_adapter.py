@@ -40,13 +40,11 @@ class VitAdapter(Method):
     row. The injectors start at zero, so the ViT's tokens start unchanged; the maps that
     leave are the side network's, so the output does not.
 
-    Stated by the study: 4 interactions, 64 channels of the prior, 4 points. As we know
-    the authors' released settings for ViT-B and ViT-L, not confirmed on our sheets:
-    D/64 heads, values of D/2, a network of D/4, three extractors at the end. Ours:
-    group normalisation of the same size instead of synchronised batch normalisation
-    (nothing to freeze, alike for one image and many); all bands of the image are read,
-    also those that the patch embedding ignores; the final norm and the class token of
-    the ViT stay; no stochastic depth.
+    Stated by the study: 4 interactions, 64 channels of the prior, 4 points. Not
+    confirmed, from memory of the authors' settings for ViT-B and ViT-L: D/64 heads,
+    values of D/2, a network of D/4, three extractors at the end. Ours: group instead of
+    synchronised batch normalisation; all bands of the image are read, also those that
+    the patch embedding ignores; no stochastic depth.
 
     `build_model` has to come after `attach`: the four scales change the decoder.
     """

@@ -135,13 +135,18 @@ def _by_layer(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     left_out = []
     for key, value in state.items():
         path, _, kind = key.removesuffix(".weight").rpartition(".")
-        if kind in ("lora_A", "lora_B", "lora_magnitude_vector"):
+        if "lora_" in key:
             layers.setdefault(path.removeprefix(PREFIX), {})[kind] = value
         else:
             left_out.append(key)
-    pairs = [{"lora_A", "lora_B"} <= set(kinds) for kinds in layers.values()]
-    if not pairs or not all(pairs):
-        raise ValueError(f"lora_A or lora_B is missing; there are {list(state)}.")
+    for path, found in layers.items():
+        if set(found) - {"lora_magnitude_vector"} != {"lora_A", "lora_B"}:
+            raise ValueError(
+                f"{path} has the tensors {sorted(found)}; plain LoRA has lora_A and "
+                "lora_B. Variants with others cannot be read."
+            )
+    if not layers:
+        raise ValueError(f"The file holds no LoRA tensors; it has {list(state)}.")
     if left_out:
         warnings.warn(f"Left out, as no part of a LoRA: {left_out}.", stacklevel=4)
     return layers
