@@ -22,10 +22,9 @@ from geopeft_kit.decoders.neck import group_norm
 class PatchTranspose2d(nn.ConvTranspose2d):
     """A transposed convolution whose patches do not overlap: kernel and stride agree.
 
-    For it PyTorch takes oneDNN on a CPU, whose forward took 3 to 25 times as long as
-    PyTorch's own kernel on one x86-64 core (maps of 5 x 9 to 32 x 32 tokens, width 64
-    to 768, stride 4 to 16; at 32 the two are about equal). The bits were the same, but
-    for the last ones at width 768. A probe takes hundreds of such steps.
+    On a CPU PyTorch takes oneDNN, whose forward took 3 to 25 times as long as PyTorch's
+    own kernel (one x86-64 core, maps of 5 x 9 to 32 x 32, width 64 to 768, stride 4 to
+    16). The bits were the same, except the last ones at width 768.
     """
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:

@@ -62,9 +62,8 @@ def attach(
 ) -> Adapter:
     """Put a PEFT method on a backbone and make it the active one.
 
-    The backbone is frozen and the adapter that was active steps aside; it stays
-    attached. An error leaves the backbone exactly as it was. Random starts come from
-    torch's global generator; call `torch.manual_seed` first to make them repeatable.
+    The backbone is frozen, and the adapter that was active steps aside. An error leaves
+    the backbone as it was. Call `torch.manual_seed` first to repeat a random start.
 
     Args:
         backbone: From `load_backbone`.

@@ -158,10 +158,8 @@ class Adapter:
         The backbone then computes the same with no adapter. It has other weights, and
         with them another `weights_hash()`: adapters saved before do not load on it.
 
-        Raises:
-            ValueError: The method cannot be folded.
-            RuntimeError: Other adapters are attached; they were made for the weights
-                that this would change.
+        Raises ValueError if the method cannot be folded, RuntimeError if other adapters
+        are attached, which were made for the weights that this would change.
         """
         self._check()
         if not self.mergeable:

@@ -266,10 +266,7 @@ Kind = TypeVar("Kind", bound=type[Method])
 
 
 def register(kind: Kind) -> Kind:
-    """Class decorator: give a method its place in `list_methods` and its colour.
-
-    Running a cell or module again replaces its own method.
-    """
+    """Class decorator: give a method its place in `list_methods` and its colour."""
     name, old = kind.name, METHODS.get(kind.name)
     if kind.family not in FAMILIES:
         raise ValueError(
@@ -277,6 +274,7 @@ def register(kind: Kind) -> Kind:
             f"{', '.join(FAMILIES)}."
         )
     home = (kind.__module__, kind.__qualname__)
+    # running a cell or module again replaces its own method
     if old and home != (type(old).__module__, type(old).__qualname__):
         raise ValueError(f"The name {name!r} belongs to {type(old)}. Choose another.")
     METHODS[name] = kind()

@@ -88,10 +88,8 @@ class ConvAdapter(BlockMethod):
     ) -> Replacements:
         """Put an adapter beside each spatial convolution.
 
-        Args:
-            reduction: g; a divisor of all channel counts.
-            kernel_size: Side of the grouped convolution, odd; None for that of the
-                convolution beside it.
+        `reduction` is g, a divisor of all channel counts; `kernel_size` is that of the
+        grouped convolution, odd, or None for that of the convolution beside it.
         """
         check_whole("reduction", reduction)
         if kernel_size is not None:

@@ -102,14 +102,7 @@ class Convpass(OnTokenGrids):
         scale: float = 1.0,
         dropout: float = 0.1,
     ) -> Replacements:
-        """Put a bypass beside attention and MLP.
-
-        Args:
-            width: Channels h in the middle.
-            kernel_size: Side of the convolution, odd.
-            scale: Factor on the bypass.
-            dropout: Rate before the last Linear.
-        """
+        """Put a bypass, times `scale`, beside attention and MLP; h is `width`."""
         check_whole("width", width)
         check_odd("kernel_size", kernel_size)
         check_above_zero("scale", scale)

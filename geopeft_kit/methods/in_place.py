@@ -27,16 +27,13 @@ class ChosenParameters(Method):
     """Trains copies of the parameters that `chooses` picks.
 
     Where `layers` is not "all", only those inside the blocks.
-
-    Attributes:
-        missing: Why a network without such parameters is refused.
     """
 
     family = "existing weights"
     mergeable = True
     linear = True
     identity_at_start = True
-    missing: ClassVar[str]
+    missing: ClassVar[str]  # why a network without such parameters is refused
 
     def chooses(self, module: nn.Module, name: str) -> bool:
         """Return whether a module's own parameter of this name trains."""
@@ -273,11 +270,7 @@ class LastBlocks(Method):
     def build(
         self, backbone: Backbone, blocks: Blocks, *, number: int = 2
     ) -> Replacements:
-        """Copy every parameter and buffer of the last blocks.
-
-        Raises:
-            ValueError: `number` is not between 1 and the number of blocks.
-        """
+        """Copy every parameter and buffer of the last `number` blocks."""
         check_whole("number", number)
         if number > len(backbone.blocks):
             raise ValueError(

@@ -109,12 +109,7 @@ class Mona(OnTokenGrids):
         width: int = 64,
         dropout: float = 0.1,
     ) -> Replacements:
-        """Put an adapter behind each of a block's two sums.
-
-        Args:
-            width: Channels in the middle.
-            dropout: Rate before the last Linear.
-        """
+        """Put an adapter of `width` channels behind each of a block's two sums."""
         check_whole("width", width)
         check_share("dropout", dropout)
         first, second = (

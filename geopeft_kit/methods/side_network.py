@@ -1,9 +1,5 @@
 """The small convolutional network that a ViT-Adapter adds to a frozen ViT.
 
-`SpatialPrior` makes four maps of the image, `InteractingBlock` lets a block of the ViT
-and the maps read from each other, `FourScales` returns the maps. `vit_adapter.py` puts
-them in place.
-
 Source: Chen et al. 2023, Vision Transformer Adapter for Dense Predictions, ICLR, arXiv
 2205.08534, section 3.
 """

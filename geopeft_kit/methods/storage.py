@@ -45,9 +45,6 @@ def write_adapter(
     """Write the fields of a `SavedAdapter`; an error leaves nothing half-written.
 
     The folder is made if needed; other files in it stay.
-
-    Raises:
-        OSError: The disk is full, or the place cannot be written.
     """
     from geopeft_kit import __version__
 

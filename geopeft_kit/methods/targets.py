@@ -54,9 +54,8 @@ def default_targets(
 
     Transformers get q, v, fc1, fc2 (as in the PEFT study, arXiv 2504.17397), networks
     with an MLP only (ConvNeXt) its fc1 and fc2, other ones their Linear layers and 1x1
-    convolutions (conv1 and conv3 of a ResNet-50 block, the projections of a state-space
-    block), and where a block has none (ResNet-18) all its ungrouped convolutions.
-    Shortcuts and squeeze-excite layers are left alone.
+    convolutions (ResNet-50, state-space blocks), and where a block has none (ResNet-18)
+    all its ungrouped convolutions. Shortcuts and squeeze-excite layers are left alone.
     """
     layers = _layers_of(blocks, kinds)
     known = {_short(name) for name in layers if _in_attention_or_mlp(name)}

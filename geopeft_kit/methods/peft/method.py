@@ -41,19 +41,12 @@ LINEAR = "networks with Linear layers in their blocks"
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a peft method.
+    """One option of a peft method."""
 
-    Attributes:
-        type: As the card shows it.
-        default: Its default.
-        field: The field of peft's configuration that takes the value.
-        check: (name, value) -> the value for that field, or an error.
-    """
-
-    type: str
+    type: str  # as the card shows it
     default: Any
-    field: str
-    check: Callable[[str, Any], Any]
+    field: str  # of peft's configuration
+    check: Callable[[str, Any], Any]  # (name, value) -> the field's value, or an error
 
 
 def rank(default: int) -> Option:
@@ -77,25 +70,17 @@ def seed(field: str) -> Option:
 
 
 class PeftMethod(Method):
-    """A method whose substitutes are layers of `peft`. Subclasses are rows.
-
-    Attributes:
-        kinds: Types of layer that the method's peft layers exist for.
-        config: Name of the configuration class in `peft`.
-        own: The options besides `targets`.
-        fixed: Further fields of the configuration, the same in every adapter.
-        tuner: Name of the tuner in `peft`, where the layers share tensors.
-    """
+    """A method whose substitutes are layers of `peft`. Subclasses are rows."""
 
     family = "low rank"
     mergeable = True
     identity_at_start = True
     needs = "networks with Linear or ungrouped Conv2d layers in their blocks"
-    kinds: ClassVar[Kinds] = LINEAR_CONV2D
-    config: ClassVar[str]
-    own: ClassVar[Mapping[str, Option]] = {}
-    fixed: ClassVar[Mapping[str, Any]] = {}
-    tuner: ClassVar[str | None] = None
+    kinds: ClassVar[Kinds] = LINEAR_CONV2D  # that peft has layers of the method for
+    config: ClassVar[str]  # name of the configuration class in peft
+    own: ClassVar[Mapping[str, Option]] = {}  # options besides `targets`
+    fixed: ClassVar[Mapping[str, Any]] = {}  # the same fields in every adapter
+    tuner: ClassVar[str | None] = None  # name in peft, where layers share tensors
 
     @classmethod
     def parameters(cls) -> dict[str, tuple[str, Any]]:

@@ -30,16 +30,11 @@ def _block_size(name: str, value: Any) -> int | None:
 
 
 class Rotation(PeftMethod):
-    """What both share: layers are wrapped in groups of one block size.
-
-    Attributes:
-        usual: The largest block size, in channels, that is chosen by default.
-        size_field: The field of peft's configuration that takes the block size.
-    """
+    """What both share: layers are wrapped in groups of one block size."""
 
     learning_rate = 1e-3  # ours
-    usual: ClassVar[int]
-    size_field: ClassVar[str]
+    usual: ClassVar[int]  # largest block size, in channels, that is chosen by default
+    size_field: ClassVar[str]  # of peft's configuration, for the block size
 
     def inject(self, targets: Targets, fields: Options, values: Config) -> Wrapped:
         """Let peft wrap each group with the configuration of its block size."""
@@ -148,14 +143,9 @@ class FlattenedOft:
 
 
 class PlainButterfly:
-    """Mixed into peft's BOFT layers: the product in plain PyTorch, on any device.
+    """Mixed into peft's BOFT layers: the product in plain PyTorch, on any device."""
 
-    Attributes:
-        boft_P: (m, in) whole numbers: the order of the channels for each factor, where
-            peft has permutation matrices (m, in, in).
-    """
-
-    boft_P: Tensor
+    boft_P: Tensor  # (m, in) order of channels, where peft has matrices (m, in, in)
     boft_R: Any
     boft_s: Any
     cayley_batch: Any
