@@ -493,7 +493,9 @@ def test_an_export_comes_back(tmp_path: Path) -> None:
     adapter.export(tmp_path)
     loaded = gk.load_adapter(other, tmp_path)
     assert (loaded.name, loaded.config["rank"]) == ("lora", 4)
+    adapter.save(tmp_path)  # beside the export: the kit's own files count
     torch.testing.assert_close(output(other), output(backbone), atol=1e-5, rtol=1e-5)
+    assert gk.load_adapter(other, tmp_path).config == adapter.config
 
 
 def test_peft_folders_of_a_whole_model_load_without_its_head(tmp_path: Path) -> None:
@@ -515,7 +517,7 @@ def test_peft_folders_that_cannot_be_read_say_why(tmp_path: Path) -> None:
     config = json.loads(path.read_text())
     changes = {
         "init_lora_weights='pissa'": {"init_lora_weights": "pissa"},
-        "holds a IA3": {"peft_type": "IA3"},
+        "peft_type=IA3": {"peft_type": "IA3"},
     }
     for message, change in changes.items():
         path.write_text(json.dumps(config | change))

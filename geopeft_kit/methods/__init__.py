@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from geopeft_kit.backbones.base import Backbone
+from geopeft_kit.devices import device_of, moved
 from geopeft_kit.methods.adapter import (
     Adapter,
     original_backbone,
@@ -156,7 +157,8 @@ def combine(
             "adapters is needed."
         )
     first = adapters[0]
-    parts = [(adapter.config, adapter.tensors()) for adapter in adapters]
+    here = device_of(first.backbone)  # tensors of inactive adapters may be elsewhere
+    parts = [(a.config, moved(a.tensors(), here)) for a in adapters]
     config = first.method.joint_config([adapter.config for adapter in adapters])
     with original_backbone(first.backbone) as flags, torch.no_grad():
         joint = _build(first.backbone, first.name, config)

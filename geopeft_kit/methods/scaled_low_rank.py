@@ -136,11 +136,10 @@ class ScaledLowRankAdapters(Method):
     and fc2 of a ConvNeXt block. A layer without a bias gets none (ours): there is no
     place to fold it into. The linear form starts at the frozen network and merges.
 
-    With `patch_embedding`, the patch embedding is adapted too. Then the start is not
-    the frozen network. A backbone loaded with new_bands="ignore" has bands that it does
-    not read, and this adapter reads them all (`all_bands`): that is ours. The authors
-    tile the pretrained kernels where the number of bands is a multiple of three and
-    drop them otherwise; here bands have names, and each kernel keeps its band.
+    With `patch_embedding`, the patch embedding is adapted too, and the start is not the
+    frozen network. On a backbone loaded with new_bands="ignore", this adapter reads all
+    bands (`all_bands`). That is ours: the authors tile the pretrained kernels where the
+    number of bands is a multiple of three and drop them otherwise.
     """
 
     name = "slr"

@@ -105,10 +105,7 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
             f"{description['sha256'][:12]}. Copy the folder again, or save the adapter "
             "again."
         )
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}.") from error
+    tensors = read_tensors(path)
     if description["format"] == 1:
         tensors = _from_flat_arrays(tensors, description.get("tensors", []), path)
     return SavedAdapter(
@@ -117,6 +114,14 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
         backbone=description["backbone"],
         tensors=tensors,
     )
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}.") from error
 
 
 def _read_description(path: Path) -> dict[str, Any]:

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from geopeft_kit.backbones.base import Backbone
 from geopeft_kit.files import whole_file
 from geopeft_kit.methods.peft.layers import ADAPTER, FusedProjection, PeftLayer
+from geopeft_kit.methods.storage import DESCRIPTION, read_tensors
 from geopeft_kit.methods.targets import available_targets
 
 CONFIG, STATE = "adapter_config.json", "adapter_model.safetensors"
@@ -48,8 +49,9 @@ def write_peft_files(layers: Mapping[str, PeftLayer], folder: Path) -> None:
 
 
 def is_peft_folder(folder: str | Path) -> bool:
-    """True for a folder that `peft` wrote."""
-    return (Path(folder) / CONFIG).is_file()
+    """True for a folder that `peft` wrote, and not the kit as well."""
+    folder = Path(folder)
+    return (folder / CONFIG).is_file() and not (folder / DESCRIPTION).exists()
 
 
 def read_peft_files(
@@ -102,10 +104,11 @@ def _read_config(folder: Path) -> Any:
     from peft import PeftConfig
 
     config: Any = PeftConfig.from_pretrained(str(folder))
-    if str(config.peft_type.value) != "LORA":
+    kind = getattr(config.peft_type, "value", None)
+    if kind != "LORA":
         raise ValueError(
-            f"{folder} holds a {config.peft_type.value} adapter; of peft's own folders "
-            "LoRA and DoRA can be read. Attach the kit's method of that name instead."
+            f"{folder} holds an adapter of peft_type={kind}; of peft's folders only "
+            "those of LoRA and DoRA can be read."
         )
     start = config.init_lora_weights
     changes_base = isinstance(start, str) and start.split("_")[0] not in UNCHANGED
@@ -126,7 +129,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
             f"{path} does not exist (the folder holds {found}). Pickled files (.bin) "
             "are not read; save the adapter again with safe_serialization=True."
         )
-    return load_file(path)
+    return read_tensors(path)
 
 
 def _by_layer(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
