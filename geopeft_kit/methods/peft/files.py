@@ -68,7 +68,7 @@ def read_peft_files(
     ranks = {path: state["lora_A"].shape[0] for path, state in layers.items()}
     scales = {path: _scale(config, path, ranks[path]) for path in layers}
     scale, rank = next(iter(scales.values())), max(ranks.values())
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for path, state in layers.items():
         state["lora_B"] = state["lora_B"] * (scales[path] / scale)
         tensors |= {f"{paths[path]}.{kind}": value for kind, value in state.items()}
