@@ -15,7 +15,7 @@ import torch
 import geopeft_kit as gk
 from geopeft_kit.backbones import Backbone
 from geopeft_kit.methods import MethodCard
-from geopeft_kit.methods.base import FAMILIES
+from geopeft_kit.methods.base import FAMILIES, combining, linear_only
 
 PAGE = Path(__file__).with_name("methods.md")
 CHEATSHEET = PAGE.with_name("cheatsheet.md")
@@ -81,15 +81,16 @@ does not fit, and which do.
 
 D width, L blocks, r rank, h bottleneck width, n prompts. "Identity at start" and
 "mergeable" are meant for the default options. An adapter says what holds for its own:
-`adapter.identity_at_start`, `adapter.mergeable`.
+`adapter.identity_at_start`, `adapter.mergeable`. `gk.combine` adds up several adapters
+of {combining}.
 
 {methods}
 ## Which method serves which architecture
 
 {serves}
 Asked of {asked}.
-Smaller relatives have fewer kinds of layer: ConvNeXt atto to nano no Linear layers
-(`vera`, `fourierft`), ResNet-18 and -34 no 1x1 convolutions (`oft`).
+Smaller relatives have fewer kinds of layer: ConvNeXt atto to nano have no Linear layers
+({linear_only}), ResNet-18 and -34 no 1x1 convolutions (`oft`).
 
 Where it says no, this is the reason that `attach` gives:
 
@@ -107,6 +108,8 @@ def page() -> str:
     refusals = {card.name: refused(card, backbones) for card in cards}
     text = TEXT.format(
         methods=method_table(cards),
+        combining=", ".join(f"`{name}`" for name in combining()),
+        linear_only=", ".join(f"`{name}`" for name in linear_only()),
         serves=serving_table(refusals),
         asked=", ".join(f"`{name}`" for name in ARCHITECTURES.values()),
         reasons=reason_list(refusals),

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from geopeft_kit.maps import MapLayer, Raster, chip_layers, save_map, show_map
     from geopeft_kit.maps.exports import export_prediction
     from geopeft_kit.maps.places import fetch_scene, predict_place
-    from geopeft_kit.methods import attach, list_methods, load_adapter
+    from geopeft_kit.methods import attach, combine, list_methods, load_adapter
     from geopeft_kit.model import build_model
     from geopeft_kit.pretraining import pretrain
     from geopeft_kit.saved_model import load_model, save_model
@@ -64,6 +64,7 @@ __all__ = [
     "build_model",
     "check_data",
     "chip_layers",
+    "combine",
     "compare",
     "estimate_memory",
     "evaluate",
@@ -112,7 +113,7 @@ _ROOMS = {
     "maps": ("MapLayer", "Raster", "chip_layers", "save_map", "show_map"),
     "maps.exports": ("export_prediction",),
     "maps.places": ("fetch_scene", "predict_place"),
-    "methods": ("attach", "list_methods", "load_adapter"),
+    "methods": ("attach", "combine", "list_methods", "load_adapter"),
     "model": ("build_model",),
     "pretraining": ("pretrain",),
     "saved_model": ("load_model", "save_model"),

@@ -139,6 +139,13 @@ def load_backbone() -> None:
     torch.testing.assert_close(network.reflectance(units), image())
 
 
+def combine() -> None:
+    network = backbone().to(GPU)
+    adapters = [gk.attach(network, "lora", rank=rank) for rank in (1, 2)]
+    gk.combine(adapters)
+    answers_everywhere(network, image())
+
+
 def load_adapter() -> None:
     trained().backbone.adapter.save(FOLDER / "adapter")
     other = backbone().to(GPU)
@@ -247,6 +254,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "attach": lambda: gk.attach(backbone().to(GPU), "lora").backbone(image()),
     "build_model": build_model,
     "chip_layers": layers,
+    "combine": combine,
     "compare": compare,
     "estimate_memory": lambda: gk.estimate_memory(trained()),
     "evaluate": lambda: gk.evaluate(trained(), data()),

@@ -61,6 +61,7 @@ ROWS = [
     Row("norm"),
     Row("ia3"),
     Row("ssf"),
+    Row("apla", {"rows": 4}, ("fused", "split", "swin")),
     # low rank and relatives, from Hugging Face peft
     Row("lora", {"rank": 2}),
     Row("dora", {"rank": 2}),
@@ -74,6 +75,9 @@ ROWS = [
     Row("boft"),
     Row("boft", {"block_size": 4, "factors": 2}),
     Row("fourierft", {"frequencies": 20}, ("fused", "split", "swin")),
+    Row("randlora", {"rank": 8, "alpha": 8}, ("fused", "split", "swin")),
+    Row("shira", {"rank": 2}, ("fused", "split", "swin")),
+    Row("delora", {"rank": 2}, ("fused", "split", "swin")),
     # ours
     Row("slr", {"rank": 2}, WITH_MLP),
     Row("slr", {"rank": 2, "patch_embedding": True}, ("fused", "swin")),

@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from method_table import output, stir
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -21,15 +24,9 @@ from geopeft_kit.files import hash_of
 from geopeft_kit.methods import storage
 
 METHODS: list[tuple[str, dict[str, Any]]] = [
-    ("frozen", {}),
-    ("full", {}),
-    ("last_blocks", {"number": 1}),
-    ("bias", {}),
     ("norm", {"layers": "last:2"}),
     ("lora", {"rank": 3, "alpha": 5, "layers": [0, 3], "targets": ("q", "k", "fc2")}),
     ("lora", {"rank": 2, "init": "pissa"}),
-    ("dora", {"rank": 2}),
-    ("vpt", {"tokens": 3}),
     ("vpt", {"tokens": 3, "deep": False, "layers": [1, 2]}),
 ]
 
@@ -43,22 +40,6 @@ def _made(name: str) -> Backbone:
 def make(name: str = "geopeft_tiny") -> Backbone:
     """The same small backbone every time; drawing random weights is the slow part."""
     return copy.deepcopy(_made(name))
-
-
-def output(backbone: Backbone) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    size = 2 * max(backbone.strides)
-    image = torch.rand(1, len(backbone.bands), size, size, generator=generator)
-    with torch.no_grad():
-        return torch.cat([m.flatten() for m in backbone(image)])
-
-
-def stir(adapter: Any) -> None:
-    """Move every trained tensor away from its start."""
-    generator = torch.Generator().manual_seed(2)
-    for parameter in adapter.parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        parameter.data.add_(0.05 * noise)
 
 
 def folder_size(folder: Path) -> int:
@@ -89,31 +70,23 @@ def test_round_trip(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
     assert torch.equal(output(other), expected)
     assert loaded.config == adapter.config
     assert loaded.num_parameters == adapter.num_parameters
-    assert folder_size(folder) <= adapter.num_bytes + 20_000
+    assert folder_size(folder) <= adapter.num_bytes + 30_000
     assert sorted(p.name for p in folder.iterdir()) == [
         "adapter.json",
         "adapter.safetensors",
     ]
 
 
-@pytest.mark.parametrize(
-    "name", ["timm:convnext_atto", "timm:resnet10t", "galileo_nano"]
-)
-@pytest.mark.parametrize("method", ["full", "norm", "lora"])
-def test_round_trip_on_other_architectures(
-    tmp_path: Path, name: str, method: str
-) -> None:
-    backbone = make(name)
-    adapter = gk.attach(backbone, method)
-    stir(adapter)
-    backbone.train()(torch.rand(2, len(backbone.bands), 64, 64))  # statistics move
+def test_statistics_that_moved_are_saved(tmp_path: Path) -> None:
+    backbone, other = make("timm:resnet10t"), make("timm:resnet10t")
+    adapter = gk.attach(backbone, "full")
+    backbone.train()(torch.rand(2, len(backbone.bands), 64, 64))
     backbone.eval()
-    expected = output(backbone)
     folder = adapter.save(tmp_path / "adapter")
-    other = make(name)
+    frozen = output(other)
     gk.load_adapter(other, folder)
-    assert torch.equal(output(other), expected)
-    assert folder_size(folder) <= adapter.num_bytes + 20_000
+    assert torch.equal(output(other), output(backbone))
+    assert not torch.allclose(output(other), frozen, atol=1e-3)
 
 
 def test_the_description_is_readable(saved: Path) -> None:
@@ -124,23 +97,22 @@ def test_the_description_is_readable(saved: Path) -> None:
     assert description["backbone"]["name"] == "geopeft_tiny"
     assert len(description["backbone"]["weights_hash"]) == 64
     assert description["geopeft_kit"] == gk.__version__
-    entry = next(e for e in description["tensors"] if "fc1.lora_A" in e["name"])
-    assert entry["name"] == "blocks.*.mlp.fc1.lora_A"
-    assert entry["shape"] == [2, 192]
-    assert entry["numbers"] == list("012345")
+    tensors = load_file(saved / "adapter.safetensors")
+    assert tensors["blocks.3.mlp.fc1.lora_A"].shape == (2, 192)
 
 
-def test_packing_keeps_names_shapes_types_and_values() -> None:
+def test_tensors_that_share_memory_and_of_all_types_are_written(tmp_path: Path) -> None:
+    shared = torch.randn(4, 3)
     tensors = {
-        "blocks.0.a": torch.randn(2, 3),
-        "blocks.1.a": torch.randn(2, 3),
-        "blocks.2.a": torch.randn(4, 3),  # the same pattern with another shape
-        "stages.0.blocks.10.fc1.weight": torch.randn(5).half(),
+        "blocks.0.a": shared,
+        "blocks.1.a": shared,
+        "blocks.2.a": shared.T,
+        "blocks.10.fc1.weight": torch.randn(5).half(),
         "count": torch.tensor(7),
-        "blocks.1.b.3": torch.randn(0, 2),
+        "empty": torch.randn(0, 2),
     }
-    arrays, index = storage._pack(tensors)
-    found = storage._unpack(arrays, json.loads(json.dumps(index)), Path("x"))
+    storage.write_adapter(tmp_path, "x", {}, {}, tensors)
+    found = storage.read_adapter(tmp_path).tensors
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype
@@ -151,7 +123,7 @@ OLD = Path(__file__).parent / "fixtures" / "old_adapters"  # written by version 
 
 
 @pytest.mark.parametrize("name", ["lora", "ia3", "boft", "quantised_adapter"])
-def test_adapters_of_an_older_version_load(name: str) -> None:
+def test_adapters_of_an_older_version_load(name: str, tmp_path: Path) -> None:
     backbone = gk.load_backbone("geopeft_tiny").eval()
     image = torch.linspace(0, 0.6, 6 * 32 * 32).view(1, 6, 32, 32)
     expected = torch.tensor(json.loads((OLD / "expected.json").read_text())[name])
@@ -162,6 +134,20 @@ def test_adapters_of_an_older_version_load(name: str) -> None:
     assert adapter.name == name
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     assert not torch.allclose(frozen, expected, atol=1e-3)
+    again = adapter.save(tmp_path / "new format")
+    assert storage.read_adapter(again).tensors.keys() == adapter.packed().keys()
+    for key, tensor in storage.read_adapter(OLD / name).tensors.items():
+        assert torch.equal(tensor, storage.read_adapter(again).tensors[key]), key
+
+
+@pytest.mark.parametrize("lines", [[], [{"name": "a", "shape": [9], "dtype": "x"}]])
+def test_an_index_of_format_1_that_does_not_fit_is_refused(
+    tmp_path: Path, lines: list[Any]
+) -> None:
+    folder = shutil.copytree(OLD / "lora", tmp_path / "lora")
+    edit(folder, tensors=lines)
+    with pytest.raises(ValueError, match=r"does not hold the tensors .*lists"):
+        storage.read_adapter(folder)
 
 
 def test_saving_again_replaces_and_keeps_other_files(saved: Path) -> None:
@@ -250,7 +236,7 @@ DAMAGE = {
         r"other weights.*a1a1a1a1a1a1, this backbone's is [0-9a-f]{12}",
     ),
     "method": (lambda f: edit(f, method="lorra"), "no method 'lorra'"),
-    "format": (lambda f: edit(f, format=9), "format 9.*reads format 1"),
+    "format": (lambda f: edit(f, format=9), "format 9.*reads formats 1 to 2"),
     "truncated tensors": (
         lambda f: truncate(f, "adapter.safetensors"),
         "adapter.safetensors is truncated or changed",
@@ -343,20 +329,6 @@ def test_a_full_disk_leaves_nothing_half_written(
 
 # --- other processes, and plain peft ------------------------------------------------
 
-LOAD_HERE = """
-import sys, torch
-import geopeft_kit as gk
-folder, result = sys.argv[1:]
-torch.manual_seed(0)
-backbone = gk.load_backbone("geopeft_tiny", weights=None).eval()
-gk.load_adapter(backbone, folder)
-generator = torch.Generator().manual_seed(1)
-image = torch.rand(1, 6, 16, 16, generator=generator)
-with torch.no_grad():
-    out = torch.cat([m.flatten() for m in backbone(image)])
-torch.save(out, result)
-"""
-
 PLAIN_PEFT = """
 import sys, timm, torch
 from peft import PeftModel
@@ -383,16 +355,6 @@ def elsewhere(code: str, *arguments: Path) -> Tensor:
     )
     assert done.returncode == 0, done.stderr
     return torch.load(arguments[-1], weights_only=True)
-
-
-@pytest.mark.slow
-def test_another_process_computes_the_same(tmp_path: Path) -> None:
-    backbone = make()
-    adapter = gk.attach(backbone, "lora", rank=2)
-    stir(adapter)
-    adapter.save(tmp_path / "adapter")
-    found = elsewhere(LOAD_HERE, tmp_path / "adapter", tmp_path / "out.pt")
-    assert torch.equal(found, output(backbone))
 
 
 def plain_timm() -> nn.Module:
@@ -466,6 +428,112 @@ def test_export_of_fused_q_and_v_has_blocks_and_zero_rows_for_k(tmp_path: Path) 
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert config["r"] == 4
     assert config["rank_pattern"] == {"blocks.0.mlp.fc1": 2}
+
+
+FOREIGN = {
+    "lora": {"r": 3, "lora_alpha": 5, "target_modules": ["qkv", "fc1"]},
+    "dora": {"r": 3, "target_modules": ["attn.proj", "fc2"], "use_dora": True},
+    "some blocks, several ranks and scales": {
+        "r": 3,
+        "target_modules": ["qkv", "fc2"],
+        "rank_pattern": {"fc2": 5},
+        "alpha_pattern": {"qkv": 9},
+        "use_rslora": True,
+        "layers_to_transform": [0, 3],
+        "layers_pattern": "blocks",
+    },
+}
+
+
+class Wrapper(nn.Module):
+    """Somebody's own model around the network."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.encoder = network
+        self.head = nn.Linear(192, 2)
+
+
+def foreign(folder: Path, config: dict[str, Any], wrap: bool = False) -> Backbone:
+    """Write an adapter with plain peft; return the backbone that computes with it."""
+    from peft import LoraConfig, get_peft_model
+
+    twin = make("timm:vit_tiny_patch16_224")
+    model: Any = Wrapper(twin.model) if wrap else twin.model
+    adapted = get_peft_model(model, LoraConfig(**config))
+    stir(SimpleNamespace(parameters=lambda: _trainable(adapted)))
+    adapted.save_pretrained(folder)
+    return twin
+
+
+def _trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("config", FOREIGN.values(), ids=FOREIGN)
+def test_a_plain_peft_folder_loads_and_is_saved_as_ours(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    twin = foreign(tmp_path / "theirs", config)
+    backbone = make("timm:vit_tiny_patch16_224")
+    adapter = gk.load_adapter(backbone, tmp_path / "theirs")
+    torch.testing.assert_close(output(backbone), output(twin), atol=1e-5, rtol=1e-5)
+    adapter.save(tmp_path / "ours")
+    other = make("timm:vit_tiny_patch16_224")
+    gk.load_adapter(other, tmp_path / "ours")
+    assert torch.equal(output(other), output(backbone))
+    adapter.merge()
+    torch.testing.assert_close(output(backbone), output(twin), atol=1e-4, rtol=1e-4)
+
+
+def test_an_export_comes_back(tmp_path: Path) -> None:
+    backbone, other = (make("timm:vit_tiny_patch16_224") for _ in range(2))
+    adapter = gk.attach(backbone, "lora", rank=2, targets=("q", "v", "fc1"))
+    stir(adapter)
+    adapter.export(tmp_path)
+    loaded = gk.load_adapter(other, tmp_path)
+    assert (loaded.name, loaded.config["rank"]) == ("lora", 4)
+    adapter.save(tmp_path)  # beside the export: the kit's own files count
+    torch.testing.assert_close(output(other), output(backbone), atol=1e-5, rtol=1e-5)
+    assert gk.load_adapter(other, tmp_path).config == adapter.config
+
+
+def test_peft_folders_of_a_whole_model_load_without_its_head(tmp_path: Path) -> None:
+    config = {"r": 2, "target_modules": ["fc1"], "modules_to_save": ["head"]}
+    twin = foreign(tmp_path, config, wrap=True)
+    backbone = make("timm:vit_tiny_patch16_224")
+    with pytest.warns(UserWarning, match=r"Left out.*head.weight"):
+        gk.load_adapter(backbone, tmp_path)
+    torch.testing.assert_close(output(backbone), output(twin), atol=1e-5, rtol=1e-5)
+
+
+def test_peft_folders_that_cannot_be_read_say_why(tmp_path: Path) -> None:
+    foreign(tmp_path, FOREIGN["lora"])
+    backbone = make("galileo_nano")
+    before = output(backbone)
+    with pytest.raises(ValueError, match=r"another network.*no layer .*qkv"):
+        gk.load_adapter(backbone, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+    changes = {
+        "init_lora_weights='pissa'": {"init_lora_weights": "pissa"},
+        "peft_type=IA3": {"peft_type": "IA3"},
+    }
+    for message, change in changes.items():
+        path.write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match=message):
+            gk.load_adapter(backbone, tmp_path)
+    path.write_text(json.dumps(config))
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    key = "base_model.model.blocks.0.mlp.fc1.lora_B.bias"
+    save_file(tensors | {key: torch.ones(768)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="Variants with others cannot be read"):
+        gk.load_adapter(backbone, tmp_path)
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(FileNotFoundError, match="Pickled files"):
+        gk.load_adapter(backbone, tmp_path)
+    assert torch.equal(output(backbone), before)
+    assert backbone.adapter is None
 
 
 @pytest.mark.slow

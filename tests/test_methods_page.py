@@ -11,6 +11,7 @@ from method_table import ROWS
 from notebook_tools import REPO
 
 import geopeft_kit as gk
+from geopeft_kit.methods.base import linear_only
 
 # The kind of backbone in the table of the tests -> the column of the page.
 COLUMNS = {
@@ -21,7 +22,7 @@ COLUMNS = {
     "resnet": "ResNet",
 }
 # Kinds of layer that the tests' small networks lack, and the page's have.
-LARGER_ONLY = {"vera": "convnext", "fourierft": "convnext", "oft": "resnet"}
+LARGER_ONLY = dict.fromkeys(linear_only(), "convnext") | {"oft": "resnet"}
 
 
 @pytest.fixture(scope="module")

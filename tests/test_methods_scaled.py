@@ -20,7 +20,7 @@ import geopeft_kit as gk
 from geopeft_kit.backbones import Backbone
 from geopeft_kit.backbones.base import TokenGrid
 from geopeft_kit.methods.earth_adapter import FrequencyAdapter, split_frequencies
-from geopeft_kit.methods.scaled_layers import factors, linear_form, patch_form
+from geopeft_kit.methods.scaled_low_rank import factors, linear_form, patch_form
 
 
 @pytest.fixture(scope="module")

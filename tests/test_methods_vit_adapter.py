@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import geopeft_kit as gk
 from geopeft_kit.decoders import build_decoder
 from geopeft_kit.methods.deformable import DeformableAttention, centres
-from geopeft_kit.methods.shared_tokens import SharedTokens
+from geopeft_kit.methods.side_network import SharedTokens
 from geopeft_kit.methods.vit_adapter import cut
 
 SMALL = SMALL_ROWS["vit_adapter"]

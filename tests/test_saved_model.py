@@ -143,7 +143,7 @@ def test_frozen_weights_are_not_saved(method: str, tmp_path: Path):
     assert names == {"model.json", "model.safetensors",
                      "adapter.json", "adapter.safetensors"}  # fmt: skip
     decoder = sum(p.numel() * p.element_size() for p in model.decoder.parameters())
-    assert size(folder) < model.backbone.adapter.num_bytes + decoder + 20_000
+    assert size(folder) < model.backbone.adapter.num_bytes + decoder + 30_000
 
 
 def test_without_a_method_nothing_but_trained_weights_is_saved(tmp_path: Path):

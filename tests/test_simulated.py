@@ -99,6 +99,9 @@ def test_shapes_types_and_ranges(scenes: dict[str, list[Scene]], name: str) -> N
             for key in ("green", "dry", "canopy", "soil", "impervious", "water")
         )
         np.testing.assert_allclose(shares, 1, atol=0.02)
+        assert not scene.labels["change"].any() and not scene.labels["burn"].any()
+        water = scene.labels["permanent_water"]
+        np.testing.assert_array_equal(scene.labels["flood"], water)
     assert len(set(pooled(scenes[name], lambda s: s.labels["land_cover"]))) >= 5
 
 
@@ -119,13 +122,10 @@ def test_same_arguments_same_arrays(event: str) -> None:
         assert abs(np.corrcoef(image[3].ravel(), first.image[3].ravel())[0, 1]) < 0.6
 
 
-@pytest.mark.parametrize("event", ["none", "burn"])
-def test_the_same_scene_in_any_bands(event: str) -> None:
-    six = simulate_scene("savanna", 3, 96, event=event)
-    twelve = simulate_scene("savanna", 3, 96, bands="sentinel2_l2a", event=event)
-    rgb = simulate_scene("savanna", 3, 96, bands=["RED", "GREEN", "BLUE"], event=event)
-    assert twelve.image.shape == (12, 96, 96) and rgb.bands == ("RED", "GREEN", "BLUE")
-    assert six.before is not None and twelve.before is not None
+def test_the_same_scene_in_any_bands() -> None:
+    six = simulate_scene("savanna", 3, 96, event="burn")
+    twelve = simulate_scene("savanna", 3, 96, bands="sentinel2_l2a", event="burn")
+    rgb = simulate_scene("savanna", 3, 96, bands=["RED", "GREEN", "BLUE"], event="burn")
     picked = [twelve.bands.index(name) for name in six.bands]
     np.testing.assert_allclose(twelve.image[picked], six.image, atol=1e-5)
     np.testing.assert_allclose(twelve.before[picked], six.before, atol=1e-5)
@@ -153,20 +153,6 @@ def test_materials_look_as_they_should(scenes, name: str) -> None:
     assert 0.001 < roads.mean() < 0.1
 
 
-def test_slopes_that_face_the_sun_are_brighter(scenes) -> None:
-    for scene in scenes["mediterranean"]:
-        azimuth = np.deg2rad(scene.scalars["sun_azimuth"])
-        # What is uphill of a river is not known from HAND alone, but its slope is.
-        rows, columns = np.gradient(scene.physical["hand"])
-        facing = -columns * np.sin(azimuth) + rows * np.cos(azimuth)
-        land = scene.physical["water"] < 0.05
-        shade = scene.physical["shade"]
-        low, high = np.quantile(facing[land], [0.1, 0.9])
-        assert (
-            shade[land & (facing < low)].mean() > shade[land & (facing > high)].mean()
-        )
-
-
 @pytest.mark.parametrize("name", REGIONS)
 def test_flood_fills_the_low_ground(name: str) -> None:
     scene = simulate_scene(name, 21, 128, event="flood")
@@ -179,16 +165,6 @@ def test_flood_fills_the_low_ground(name: str) -> None:
     assert np.median(hand[new]) < np.median(hand[~flood])
     assert (scene.physical["depth"][new] > 0).all()
     assert (scene.physical["water"][~flood] < 0.8).all()
-
-
-def test_water_hides_under_trees_in_a_flood() -> None:
-    """A flooded wood still looks like a wood: that is the hard part."""
-    hidden = 0
-    for seed in range(4):
-        scene = simulate_scene("temperate", seed, 192, event="flood", pair=False)
-        flooded = scene.labels["flood"] > 0
-        hidden += (flooded & (scene.physical["canopy"] > 0.5)).sum()
-    assert hidden > 200
 
 
 @pytest.mark.parametrize("name", REGIONS)
@@ -222,24 +198,6 @@ def test_construction_adds_buildings_where_it_says() -> None:
         assert gain[built].mean() > 5 * abs(gain[~built].mean())
         np.testing.assert_array_equal(scene.before, twin.before)
     assert found > 300
-
-
-def test_without_event_nothing_changes_but_the_sky(scenes) -> None:
-    for group in scenes.values():
-        for scene in group:
-            assert not scene.labels["change"].any() and not scene.labels["burn"].any()
-            np.testing.assert_array_equal(
-                scene.labels["flood"], scene.labels["permanent_water"]
-            )
-            assert scene.before is not None
-            assert np.abs(scene.before - scene.image).mean() > 0.003
-
-
-def test_regions_differ_in_colour_more_than_their_scenes(scenes) -> None:
-    means = {n: np.array([s.image.mean((1, 2)) for s in g]) for n, g in scenes.items()}
-    within = np.mean([group.std(0) for group in means.values()], 0)
-    between = np.std([group.mean(0) for group in means.values()], 0)
-    assert (between > within).sum() >= 4  # of six bands
 
 
 def test_places_have_true_coordinates_and_do_not_overlap(scenes) -> None:
@@ -381,6 +339,8 @@ def test_test_region_is_held_out_and_scenes_stay_together() -> None:
     assert {"train", "val"} <= set(index.split)
     assert (index.groupby("scene").split.nunique() == 1).all()
     assert (index.groupby("region").size() == 4).all()
+    whole = tiny_data(task="flood", size=64, chips_per_region=2).index
+    assert (whole.width == 64).all() and whole.scene.nunique() == len(whole)
 
 
 def test_second_call_reads_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -422,12 +382,6 @@ def test_stored_pixels_are_the_scene(tmp_path) -> None:
         mask = raster.read(1)
     seen = mask != 255
     np.testing.assert_array_equal(mask[seen], scene.labels["land_cover"][window][seen])
-
-
-def test_chips_as_large_as_the_scene() -> None:
-    data = tiny_data(task="flood", size=64, chips_per_region=2)
-    assert (data.index.width == 64).all()
-    assert data.index.scene.nunique() == len(data.index)
 
 
 def test_failure_leaves_nothing(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

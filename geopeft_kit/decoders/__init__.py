@@ -1,10 +1,9 @@
 """Decoders: feature maps in, one value per class and pixel (or per image) out.
 
 Four for pixels - `linear`, `fcn`, `unet`, `upernet` - and one for whole images. All
-stand behind the same standardisation and neck (`neck.py`), take the same list of maps
-and answer at the size of the image, so they can be exchanged freely. Note their sizes:
-a UNet trains more weights than most adapters, which is why counts are always given
-apart.
+take the same maps, standardised (`neck.py`), and answer at the size of the image, so
+they can be exchanged freely. A UNet trains more weights than most adapters, which is
+why its count is given separately.
 
 Source: the four decoders of the PEFT study, arXiv 2504.17397. Notebook: 07.
 """

@@ -20,17 +20,15 @@ class Decoder(nn.Module):
 
     A subclass sets `reads`, calls this constructor, and implements `decode`.
 
+    `reads` says which of the four maps it uses; `head` is the layer that knows the
+    classes.
+
     Args:
         channels: channels of the backbone's four maps.
-        strides: their strides, pixels.
+        strides: their strides, pixels, from fine to coarse.
         outputs: output channels K.
         dropout: chance of a feature to be zeroed in front of the head.
-        all_scales: read all four maps, also where the decoder needs the last one only.
-
-    Attributes:
-        reads: which of the four maps the decoder uses.
-        standardise: one `Standardise` for each map that is read.
-        head: the last layer, the one that knows the classes.
+        all_scales: read all four maps, even if the decoder needs only the last one.
     """
 
     reads: tuple[int, ...] = (3,)
@@ -64,14 +62,11 @@ class Decoder(nn.Module):
         return [self.head]
 
     def start(self, reach: float = 2.0) -> None:
-        """Draw the last layer: weights with deviation reach / n, n its inputs; no bias.
+        """Draw the last layer: weights with deviation reach / n, n its inputs; bias 0.
 
-        A step of Adam moves each weight alike, so n inputs move an answer n times as
-        far as one. With 1/n a narrow decoder leaves its first answer as soon as a wide
-        one, and the first answers still lie within about 1 of zero.
-
-        Args:
-            reach: 2 for logits, whose answers are a few units; less for small values.
+        A step of Adam moves every weight equally, so n inputs move an answer n times as
+        far as one. With 1/n, narrow and wide decoders leave their first answers equally
+        fast. `reach` is 2 for logits, and less for small values.
 
         Source: the output layer of muP, Yang et al. 2022, arXiv 2203.03466, table 3; 2
         is measured (benchmarks/decoder_start.py).
@@ -84,18 +79,11 @@ class Decoder(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-        """Decode feature maps.
+        """Decode the maps named in `reads` to logits (B, K, H, W).
 
-        Args:
-            maps: the maps named in `reads`, each (B, C_i, H'/stride_i, W'/stride_i),
-                where H', W' is the image padded to a multiple of all strides.
-            size: (H, W) of the image before padding, pixels.
-
-        Returns:
-            Logits (B, K, H, W).
-
-        Raises:
-            ValueError: the maps are not those the decoder was built for.
+        `maps` are (B, C_i, H'/stride_i, W'/stride_i), where H', W' is the image padded
+        to a multiple of all strides, and `size` is (H, W), in pixels. Raises ValueError
+        for maps that the decoder was not built for.
         """
         grid = self.check(maps, size)
         # A list of its own: the caller's cached maps are never written to.

@@ -1,4 +1,4 @@
-"""What stands between a backbone's feature maps and a decoder.
+"""Between a backbone's feature maps and a decoder: standardisation and the pyramid.
 
 `Standardise` gives every channel mean 0 and spread 1, `Pyramid` turns the four
 equally sized maps of a plain ViT into the four scales that a UNet or UPerNet
@@ -37,9 +37,9 @@ def group_norm(channels: int) -> nn.GroupNorm:
 class Standardise(nn.Module):
     """Shifts and scales each channel by constants measured on training features.
 
-    It changes nothing until `set_statistics` is called. The tokens of a pretrained ViT
-    may spread over 0.15 only; a fresh head on such features is under-trained after the
-    same number of steps, which looks like a weakness of the backbone.
+    It changes nothing until `set_statistics` is called. A fresh head on features that
+    spread over 0.15 only, as a ViT's tokens may, stays under-trained, which looks like
+    a weakness of the backbone.
     """
 
     mean: Tensor
@@ -118,10 +118,8 @@ def _merge(
 class Pyramid(nn.Module):
     """Four maps of one stride p become strides p/4, p/2, p and 2p.
 
-    The shallowest map is enlarged most. Enlarging is learned (transposed convolutions),
-    the third map is unchanged, the fourth is max-pooled. A patch below 4 pixels is
-    enlarged only to the pixel grid. Channels become ``[C/4, C/2, C, C]`` for p of 4 and
-    more.
+    The first two are enlarged by transposed convolutions, but not beyond pixels; the
+    fourth is max-pooled. Channels become ``[C/4, C/2, C, C]`` for p of 4 and more.
     """
 
     def __init__(self, channels: Sequence[int], stride: int) -> None:
@@ -136,8 +134,7 @@ class Pyramid(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Four maps (B, C_i, h, w) -> sizes 4h, 2h, h and h/2 (p of 4 and more).
 
-        An odd h or w is first made even by repeating the last row or column, so that
-        every scale is exactly twice the next one.
+        An odd h or w is first made even by repeating the last row or column.
         """
         a, b, c, d = (pad_to_multiple(m, 2) for m in maps)
         return [self.enlarge[0](a), self.enlarge[1](b), c, F.max_pool2d(d, 2)]
@@ -162,8 +159,7 @@ def _enlarge(channels: int, steps: int) -> nn.Sequential:
 def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
     """Repeat the last row and column until height and width are multiples (pixels).
 
-    Padding is below and to the right only, so that cropping back is ``[..., :H, :W]``
-    and pixels keep their place in the patch grid.
+    Cropping back is ``[..., :H, :W]``.
     """
     for axis in (-2, -1):
         length = image.shape[axis]

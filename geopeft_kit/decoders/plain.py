@@ -22,10 +22,9 @@ from geopeft_kit.decoders.neck import group_norm
 class PatchTranspose2d(nn.ConvTranspose2d):
     """A transposed convolution whose patches do not overlap: kernel and stride agree.
 
-    For it PyTorch takes oneDNN on a CPU, whose forward took 3 to 25 times as long as
-    PyTorch's own kernel on one x86-64 core (maps of 5 x 9 to 32 x 32 tokens, width 64
-    to 768, stride 4 to 16; at 32 the two are about equal). The bits were the same, but
-    for the last ones at width 768. A probe takes hundreds of such steps.
+    On a CPU PyTorch takes oneDNN, whose forward took 3 to 25 times as long as PyTorch's
+    own kernel (one x86-64 core, maps of 5 x 9 to 32 x 32, width 64 to 768, stride 4 to
+    16). The bits were the same, except the last ones at width 768.
     """
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
@@ -46,13 +45,6 @@ class LinearDecoder(Decoder):
     and stride s it trains ``D * s * s * K + K`` weights (98,306 for D=192, s=16, K=2).
     With `all_scales` each map paints its own patches and the paintings add up: still
     one linear map, with ``D_i * s_i * s_i * K`` weights more for each finer map.
-
-    Args:
-        channels: channels of the backbone's four maps.
-        strides: their strides, pixels.
-        outputs: output channels K.
-        dropout: chance of a feature to be zeroed in front of the head.
-        all_scales: read all four maps.
 
     Source: the linear decoder of all main tables in arXiv 2504.17397; `all_scales` is
     ours.
@@ -93,18 +85,11 @@ class FCNDecoder(Decoder):
 
     A block is: transposed convolution (x2), 3x3 convolution, normalisation, GELU. With
     `all_scales` each finer map is added by a 1x1 convolution where its stride is
-    reached, as in the paper's skips, and there are blocks enough to reach them all.
+    reached, as in the paper's skips, and there are enough blocks to reach them all.
 
-    Args:
-        channels: channels of the backbone's four maps.
-        strides: their strides, pixels.
-        outputs: output channels K.
-        width: channels of every block.
-        steps: number of blocks; at most log2(stride) are built, the rest of the way to
-            pixels is bilinear. The PEFT study used 4 of width 512; 2 of width 256 cost
-            a small fraction of the memory.
-        dropout: chance of a feature to be zeroed in front of the head.
-        all_scales: read all four maps; their strides must be powers of 2 apart.
+    `width` is the channels of a block. Of `steps` blocks at most log2(stride) are
+    built; the rest of the way to pixels is bilinear. The PEFT study used 4 of width
+    512; 2 of width 256 cost a small fraction of the memory.
 
     Source: after FCN (Long et al. 2015, arXiv 1411.4038), in the form of the PEFT study
     (arXiv 2504.17397).

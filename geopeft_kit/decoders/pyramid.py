@@ -19,12 +19,6 @@ class PyramidDecoder(Decoder):
 
     Backbones that have four scales already pass the neck unchanged; the single scale of
     a plain ViT becomes a pyramid there.
-
-    Args:
-        channels: channels of the backbone's four maps.
-        strides: their strides, pixels, from fine to coarse.
-        outputs: output channels K.
-        dropout: chance of a feature to be zeroed in front of the head.
     """
 
     reads = (0, 1, 2, 3)
@@ -63,13 +57,7 @@ class UNetDecoder(PyramidDecoder):
     On a ResNet with random weights this is the from-scratch UNet baseline (without the
     skip at stride 2, which a list of four maps does not carry).
 
-    Args:
-        channels: channels of the backbone's four maps.
-        strides: their strides, pixels, from fine to coarse.
-        outputs: output channels K.
-        width: channels of the first block; each following block has half as many
-            (256 gives 256, 128, 64, 32).
-        dropout: chance of a feature to be zeroed in front of the head.
+    `width` is the channels of the first block; each following block has half as many.
 
     Source: Ronneberger et al. 2015, arXiv 1505.04597; module of
     segmentation_models_pytorch (MIT).
@@ -103,12 +91,7 @@ class UNetDecoder(PyramidDecoder):
 class UPerNetDecoder(PyramidDecoder):
     """UPerNet: a look at the whole scene (pooling) joined to a feature pyramid.
 
-    Args:
-        channels: channels of the backbone's four maps.
-        strides: their strides, pixels, from fine to coarse.
-        outputs: output channels K.
-        width: channels of every scale inside.
-        dropout: chance of a feature to be zeroed in front of the head.
+    `width` is the channels of every scale inside.
 
     Source: Xiao et al. 2018, arXiv 1807.10221; module of segmentation_models_pytorch
     (MIT).

@@ -39,9 +39,7 @@ class Adapter:
     """A method on one backbone. Made by `attach` and `load_adapter`.
 
     Attributes:
-        name: The method's key.
         config: `layers` and every option with its value, ready for JSON.
-        backbone: The backbone it belongs to.
         num_parameters: Trained numbers inside the backbone.
         num_bytes: Bytes of the tensors that `save` writes.
         attached: False after `detach` or `merge`.
@@ -81,72 +79,60 @@ class Adapter:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield (dotted path inside `backbone.model`, parameter) of what trains."""
-        self._check("named_parameters")
         yield from self._trained().items()
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the trained parameters, as an optimiser wants them."""
-        self._check("parameters")
         yield from self._trained().values()
 
     def holders(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield (name of a tensor, new module that holds it)."""
-        self._check("holders")
-        for entry in self._replacements:
+        for entry in self._entries:
             for leaf, (holder, _) in entry.tensors.items():
                 yield f"{entry.path}.{leaf}", holder
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what is saved, unpacked: trained tensors, and buffers that move."""
-        self._check("tensors")
-        return tensors_of(self._replacements)
+        return tensors_of(self._entries)
 
     def packed(self) -> dict[str, Tensor]:
         """Return the tensors as `save` writes them."""
-        self._check("packed")
-        return self.method.packed(self._replacements)
+        return self.method.packed(self._entries)
 
     def unpack(self, stored: Mapping[str, Tensor]) -> None:
         """Fill the adapter with the tensors of a file: the opposite of `packed`."""
-        self._check("unpack")
         with torch.no_grad():
-            self.method.unpack(self._replacements, stored)
+            self.method.unpack(self._entries, stored)
 
     def training_rule(self, total_steps: int) -> TrainingRule | None:
-        """Return what training needs besides gradient steps; None for most methods.
-
-        Args:
-            total_steps: Optimiser steps of the whole run.
-        """
-        self._check("training_rule")
-        return self.method.training_rule(self._replacements, self.config, total_steps)
+        """What a run of `total_steps` needs besides gradients; mostly None."""
+        return self.method.training_rule(self._entries, self.config, total_steps)
 
     def substitutes(self) -> dict[str, nn.Module | Tensor]:
         """Return path inside `backbone.model` -> what this adapter puts there."""
-        self._check("substitutes")
-        return {entry.path: entry.substitute for entry in self._replacements}
+        return {entry.path: entry.substitute for entry in self._entries}
 
     def activate(self) -> None:
         """Let the backbone compute with this adapter; the active one steps aside."""
-        self._check("activate")
+        self._check()
         if self.active:
             return
         other = _active(self.backbone)
         if other is not None:
             other.deactivate()
         self._move("substitute")
-        for replacement in self._replacements:
+        for replacement in self._entries:
             replacement.swap_in()
         _remember(self.backbone, adapter=self)
         self._sync_modes()
 
     def deactivate(self) -> None:
         """Let the backbone compute as if no method had ever been attached."""
-        self._check("deactivate")
+        self._check()
         if not self.active:
             return
         self._move("original")
-        for replacement in reversed(self._replacements):
+        for replacement in reversed(self._entries):
             replacement.swap_out()
         _remember(self.backbone, adapter=None)
         self._sync_modes()
@@ -157,7 +143,7 @@ class Adapter:
         With the last adapter gone, the requires_grad flags from before the first
         `attach` come back too.
         """
-        self._check("detach")
+        self._check()
         self.deactivate()
         attachments = attachments_of(self.backbone)
         attachments.adapters.remove(self)
@@ -172,12 +158,10 @@ class Adapter:
         The backbone then computes the same with no adapter. It has other weights, and
         with them another `weights_hash()`: adapters saved before do not load on it.
 
-        Raises:
-            ValueError: The method cannot be folded.
-            RuntimeError: Other adapters are attached; they were made for the weights
-                that this would change.
+        Raises ValueError if the method cannot be folded, RuntimeError if other adapters
+        are attached, which were made for the weights that this would change.
         """
-        self._check("merge")
+        self._check()
         if not self.mergeable:
             able = [method.name for method in all_methods() if method.mergeable]
             these = " with these options" if self.method.mergeable else ""
@@ -199,7 +183,7 @@ class Adapter:
             with torch.no_grad():  # all values first: an error must change nothing
                 changes = [
                     pair
-                    for entry in self._replacements
+                    for entry in self._entries
                     for pair in self.method.folded(entry)
                 ]
         except BaseException:
@@ -214,16 +198,10 @@ class Adapter:
     def save(self, folder: str | Path) -> Path:
         """Write the adapter to a folder: adapter.json and adapter.safetensors.
 
-        The folder is as large as the trained tensors plus a few kilobytes, and belongs
-        to this backbone with these weights.
-
-        Args:
-            folder: Made if needed; an adapter that is there is replaced.
-
-        Returns:
-            The folder.
+        The folder is made if needed, and an adapter in it is replaced. It is as large
+        as the trained tensors plus a few kilobytes, and belongs to this backbone with
+        these weights.
         """
-        self._check("save")
         return storage.write_adapter(
             folder,
             method=self.name,
@@ -238,11 +216,9 @@ class Adapter:
     def export(self, folder: str | Path) -> Path:
         """Write files that Hugging Face `peft` alone loads onto the plain timm model.
 
-        Raises:
-            ValueError: The method has no such format.
+        Raises ValueError where the method has no such format.
         """
-        self._check("export")
-        self.method.export(self._replacements, self.config, Path(folder))
+        self.method.export(self._entries, self.config, Path(folder))
         return Path(folder)
 
     def summary(self) -> dict[str, Any]:
@@ -277,17 +253,23 @@ class Adapter:
         )
         return f"<table>{''.join(cells)}</table>"
 
-    def _check(self, action: str) -> None:
+    @property
+    def _entries(self) -> Replacements:
+        """The replacements, in the order of swapping in."""
+        self._check()
+        return self._replacements
+
+    def _check(self) -> None:
         if not self.attached:
             raise RuntimeError(
-                f"{action}: this {self.name!r} adapter was detached or merged. Attach "
-                "a new one, or load the saved one with load_adapter(backbone, folder)."
+                f"This {self.name!r} adapter was detached or merged. Attach a new one, "
+                "or load the saved one with load_adapter(backbone, folder)."
             )
 
     def _trained(self) -> dict[str, nn.Parameter]:
         return {
             name: tensor
-            for name, tensor in tensors_of(self._replacements).items()
+            for name, tensor in tensors_of(self._entries).items()
             if isinstance(tensor, nn.Parameter) and tensor.requires_grad
         }
 
@@ -296,7 +278,7 @@ class Adapter:
         now = _place(self.backbone)
         if now != self._place_outside:
             dtype = now[1] if now[1] != self._place_outside[1] else None
-            for entry in self._replacements:
+            for entry in self._entries:
                 moved = _moved(getattr(entry, side), now[0], dtype)
                 setattr(entry, side, moved)
             self._place_outside = now
@@ -316,8 +298,7 @@ class Adapter:
 def original_backbone(backbone: Backbone) -> Iterator[dict[str, bool]]:
     """Deactivate the active adapter; an error inside brings everything back.
 
-    Yields:
-        Parameter name -> requires_grad flag of the backbone.
+    Yields parameter name -> requires_grad flag of the backbone.
     """
     active = _active(backbone)
     if active is not None:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
 
 from torch import Tensor, nn
 
 from geopeft_kit.backbones.base import Backbone
+from geopeft_kit.devices import device_of
 from geopeft_kit.methods.replacement import Replacement, Replacements, tensors_of
 from geopeft_kit.plots.colours import add_method_colour
 
@@ -125,12 +126,16 @@ class Method(ABC):
     learning_rate: ClassVar[float | None]
     needs: ClassVar[str] = "any backbone"
     note: ClassVar[str] = ""
+    linear: ClassVar[bool] = False
+    """True where the change of the weights is linear in the trained tensors."""
+    kinds: ClassVar[tuple[type[nn.Module], ...]] = ()
+    """Types of layer it works on, where it takes `targets`."""
 
     @abstractmethod
     def build(self, backbone: Backbone, blocks: Blocks) -> Replacements:
         """Make the substitutes for the chosen blocks, without touching the backbone.
 
-        No adapter is active at this moment. Replacements are swapped in in order.
+        No adapter is active at this moment. The order is that of swapping in.
         """
 
     def why_not(self, backbone: Backbone) -> str | None:
@@ -150,16 +155,43 @@ class Method(ABC):
         return self.mergeable
 
     def folded(self, replacement: Replacement) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (original tensor, the values that merging writes into it).
-
-        This default serves methods that train copies of existing tensors.
-        """
+        """Yield (original tensor, the values that merging writes): here, of copies."""
         original = replacement.original
         if isinstance(original, Tensor):
             yield original, cast(Tensor, replacement.substitute)
             return
         for leaf, (holder, attribute) in replacement.tensors.items():
             yield getattr(original, leaf), getattr(holder, attribute)
+
+    def joint_config(self, configs: Sequence[Config]) -> Options:
+        """Return the config of a weighted sum of adapters, or say why there is none."""
+        if not self.linear:
+            raise ValueError(
+                f"{self.name!r} adapters cannot be combined: the sum of their changes "
+                f"is not an adapter of this method. Methods that combine: "
+                f"{', '.join(combining())}."
+            )
+        check_equal(configs)
+        return dict(configs[0])
+
+    def join(
+        self,
+        start: Mapping[str, Tensor],
+        parts: Sequence[tuple[Config, Mapping[str, Tensor]]],
+        weights: Sequence[float],
+    ) -> dict[str, Tensor]:
+        """Return the tensors of a weighted sum: start + sum of w (tensor - start).
+
+        `start` are those of an untrained adapter; `parts` are configs and tensors.
+        """
+        return {
+            name: first
+            + sum(
+                weight * (tensors[name] - first)
+                for weight, (_, tensors) in zip(weights, parts, strict=True)
+            )
+            for name, first in start.items()
+        }
 
     def packed(self, replacements: Replacements) -> dict[str, Tensor]:
         """Return name -> tensor as `save` writes them: here, all as they are."""
@@ -171,20 +203,12 @@ class Method(ABC):
             tensor.copy_(stored[name])
 
     def training_rule(
-        self,
-        replacements: Replacements,
-        config: Config,
-        total_steps: int,
+        self, replacements: Replacements, config: Config, total_steps: int
     ) -> TrainingRule | None:
         """Return what training needs besides gradient steps; None for most methods."""
         return None
 
-    def export(
-        self,
-        replacements: Replacements,
-        config: Config,
-        folder: Path,
-    ) -> None:
+    def export(self, replacements: Replacements, config: Config, folder: Path) -> None:
         """Write the adapter in another library's format."""
         raise ValueError(
             f"{self.name!r} has no format that another library reads. Methods that "
@@ -195,11 +219,7 @@ class Method(ABC):
     @classmethod
     def parameters(cls) -> dict[str, tuple[str, Any]]:
         """Option -> (type in words, default), read from the signature of `build`."""
-        return {
-            p.name: (inspect.formatannotation(p.annotation).strip("'"), p.default)
-            for p in inspect.signature(cls.build).parameters.values()
-            if p.kind is inspect.Parameter.KEYWORD_ONLY
-        }
+        return _keywords(cls.build)
 
     @classmethod
     def options(cls) -> dict[str, str]:
@@ -214,21 +234,29 @@ class Method(ABC):
 
     def card(self) -> MethodCard:
         """Return the method's card."""
-        return MethodCard(
-            name=self.name,
-            title=self.title,
-            family=self.family,
-            paper=self.paper,
-            trained=self.trained,
-            count_formula=self.count_formula,
-            mergeable=self.mergeable,
-            identity_at_start=self.identity_at_start,
-            learning_rate=self.learning_rate,
-            needs=self.needs,
-            note=self.note,
-            options=self.options(),
-            reason=self.why_not,
-        )
+        facts = {f.name: getattr(self, f.name) for f in fields(MethodCard)[:-2]}
+        return MethodCard(**facts, options=self.options(), reason=self.why_not)
+
+
+class BlockMethod(Method):
+    """A method that treats every block alike; options are those of `in_block`."""
+
+    @abstractmethod
+    def in_block(self, backbone: Backbone, path: str, block: Any) -> Replacements:
+        """Make the substitutes for one block; new tensors are made on its device."""
+
+    def build(self, backbone: Backbone, blocks: Blocks, **options: Any) -> Replacements:
+        """Make the substitutes block by block."""
+        replacements: Replacements = []
+        for path, block in blocks:
+            with device_of(block):
+                replacements += self.in_block(backbone, path, block, **options)
+        return replacements
+
+    @classmethod
+    def parameters(cls) -> dict[str, tuple[str, Any]]:
+        """Option -> (type in words, default), read from the signature of `in_block`."""
+        return _keywords(cls.in_block)
 
 
 METHODS: dict[str, Method] = {}
@@ -238,13 +266,7 @@ Kind = TypeVar("Kind", bound=type[Method])
 
 
 def register(kind: Kind) -> Kind:
-    """Class decorator: give a method its place in `list_methods` and its colour.
-
-    Running a cell or module again replaces its own method.
-
-    Raises:
-        ValueError: The family is unknown, or another class has the name.
-    """
+    """Class decorator: give a method its place in `list_methods` and its colour."""
     name, old = kind.name, METHODS.get(kind.name)
     if kind.family not in FAMILIES:
         raise ValueError(
@@ -252,6 +274,7 @@ def register(kind: Kind) -> Kind:
             f"{', '.join(FAMILIES)}."
         )
     home = (kind.__module__, kind.__qualname__)
+    # running a cell or module again replaces its own method
     if old and home != (type(old).__module__, type(old).__qualname__):
         raise ValueError(f"The name {name!r} belongs to {type(old)}. Choose another.")
     METHODS[name] = kind()
@@ -264,16 +287,37 @@ def all_methods() -> list[Method]:
     return sorted(METHODS.values(), key=lambda method: FAMILIES.index(method.family))
 
 
+def check_equal(configs: Sequence[Config], apart_from: Sequence[str] = ()) -> None:
+    """Refuse to combine adapters whose configs differ in other options than these."""
+    for name in set(configs[0]) - set(apart_from):
+        values = [config[name] for config in configs]
+        if any(value != values[0] for value in values):
+            raise ValueError(
+                f"Adapters to combine need the same {name}; they have {values}."
+            )
+
+
+def _keywords(function: Callable[..., Any]) -> dict[str, tuple[str, Any]]:
+    """Keyword-only argument -> (type in words, default)."""
+    return {
+        p.name: (inspect.formatannotation(p.annotation).strip("'"), p.default)
+        for p in inspect.signature(function).parameters.values()
+        if p.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+
+
+def combining() -> list[str]:
+    """Names of the methods whose adapters add up; LoRA's do because ranks can grow."""
+    return [m.name for m in all_methods() if m.linear or m.name == "lora"]
+
+
+def linear_only() -> list[str]:
+    """Names of the methods that serve no convolutions."""
+    return [m.name for m in all_methods() if m.kinds == (nn.Linear,)]
+
+
 def select_blocks(blocks: Sequence[Block], layers: Layers) -> list[Block]:
-    """Choose blocks: "all", "last:k", or a list of numbers counted from 0.
-
-    Returns:
-        The chosen blocks, in the order of the backbone.
-
-    Raises:
-        ValueError: An unknown word, an empty, repeated or out-of-range choice.
-        TypeError: Neither a word nor whole numbers.
-    """
+    """Choose blocks, in the backbone's order: "all", "last:k", or numbers from 0."""
     count = len(blocks)
     allowed = f'"all", "last:k" with k from 1 to {count}, or a list of 0..{count - 1}'
     if isinstance(layers, str):

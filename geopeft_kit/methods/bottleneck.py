@@ -10,11 +10,12 @@ Source: Houlsby et al. 2019, Parameter-Efficient Transfer Learning for NLP, arXi
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from geopeft_kit.backbones.base import Backbone
-from geopeft_kit.devices import device_of
-from geopeft_kit.methods.base import Blocks, Method, register
+from geopeft_kit.methods.base import BlockMethod, register
 from geopeft_kit.methods.block_parts import (
     adapted,
     beside_mlp_branch,
@@ -57,7 +58,7 @@ class Bottleneck(nn.Module):
         return x.movedim(-1, self.channel_axis)
 
 
-class BottleneckMethod(Method):
+class BottleneckMethod(BlockMethod):
     """What both methods, and quantised bottlenecks, have in common."""
 
     family = "adapters"
@@ -76,8 +77,7 @@ class Houlsby(BottleneckMethod):
 
     y + Up(GELU(Down y)), y being the output of the attention or the MLP, before it is
     added to the stream (and before layer scale, where a network has one). Blocks
-    without attention (ConvNeXt) have the one behind the MLP only. Inside Swin's
-    windows nothing changes, since every token is treated alone.
+    without attention (ConvNeXt) have the one behind the MLP only.
 
     Ours: GELU; Up is exactly zero at the start, where the paper draws small numbers.
     The paper also trains the layer norms; the method `norm` does that.
@@ -91,31 +91,24 @@ class Houlsby(BottleneckMethod):
     trained = "Down and Up behind attention and MLP"
     count_formula = "2(2Dh + h + D) per block; half without attention"
 
-    def build(
-        self, backbone: Backbone, blocks: Blocks, *, width: int = 64
+    def in_block(
+        self, backbone: Backbone, path: str, block: Any, *, width: int = 64
     ) -> Replacements:
-        """Put an adapter behind the attention and the MLP.
-
-        Args:
-            width: Channels h in the middle.
-        """
+        """Put a bottleneck of `width` channels behind the attention and the MLP."""
         check_whole("width", width)
-        replacements = []
-        for path, block in blocks:
-            for name in ("attn", "mlp"):
-                if not hasattr(block, name):
-                    continue
-                with device_of(block):
-                    adapter = Bottleneck(
-                        channels_of(block),
-                        width,
-                        nn.GELU(),
-                        channels_first=channels_first(block),
-                    )
-                layer = getattr(block, name)
-                entry = adapted(backbone, f"{path}.{name}", layer, adapter, serial=True)
-                replacements.append(entry)
-        return replacements
+        sizes = channels_of(block), width
+        first = channels_first(block)
+        return [
+            adapted(
+                backbone,
+                f"{path}.{name}",
+                getattr(block, name),
+                Bottleneck(*sizes, nn.GELU(), channels_first=first),
+                serial=True,
+            )
+            for name in ("attn", "mlp")
+            if hasattr(block, name)
+        ]
 
 
 @register
@@ -135,10 +128,11 @@ class AdaptFormer(BottleneckMethod):
     trained = "Down and Up beside each MLP"
     count_formula = "2Dh + h + D per block"
 
-    def build(
+    def in_block(
         self,
         backbone: Backbone,
-        blocks: Blocks,
+        path: str,
+        block: Any,
         *,
         width: int = 64,
         scale: float = 0.1,
@@ -154,12 +148,8 @@ class AdaptFormer(BottleneckMethod):
         check_whole("width", width)
         check_above_zero("scale", scale)
         check_share("dropout", dropout)
-        replacements = []
-        for path, block in blocks:
-            first = channels_first(block)
-            with device_of(block):
-                adapter = Bottleneck(
-                    channels_of(block), width, nn.ReLU(), dropout, scale, first
-                )
-            replacements += beside_mlp_branch(backbone, (path, block), adapter)
-        return replacements
+        first = channels_first(block)
+        adapter = Bottleneck(
+            channels_of(block), width, nn.ReLU(), dropout, scale, first
+        )
+        return beside_mlp_branch(backbone, (path, block), adapter)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from geopeft_kit.backbones.base import Backbone
-from geopeft_kit.methods.base import Blocks, Method, register
+from geopeft_kit.methods.base import BlockMethod, register
 from geopeft_kit.methods.block_parts import adapted
 from geopeft_kit.methods.checks import check_odd, check_whole
 from geopeft_kit.methods.replacement import Replacements
@@ -49,7 +51,7 @@ class ConvAdapterUnit(nn.Module):
 
 
 @register
-class ConvAdapter(Method):
+class ConvAdapter(BlockMethod):
     """A grouped and a 1x1 convolution beside each spatial convolution of a block.
 
     In ConvNeXt that is the depthwise 7x7, in a ResNet every 3x3 (ours: the sheet this
@@ -75,39 +77,35 @@ class ConvAdapter(Method):
             return None
         return f"the blocks of the layout {backbone.layout!r} hold no k x k convolution"
 
-    def build(
+    def in_block(
         self,
         backbone: Backbone,
-        blocks: Blocks,
+        path: str,
+        block: Any,
         *,
         reduction: int = 8,
         kernel_size: int | None = None,
     ) -> Replacements:
         """Put an adapter beside each spatial convolution.
 
-        Args:
-            reduction: g; a divisor of all channel counts.
-            kernel_size: Side of the grouped convolution, odd; None for that of the
-                convolution beside it.
+        `reduction` is g, a divisor of all channel counts; `kernel_size` is that of the
+        grouped convolution, odd, or None for that of the convolution beside it.
         """
         check_whole("reduction", reduction)
         if kernel_size is not None:
             check_odd("kernel_size", kernel_size)
         replacements = []
-        for path, block in blocks:
-            for name, conv in spatial_convolutions(block).items():
-                _check_divides(reduction, conv.in_channels, f"{path}.{name}")
-                with conv.weight.device:
-                    unit = ConvAdapterUnit(
-                        conv.in_channels,
-                        conv.out_channels,
-                        reduction,
-                        kernel_size or conv.kernel_size[0],
-                        conv.stride[0],
-                        conv.dilation[0],
-                    )
-                entry = adapted(backbone, f"{path}.{name}", conv, unit)
-                replacements.append(entry)
+        for name, conv in spatial_convolutions(block).items():
+            _check_divides(reduction, conv.in_channels, f"{path}.{name}")
+            unit = ConvAdapterUnit(
+                conv.in_channels,
+                conv.out_channels,
+                reduction,
+                kernel_size or conv.kernel_size[0],
+                conv.stride[0],
+                conv.dilation[0],
+            )
+            replacements.append(adapted(backbone, f"{path}.{name}", conv, unit))
         return replacements
 
 

@@ -12,9 +12,11 @@ from timm.layers.activations import QuickGELU
 from torch import Tensor, nn
 
 from geopeft_kit.backbones.base import Backbone, TokenGrid
-from geopeft_kit.devices import device_of
-from geopeft_kit.methods.base import Blocks, register
+from geopeft_kit.methods.base import register
 from geopeft_kit.methods.block_parts import (
+    OnGrid,
+    OnTokenGrids,
+    SwinBlock,
     adapted,
     channels_of,
     norms_behind,
@@ -26,7 +28,6 @@ from geopeft_kit.methods.checks import (
     check_share,
     check_whole,
 )
-from geopeft_kit.methods.on_grid import OnGrid, OnTokenGrids, SwinBlock
 from geopeft_kit.methods.replacement import Replacement, Replacements, trained_in
 
 
@@ -90,41 +91,30 @@ class Convpass(OnTokenGrids):
             return "it reads the normed input, and these blocks norm their output"
         return super().why_not(backbone)
 
-    def build(
+    def in_block(
         self,
         backbone: Backbone,
-        blocks: Blocks,
+        path: str,
+        block: Any,
         *,
         width: int = 8,
         kernel_size: int = 3,
         scale: float = 1.0,
         dropout: float = 0.1,
     ) -> Replacements:
-        """Put a bypass beside attention and MLP.
-
-        Args:
-            width: Channels h in the middle.
-            kernel_size: Side of the convolution, odd.
-            scale: Factor on the bypass.
-            dropout: Rate before the last Linear.
-        """
+        """Put a bypass, times `scale`, beside attention and MLP; h is `width`."""
         check_whole("width", width)
         check_odd("kernel_size", kernel_size)
         check_above_zero("scale", scale)
         check_share("dropout", dropout)
-        replacements = []
-        for path, block in blocks:
-            sizes = channels_of(block), width, kernel_size
-            with device_of(block):
-                attention, mlp = (
-                    ConvpassUnit(*sizes, dropout, scale, backbone.grid)
-                    for _ in range(2)
-                )
-            replacements += [
-                _beside_attention(backbone, path, block, attention),
-                adapted(backbone, f"{path}.mlp", cast(Any, block).mlp, mlp),
-            ]
-        return replacements
+        sizes = channels_of(block), width, kernel_size
+        attention, mlp = (
+            ConvpassUnit(*sizes, dropout, scale, backbone.grid) for _ in range(2)
+        )
+        return [
+            _beside_attention(backbone, path, block, attention),
+            adapted(backbone, f"{path}.mlp", block.mlp, mlp),
+        ]
 
 
 def _beside_attention(

@@ -10,9 +10,8 @@ pixel-set encoding of indices and statistics; the deflection's size is bounded; 
 auxiliary stream's norm is matched to the principal one's.
 
 Neither the paper's equations nor its code could be read. **Every formula here is
-ours**: the pixel-set network, how the two streams share an attention map, the
-additive and polar deflection, the sizes and the learning rate. This is therefore not a
-reproduction, and its accuracy says nothing about the paper's. Taught in notebook 05.
+ours**, with the sizes and the learning rate. This is therefore not a reproduction, and
+its accuracy says nothing about the paper's. Taught in notebook 05.
 """
 
 from __future__ import annotations
@@ -34,19 +33,21 @@ from geopeft_kit.methods.checks import (
     check_switch,
     check_whole,
 )
-from geopeft_kit.methods.pixel_sets import (
-    JoinStreams,
-    PixelSetEmbedding,
-    TokenBuffer,
-    UntangledSelect,
-)
 from geopeft_kit.methods.replacement import (
     Places,
     Replacement,
     Replacements,
     trained_in,
 )
-from geopeft_kit.methods.two_streams import Deflection, Form, UntangledBlock
+from geopeft_kit.methods.two_streams import (
+    Deflection,
+    Form,
+    JoinStreams,
+    PixelSetEmbedding,
+    TokenBuffer,
+    UntangledBlock,
+    UntangledSelect,
+)
 
 STAGES = ("embedding", "attention", "unbounded", "bounded")
 DEFAULT_INDICES = ("NDVI", "NDWI", "NDMI", "NBR")
@@ -57,7 +58,7 @@ class Deflect(Method):
     """An RGB network that reads any bands: two streams, one attention, a small turn.
 
     1. Embedding: a second token a patch from the set of its multispectral pixels
-       (`pixel_sets.py`), with the norm of the RGB token.
+       (`two_streams.py`), with the norm of the RGB token.
     2. Attention: the second stream passes the frozen blocks with the attention map of
        the first.
     3. Deflection: what it gathered there, a, turns the principal tokens s (after the
@@ -65,22 +66,17 @@ class Deflect(Method):
        additive s + rho |s| n, or polar, |s| (cos(theta) s/|s| + sin(theta) n_orth).
     4. Bound: rho = rho_max tanh(g), theta = theta_max tanh(g), g = 0 at the start.
 
-    `stage` says how far to go, for ablations (ours; each keeps all above it):
+    `stage` says how far to go, for ablations (ours):
 
-    - "embedding": no block is touched; zP + g zA once, before the first block. Leaves
-      out 2 to 4. Trains the embedding and one scalar.
-    - "attention": in each block, s + g a. Leaves out 3 and 4: no V and U, no bound.
-    - "unbounded": s + g U ReLU(V a), or in polar form the angle theta = g. Leaves
-      out 4.
+    - "embedding", 1 alone: zP + g zA once, before the first block.
+    - "attention", 1 and 2: in each block, s + g a.
+    - "unbounded", 1 to 3: s + g U ReLU(V a), or in polar form the angle theta = g.
     - "bounded": everything.
 
-    With g = 0, only g receives a gradient in the first step; the rest moves from the
-    second on. `start=0.01` avoids that and gives up the exact identity.
-
-    Blocks outside `layers` work on the principal stream alone while the auxiliary one
-    waits; the embedding trains in any case. Where the network reads all bands already
-    (`new_bands` other than "ignore", or no band is new), it works as well: the second
-    stream then adds the indices and a reading without geometry, and no new band.
+    With g = 0, only g receives a gradient in the first step; `start=0.01` avoids that
+    and gives up the exact identity. Blocks outside `layers` work on the principal
+    stream alone; the embedding trains in any case. Where the network reads all bands
+    already, the second stream adds the indices and a reading without geometry.
     """
 
     name = "deflect"
@@ -99,7 +95,7 @@ class Deflect(Method):
     mergeable = False
     identity_at_start = True
     # Ours: of 1e-3, 4e-3 and 1.6e-2 the last was best on validation (simulated
-    # floods, docs/results.md); g starts at 0 and has a way to go.
+    # floods, docs/results.md).
     learning_rate = 1e-2
     needs = "plain timm ViTs, best loaded with new_bands='ignore'"
 

@@ -19,15 +19,11 @@ Size = tuple[int, int]
 class DeformableAttention(nn.Module):
     """Each query reads a few points of each map, and chooses them itself.
 
-    A head h of a query at place p reads level l at K points p + offset, bilinearly and
-    zero outside the map, and adds them up with weights that sum to 1 over levels and
-    points. Offsets are counted in cells of the level. They start as a ring around the
-    place (one direction per head, one step further per point) with almost equal
-    weights. Almost, where the source says equal: a layer behind a gate that starts at
-    zero would else have no gradient before the third step.
-
-    With D channels (`width`), H heads, L levels, K points and values of `inner` = r*D
-    channels it trains ``2r D^2 + (r + 1) D + 3HLK (D + 1)`` numbers.
+    A head of a query at place p reads each level at K points p + offset, bilinearly and
+    zero outside the map. Weights sum to 1 over levels and points. Offsets, in cells,
+    start as a ring around p (one direction per head, one step further per point) with
+    almost equal weights. Equal ones, as in the source, would leave a layer behind a
+    zero gate without gradient until the third step.
     """
 
     def __init__(

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from geopeft_kit.backbones.base import Backbone, TokenGrid
-from geopeft_kit.devices import device_of
-from geopeft_kit.methods.base import Blocks, Method, Options, register
+from geopeft_kit.methods.base import BlockMethod, Blocks, Options, register
 from geopeft_kit.methods.bottleneck import Bottleneck
 from geopeft_kit.methods.checks import check_above_zero, check_whole
 from geopeft_kit.methods.replacement import (
@@ -76,16 +75,14 @@ class FrequencyAdapter(nn.Module):
 
 
 @register
-class EarthAdapter(Method):
+class EarthAdapter(BlockMethod):
     """A bottleneck after each block; in some blocks one each for low and high as well.
 
     The frequencies are those of the token grid. Blocks without frequency bands have one
-    bottleneck and no router. The paper chooses the blocks per data set: its released
-    settings take the first or last 3 or 6 of 24. The default here, the first quarter of
-    the chosen blocks, is ours. With three bands in every block a ViT-L at width 24 has
-    3,688,224 numbers, as the authors' code allocates, and with six such blocks
-    1,825,674. How the layers start is not stated; torch's own start gives the first
-    update the size that it has in the authors' code.
+    bottleneck and no router. The paper chooses the blocks per data set (the first or
+    last 3 or 6 of 24); our default is the first quarter of the chosen blocks. How the
+    layers start is not stated; torch's own start gives the first update the size that
+    it has in the authors' code.
     """
 
     name = "earth_adapter"
@@ -113,16 +110,17 @@ class EarthAdapter(Method):
         options["frequency_layers"] = chosen
         return options
 
-    def build(
+    def in_block(
         self,
         backbone: Backbone,
-        blocks: Blocks,
+        path: str,
+        block: Any,
         *,
         width: int = 24,
         frequency_layers: str | Sequence[int] | None = None,
         ratio: float = 0.3,
     ) -> Replacements:
-        """Wrap the chosen blocks.
+        """Wrap a block.
 
         Args:
             width: Width h of the bottlenecks; 16, 24, 32 or 64 in the paper.
@@ -135,21 +133,12 @@ class EarthAdapter(Method):
         check_whole("width", width)
         if check_above_zero("ratio", ratio) > 1:
             raise ValueError(f"ratio={ratio}; it must be above 0 and at most 1.")
-        order = [path for path, _ in backbone.blocks]
-        replacements = []
-        for path, block in blocks:
-            banded = order.index(path) in (frequency_layers or ())
-            with device_of(block):
-                wrapped = FrequencyAdapter(
-                    block,
-                    backbone.grid,
-                    cast(int, backbone.width),
-                    width,
-                    ratio if banded else None,
-                ).train(block.training)
-            entry = Replacement.at(backbone.model, path, wrapped, _tensors(wrapped))
-            replacements.append(entry)
-        return replacements
+        banded = backbone.block_paths.index(path) in (frequency_layers or ())
+        channels = cast(int, backbone.width)
+        wrapped = FrequencyAdapter(
+            block, backbone.grid, channels, width, ratio if banded else None
+        ).train(block.training)
+        return [Replacement.at(backbone.model, path, wrapped, _tensors(wrapped))]
 
 
 def split_frequencies(x: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
@@ -182,8 +171,7 @@ def _frequency_blocks(
     backbone: Backbone, blocks: Blocks, choice: str | Sequence[int] | None
 ) -> list[int]:
     """Return the numbers, in the backbone, of the blocks with frequency bands."""
-    order = [path for path, _ in backbone.blocks]
-    numbers = [order.index(path) for path, _ in blocks]
+    numbers = [backbone.block_paths.index(path) for path, _ in blocks]
     if choice is None:
         return numbers[: max(len(numbers) // 4, 1)]
     if choice == "all":

@@ -1,7 +1,7 @@
-"""Training existing tensors: what full, bias and norm tuning share.
+"""Training existing tensors: all, the last blocks, biases, norms, or none.
 
 The originals are never written: trained copies take the place of the chosen tensors,
-and the original weights stay in memory.
+and the original weights stay in memory. Taught in notebooks 02 and 04.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from geopeft_kit.backbones.base import Backbone
-from geopeft_kit.methods.base import Blocks, Method
+from geopeft_kit.methods.base import Blocks, Method, register
+from geopeft_kit.methods.checks import check_whole
 from geopeft_kit.methods.replacement import Replacement, Replacements
 
 Chooser = Callable[[nn.Module, str], bool]
@@ -26,15 +27,13 @@ class ChosenParameters(Method):
     """Trains copies of the parameters that `chooses` picks.
 
     Where `layers` is not "all", only those inside the blocks.
-
-    Attributes:
-        missing: Why a network without such parameters is refused.
     """
 
     family = "existing weights"
     mergeable = True
+    linear = True
     identity_at_start = True
-    missing: ClassVar[str]
+    missing: ClassVar[str]  # why a network without such parameters is refused
 
     def chooses(self, module: nn.Module, name: str) -> bool:
         """Return whether a module's own parameter of this name trains."""
@@ -154,3 +153,129 @@ def _modules_below(
     """Yield (dotted path, module) of the roots and all below them."""
     for root in roots:
         yield from model.get_submodule(root).named_modules(prefix=root)
+
+
+@register
+class Bias(ChosenParameters):
+    """All bias terms: of the blocks, the patch embedding and the final norm.
+
+    The bias of a batch norm counts as one; its statistics stay.
+    """
+
+    name = "bias"
+    title = "Bias tuning (BitFit)"
+    paper = "Ben Zaken et al. 2022, BitFit, arXiv 2106.10199"
+    trained = "every bias"
+    count_formula = "11D per ViT block + 2D (patch embedding, final norm)"
+    learning_rate = 1e-3  # ours; biases bear a larger rate than weights
+    needs = "any backbone with biases"
+    note = "BitFit"
+    missing = "it has no bias terms"
+
+    def chooses(self, module: nn.Module, name: str) -> bool:
+        """Choose by the parameter's name."""
+        return name == "bias" or name.endswith("_bias")
+
+
+@register
+class Norm(ChosenParameters):
+    """Weight and bias of every normalisation layer, the final one included.
+
+    Running statistics of a batch norm stay: it computes with the frozen ones, in
+    training too.
+    """
+
+    name = "norm"
+    title = "Norm tuning"
+    paper = "Basu et al. 2024, LayerNorm tuning, arXiv 2304.01917"
+    trained = "weight and bias of every normalisation layer"
+    count_formula = "4D per ViT block + 2D (final norm)"
+    learning_rate = 1e-3  # ours
+    needs = "any backbone with affine normalisation layers"
+    missing = "it has no normalisation layer with a weight or bias"
+
+    def chooses(self, module: nn.Module, name: str) -> bool:
+        """Choose by the class's name: LayerNorm, BatchNormAct2d, RmsNorm, ..."""
+        return "norm" in type(module).__name__.lower()
+
+
+@register
+class Frozen(Method):
+    """Nothing inside the backbone trains: the probe."""
+
+    name = "frozen"
+    title = "Frozen backbone (probe)"
+    family = "ends"
+    paper = "-"
+    trained = "nothing in the backbone; the decoder on top alone"
+    count_formula = "0"
+    mergeable = True
+    linear = True
+    identity_at_start = True
+    learning_rate = None
+
+    def build(self, backbone: Backbone, blocks: Blocks) -> Replacements:
+        """Replace nothing."""
+        return []
+
+
+@register
+class Full(Method):
+    """Every parameter trains, in copies; the original weights are kept.
+
+    Batch-norm statistics move during training, in copies as well, and are saved. With
+    `layers` given, only what is inside those blocks trains.
+    """
+
+    name = "full"
+    title = "Full fine-tuning"
+    family = "ends"
+    paper = "-"
+    trained = "all parameters; batch-norm statistics move"
+    count_formula = "all"
+    mergeable = True
+    linear = True
+    identity_at_start = True
+    # The 15 full runs of the PEFT study (arXiv 2504.17397, its released settings) chose
+    # 2.2e-5 to 9.9e-4, larger models the smaller ones.
+    learning_rate = 1e-4
+
+    def build(self, backbone: Backbone, blocks: Blocks) -> Replacements:
+        """Copy all parameters and moving buffers, or those of the chosen blocks."""
+        if len(blocks) < len(backbone.blocks):
+            return train_everything(backbone.model, [path for path, _ in blocks])
+        inside = train_everything(backbone.model, [""])
+        return inside + train_everything(backbone, backbone.beside)
+
+
+@register
+class LastBlocks(Method):
+    """The last blocks train, in copies; everything before them is frozen.
+
+    Nothing before the first trained block needs a backward pass. If `layers` chooses
+    blocks, exactly those train and `number` is not used.
+    """
+
+    name = "last_blocks"
+    title = "Last blocks"
+    family = "ends"
+    paper = "-"
+    trained = "all parameters of the last `number` blocks"
+    count_formula = "number * block (plain ViT block: 12D^2 + 13D)"
+    mergeable = True
+    linear = True
+    identity_at_start = True
+    learning_rate = 1e-4  # as full; ours
+
+    def build(
+        self, backbone: Backbone, blocks: Blocks, *, number: int = 2
+    ) -> Replacements:
+        """Copy every parameter and buffer of the last `number` blocks."""
+        check_whole("number", number)
+        if number > len(backbone.blocks):
+            raise ValueError(
+                f"number={number}, but the backbone has {len(backbone.blocks)} blocks."
+            )
+        if len(blocks) == len(backbone.blocks):
+            blocks = blocks[-number:]
+        return train_everything(backbone.model, [path for path, _ in blocks])

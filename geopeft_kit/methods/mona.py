@@ -6,16 +6,21 @@ Taught in notebook 04. Source: Yin et al. 2025, Mona, arXiv 2408.08345 (CVPR 202
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from geopeft_kit.backbones.base import Backbone, TokenGrid
-from geopeft_kit.devices import device_of
-from geopeft_kit.methods.base import Blocks, register
-from geopeft_kit.methods.block_parts import add_to_mlp_branch, channels_of
+from geopeft_kit.methods.base import register
+from geopeft_kit.methods.block_parts import (
+    OnGrid,
+    OnTokenGrids,
+    SwinBlock,
+    add_to_mlp_branch,
+    channels_of,
+)
 from geopeft_kit.methods.checks import check_share, check_whole
-from geopeft_kit.methods.on_grid import OnGrid, OnTokenGrids, SwinBlock
 from geopeft_kit.methods.replacement import Replacement, Replacements, trained_in
 
 
@@ -95,36 +100,26 @@ class Mona(OnTokenGrids):
     count_formula = "2(5C + 2Ch + h^2 + 88h) per block"
     identity_at_start = False
 
-    def build(
+    def in_block(
         self,
         backbone: Backbone,
-        blocks: Blocks,
+        path: str,
+        block: Any,
         *,
         width: int = 64,
         dropout: float = 0.1,
     ) -> Replacements:
-        """Put an adapter behind each of a block's two sums.
-
-        Args:
-            width: Channels in the middle.
-            dropout: Rate before the last Linear.
-        """
+        """Put an adapter of `width` channels behind each of a block's two sums."""
         check_whole("width", width)
         check_share("dropout", dropout)
-        replacements = []
-        for path, block in blocks:
-            with device_of(block):
-                first, second = (
-                    MonaUnit(channels_of(block), width, dropout, backbone.grid)
-                    for _ in range(2)
-                )
-            tensors = trained_in(first, "after_attention")
-            tensors |= trained_in(second, "after_mlp")
-            combine = functools.partial(
-                MonaMlp, after_attention=first, after_mlp=second
-            )
-            if backbone.layout == "swin":
-                whole = Replacement.at(backbone.model, path, SwinBlock(block))
-                replacements.append(whole)
-            replacements += add_to_mlp_branch(backbone, (path, block), combine, tensors)
-        return replacements
+        first, second = (
+            MonaUnit(channels_of(block), width, dropout, backbone.grid)
+            for _ in range(2)
+        )
+        tensors = trained_in(first, "after_attention")
+        tensors |= trained_in(second, "after_mlp")
+        combine = functools.partial(MonaMlp, after_attention=first, after_mlp=second)
+        entries = add_to_mlp_branch(backbone, (path, block), combine, tensors)
+        if backbone.layout == "swin":
+            return [Replacement.at(backbone.model, path, SwinBlock(block)), *entries]
+        return entries

@@ -61,9 +61,9 @@ class VisualPrompts(Method):
     Shallow: one set, put in before the first chosen block, carried through all of them
     and taken off after the last; the blocks must follow one another.
 
-    The start is uniform in +-sqrt(6 / (3 * patch**2 + D)), the Xavier rule of the
-    paper's code with its three colour channels, whatever the bands are. Prompts change
-    the output from the first step on: attention shares its weight with them.
+    The start is uniform in +-sqrt(6 / (3 * patch**2 + D)), the rule of the paper's
+    code, whatever the bands are. Prompts change the output from the first step on:
+    attention shares its weight with them. A dropout of 0.1 is the study's.
     """
 
     name = "vpt"
@@ -93,13 +93,7 @@ class VisualPrompts(Method):
         deep: bool = True,
         dropout: float = 0.1,
     ) -> Replacements:
-        """Wrap the chosen blocks.
-
-        Args:
-            tokens: Number of prompts n.
-            deep: Own prompts for every block, or one set for all.
-            dropout: Rate on the prompts; 0.1 is the study's.
-        """
+        """Wrap the chosen blocks; `tokens` is n, `dropout` works on the prompts."""
         check_whole("tokens", tokens)
         check_share("dropout", dropout)
         if not check_switch("deep", deep):

@@ -14,25 +14,14 @@ Places = dict[str, tuple[nn.Module, str]]
 
 @dataclass(eq=False)
 class Replacement:
-    """One attribute of one module that an adapter points elsewhere.
+    """One attribute of one module that an adapter points elsewhere."""
 
-    Attributes:
-        path: Dotted path of the attribute inside `backbone.model`.
-        owner: The module that holds the attribute.
-        attribute: The attribute's name in the owner.
-        substitute: The module, parameter or buffer that takes the place.
-        tensors: Every tensor of a substitute module that is trained or otherwise has
-            to be saved; the names are relative to `path`.
-        original: What was there before; known from the first activation on.
-        active: True while the attribute points at the substitute.
-    """
-
-    path: str
+    path: str  # dotted path of the attribute inside `backbone.model`
     owner: nn.Module
     attribute: str
     substitute: nn.Module | Tensor
-    tensors: Places = field(default_factory=dict)
-    original: nn.Module | Tensor | None = None
+    tensors: Places = field(default_factory=dict)  # trained or saved, below `path`
+    original: nn.Module | Tensor | None = None  # known from the first activation on
     active: bool = False
 
     @classmethod
@@ -52,8 +41,7 @@ class Replacement:
     def table(self) -> dict[str, Any]:
         """The owner's dictionary of the attribute.
 
-        Re-pointing an existing key keeps the order of the state dict; `setattr` might
-        not.
+        Setting its key keeps the order of the state dict; `setattr` might not.
         """
         if isinstance(self.substitute, nn.Module):
             return self.owner._modules
@@ -97,10 +85,7 @@ def tensors_of(replacements: Replacements) -> dict[str, Tensor]:
 def trained_in(module: nn.Module, name: str = "", frozen: str = "") -> Places:
     """Places of all parameters of a new module but those of its child `frozen`.
 
-    Args:
-        module: The new module.
-        name: Put in front of each readable name.
-        frozen: A child that was there before; empty for none.
+    `name` is put in front of each readable name.
     """
     places: Places = {}
     for path, _ in module.named_parameters():

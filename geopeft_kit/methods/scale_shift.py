@@ -50,12 +50,9 @@ class ScaleShiftFeatures(Method):
     """A scale (1 at the start) and a shift (0) after each Linear, convolution and norm.
 
     On a ViT these are the two norms, qkv, proj, fc1 and fc2 of each block, the patch
-    embedding and the last norm; on other networks likewise every such layer. With
-    `layers` given, those inside the blocks only.
-
-    A layer without a bias, as a ResNet's convolutions, gets a scale only (ours): it has
-    no place to fold a shift into, and the norm that follows has one of its own. Layers
-    whose weight is read without calling them are left out.
+    embedding and the last norm. With `layers` given, those inside the blocks only. A
+    layer without a bias gets a scale only (ours): it has no place to fold a shift into.
+    Layers whose weight is read without calling them are left out.
     """
 
     name = "ssf"
@@ -65,6 +62,7 @@ class ScaleShiftFeatures(Method):
     trained = "one scale and one shift per output channel of every layer"
     count_formula = "22D per ViT block + 4D (patch embedding, final norm)"
     mergeable = True
+    linear = True
     identity_at_start = True
     learning_rate = 1e-3  # ours
     needs = "any backbone whose norms have one gain per channel"

@@ -1,9 +1,5 @@
 """The small convolutional network that a ViT-Adapter adds to a frozen ViT.
 
-`SpatialPrior` makes four maps of the image, `InteractingBlock` lets a block of the ViT
-and the maps read from each other, `FourScales` returns the maps. `vit_adapter.py` puts
-them in place.
-
 Source: Chen et al. 2023, Vision Transformer Adapter for Dense Predictions, ICLR, arXiv
 2205.08534, section 3.
 """
@@ -21,7 +17,68 @@ from torch import Tensor, nn
 from geopeft_kit.backbones.base import TokenGrid
 from geopeft_kit.decoders.neck import group_norm
 from geopeft_kit.methods.deformable import DeformableAttention, Size, centres
-from geopeft_kit.methods.shared_tokens import SharedTokens
+
+
+class SharedTokens:
+    """The spatial tokens of one forward pass, kept per interaction.
+
+    A frozen network calls the parts of a ViT-Adapter and passes nothing between them. A
+    block that is recomputed in the backward pass reads the tokens again; the next pass,
+    or the end of one without gradients, drops them. Copies start empty.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def __reduce__(self) -> tuple[type[SharedTokens], tuple[()]]:
+        return SharedTokens, ()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.finest: Tensor | None = None  # (B, D, H/4, W/4)
+        self.sizes: list[Size] = []  # (h, w) at strides 8, 16 and 32
+        self.spatial: dict[int, Tensor] = {}  # interaction -> (B, S, D) in front of it
+        self._seen: dict[int, Tensor] = {}
+
+    def begin(self, maps: Sequence[Tensor], levels: Tensor) -> None:
+        """Start a pass with the four maps of the prior and the code of each level."""
+        self.clear()
+        self.finest = maps[0]
+        self.sizes = [(m.shape[2], m.shape[3]) for m in maps[1:]]
+        tokens = [
+            m.flatten(2).transpose(1, 2) + level  # (B, h*w, D)
+            for m, level in zip(maps[1:], levels, strict=True)
+        ]
+        self.spatial[0] = torch.cat(tokens, dim=1)  # (B, S, D)
+
+    def before(self, interaction: int, place: int, tokens: Tensor) -> Tensor:
+        """The spatial tokens for the input (B, N, D) of an interacting block.
+
+        `place` is the block's position among those that interact.
+        """
+        if interaction not in self.spatial:
+            raise RuntimeError(
+                "A block of a ViT-Adapter was called outside a forward pass of its "
+                "backbone. Call backbone(image), not backbone.model."
+            )
+        if place not in self._seen:
+            self._seen[place] = tokens.detach()
+        elif not _same(self._seen[place], tokens):
+            raise RuntimeError(
+                "A block of a ViT-Adapter was called again with other tokens, after "
+                "its forward pass. With recomputed blocks (gradient checkpointing), "
+                "run backward before the next forward pass."
+            )
+        return self.spatial[interaction]
+
+    def after(self, interaction: int, spatial: Tensor) -> None:
+        """Keep an interaction's output; recomputing does not replace the first."""
+        self.spatial.setdefault(interaction + 1, spatial)
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    return first.shape == second.shape and torch.allclose(first, second, equal_nan=True)
+
 
 STRIDES = (4, 8, 16, 32)
 SCALES = ("quarter", "eighth", "sixteenth", "coarsest")
@@ -179,10 +236,6 @@ class FourScales(nn.Module):
     """The spatial tokens as four maps, joined with the ViT's own.
 
     Each of the ViT's four maps is resized to its scale and added; then a norm.
-
-    Attributes:
-        channels: Channels of the four maps.
-        strides: Pixels per cell of the four maps.
     """
 
     def __init__(self, width: int, interactions: int, shared: SharedTokens) -> None:

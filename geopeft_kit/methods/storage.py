@@ -1,16 +1,13 @@
 """An adapter on disk: a folder with adapter.json and adapter.safetensors.
 
-The tensors are concatenated into one flat array per number type, and adapter.json lists
-them. Names that differ in a block number only, with the same shape, share a line there:
-a star in place of the number, and the numbers. A header with one entry per tensor would
-be 30 KB for a ViT-L; this is 2.
+Format 2 stores each tensor under its own name. Format 1, of version 0.1, joined them
+into one flat array per number type; it is still read.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +20,9 @@ from torch import Tensor
 
 from geopeft_kit.files import hash_of, whole_file
 
-FORMAT = 1
+FORMAT = 2
 DESCRIPTION = "adapter.json"
 TENSORS = "adapter.safetensors"
-_NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)")  # a name's parts that are numbers
 
 
 @dataclass(frozen=True)
@@ -49,21 +45,21 @@ def write_adapter(
     """Write the fields of a `SavedAdapter`; an error leaves nothing half-written.
 
     The folder is made if needed; other files in it stay.
-
-    Raises:
-        OSError: The disk is full, or the place cannot be written.
     """
     from geopeft_kit import __version__
 
     folder = Path(folder)
-    arrays, index = _pack(tensors)
     description = {
         "format": FORMAT,
         "method": method,
         "config": dict(config),
         "backbone": dict(backbone),
         "geopeft_kit": __version__,
-        "tensors": index,
+    }
+    # safetensors refuses views and tensors that share memory
+    arrays = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
     }
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,7 +72,7 @@ def write_adapter(
         ):
             save_file(arrays, data)
             description["sha256"] = hash_of(data)
-            text.write_text(_readable(description), encoding="utf-8")
+            text.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     except BaseException:
         if made and not any(folder.iterdir()):
             folder.rmdir()
@@ -109,16 +105,23 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
             f"{description['sha256'][:12]}. Copy the folder again, or save the adapter "
             "again."
         )
-    try:
-        arrays = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}.") from error
+    tensors = read_tensors(path)
+    if description["format"] == 1:
+        tensors = _from_flat_arrays(tensors, description.get("tensors", []), path)
     return SavedAdapter(
         method=description["method"],
         config=description["config"],
         backbone=description["backbone"],
-        tensors=_unpack(arrays, description["tensors"], path),
+        tensors=tensors,
     )
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}.") from error
 
 
 def _read_description(path: Path) -> dict[str, Any]:
@@ -128,76 +131,43 @@ def _read_description(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} is truncated or not JSON: {error}. Copy the folder again."
         ) from error
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
-        found = description.get("format") if isinstance(description, dict) else None
+    found = description.get("format") if isinstance(description, dict) else None
+    if found not in (1, FORMAT):
         raise ValueError(
-            f"{path} has format {found!r}; this version of geopeft_kit reads format "
-            f"{FORMAT}. Save the adapter again with this version."
+            f"{path} has format {found!r}; this version of geopeft_kit reads formats "
+            f"1 to {FORMAT}. Save the adapter again with this version."
         )
-    keys = {"method", "config", "backbone", "tensors", "sha256"}
-    missing = sorted(keys - set(description))
+    missing = sorted({"method", "config", "backbone", "sha256"} - set(description))
     if missing:
         raise ValueError(f"{path} lacks {missing}. Copy the folder again.")
     return description
 
 
-def _pack(
-    tensors: Mapping[str, Tensor],
-) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Concatenate tensors; return the flat arrays and the index of what is where."""
-    groups: dict[tuple[str, tuple[int, ...], torch.dtype], list[str]] = {}
-    for name, tensor in tensors.items():
-        kind = (_NUMBER.sub("*", name), tuple(tensor.shape), tensor.dtype)
-        groups.setdefault(kind, []).append(name)
-    parts: dict[str, list[Tensor]] = {}
-    index = []
-    for (pattern, shape, dtype), names in groups.items():
-        word = str(dtype).removeprefix("torch.")
-        entry = {"name": pattern, "shape": list(shape), "dtype": word}
-        if "*" in pattern:
-            entry["numbers"] = [" ".join(_NUMBER.findall(name)) for name in names]
-        index.append(entry)
-        parts.setdefault(word, []).extend(
-            tensors[name].detach().cpu().reshape(-1) for name in names
-        )
-    return {word: torch.cat(members) for word, members in parts.items()}, index
-
-
-def _unpack(
+def _from_flat_arrays(
     arrays: Mapping[str, Tensor], index: list[dict[str, Any]], path: Path
 ) -> dict[str, Tensor]:
-    """Cut the flat arrays into named tensors; the opposite of `_pack`."""
+    """Cut the arrays of format 1 into tensors.
+
+    A line of the index is one shape and number type, "blocks.*.attn.lora_A" and the
+    numbers for its stars; its tensors follow one another in the array of that type.
+    """
     tensors: dict[str, Tensor] = {}
     position = dict.fromkeys(arrays, 0)
     for entry in index:
         word, shape = entry["dtype"], entry["shape"]
         size = math.prod(shape)
         for numbers in entry.get("numbers", [""]):
-            filling = iter(numbers.split())
-            name = "".join(
-                next(filling) if part == "*" else part
-                for part in re.split(r"(\*)", entry["name"])
-            )
+            name = entry["name"]
+            for number in numbers.split():
+                name = name.replace("*", number, 1)
             start = position.get(word, 0)
-            if word not in arrays or start + size > arrays[word].numel():
-                raise ValueError(
-                    f"{path} is too short for {name!r} {shape} {word}, which "
-                    f"{DESCRIPTION} lists. Save the adapter again."
-                )
-            tensors[name] = arrays[word][start : start + size].reshape(shape)
             position[word] = start + size
-    left = {word: a.numel() - position[word] for word, a in arrays.items()}
-    if any(left.values()):
+            if word not in arrays or start + size > arrays[word].numel():
+                break
+            tensors[name] = arrays[word][start : start + size].reshape(shape)
+    if position != {word: array.numel() for word, array in arrays.items()}:
         raise ValueError(
-            f"{path} holds {left} numbers more than {DESCRIPTION} lists. Save the "
+            f"{path} does not hold the tensors that {DESCRIPTION} lists. Save the "
             "adapter again."
         )
     return tensors
-
-
-def _readable(description: dict[str, Any]) -> str:
-    """JSON with one line per kind of tensor: as short as `dumps`, and readable."""
-    head = {k: v for k, v in description.items() if k != "tensors"}
-    lines = ",\n    ".join(json.dumps(entry) for entry in description["tensors"])
-    text = json.dumps(head, indent=2)[:-2]  # without the closing brace
-    return f'{text},\n  "tensors": [\n    {lines}\n  ]\n}}\n'

@@ -54,9 +54,8 @@ def default_targets(
 
     Transformers get q, v, fc1, fc2 (as in the PEFT study, arXiv 2504.17397), networks
     with an MLP only (ConvNeXt) its fc1 and fc2, other ones their Linear layers and 1x1
-    convolutions (conv1 and conv3 of a ResNet-50 block, the projections of a state-space
-    block), and where a block has none (ResNet-18) all its ungrouped convolutions.
-    Shortcuts and squeeze-excite layers are left alone.
+    convolutions (ResNet-50, state-space blocks), and where a block has none (ResNet-18)
+    all its ungrouped convolutions. Shortcuts and squeeze-excite layers are left alone.
     """
     layers = _layers_of(blocks, kinds)
     known = {_short(name) for name in layers if _in_attention_or_mlp(name)}
@@ -81,12 +80,7 @@ def find_targets(
 
     Names are "q", "k", "v" (own layers, or rows of a fused one), "qkv" (the fused
     matrix), or the end of a layer's path in the block, as "mlp.fc1". A block without a
-    layer of that name is skipped.
-
-    Raises:
-        ValueError: A name that no block has for a layer of these kinds, that is given
-            twice, a grouped convolution, or one that pads with its border.
-        TypeError: Not a list of names.
+    layer of that name is skipped; a name that no block has is an error.
     """
     names = _checked(targets)
     found: dict[str, list[Target]] = {name: [] for name in names}
@@ -137,10 +131,8 @@ def _in_block(path: str, layers: Mapping[str, Any], name: str) -> Targets:
 def _layers_of(blocks: Sequence[Block], kinds: Kinds) -> dict[str, Any]:
     """Path inside the block -> layer of one of the kinds, over all blocks.
 
-    Layers whose weight is read without calling them are left out, because a substitute
-    would have no effect: `out_proj` of torch's MultiheadAttention, the qkv of
-    attentions with separate q and v biases (BEiT, Swin V2), and qkv and proj of
-    torchvision's window attention.
+    A layer whose weight is read without calling it would hide its substitute: these are
+    left out (see `_bypassed`).
     """
     layers: dict[str, Any] = {}
     for _, block in blocks:
@@ -156,7 +148,11 @@ def _layers_of(blocks: Sequence[Block], kinds: Kinds) -> dict[str, Any]:
 
 
 def _bypassed(parent: nn.Module, name: str) -> bool:
-    """True if the parent reads the weight of this layer without calling the layer."""
+    """True if the parent reads the weight of this layer without calling the layer.
+
+    So do torch's MultiheadAttention, torchvision's window attention, and attentions
+    with separate q and v biases (BEiT, Swin V2).
+    """
     if isinstance(parent, ShiftedWindowAttention):
         return name in ("qkv", "proj")
     if isinstance(parent, nn.MultiheadAttention):

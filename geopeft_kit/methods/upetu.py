@@ -1,14 +1,12 @@
 """UPetu-style: quantised adapters and context-aware prompts on hierarchical networks.
 
-Only the paper's abstract could be read. From it: there is an efficient quantisation
-adapter module (EQAM) of quantised linear layers and non-linear activations, and a
-context-aware prompt module (CAPM) that puts trainable prompts into features of several
-scales; they complement each other; 0.73 % of the parameters of ConvNeXt-B train; tasks
-are scene classification, segmentation and change detection. Not confirmed, and ours
-here: the bits, where the modules stand, their widths, the activation, every formula of
-CAPM. Q-Linear itself is that of Jie et al. 2023 (arXiv 2307.16867), which has the same
-name. Our count on ConvNeXt-B, 641,444 or 0.7325 %, meets 0.73 % because we chose the
-widths so; it is no evidence that the paper did the same. Taught in notebook 06.
+Only the paper's abstract could be read. From it: a quantisation adapter module (EQAM)
+of quantised linear layers and non-linear activations; a context-aware prompt module
+(CAPM) that puts trainable prompts into features of several scales; 0.73 % of the
+parameters of ConvNeXt-B train. Ours: the bits, places, widths, the activation, every
+formula of CAPM. Q-Linear is that of Jie et al. 2023 (arXiv 2307.16867). Our count on
+ConvNeXt-B, 641,444 or 0.7325 %, meets 0.73 % because we chose the widths so; this is
+not evidence that the paper did the same. Taught in notebook 06.
 """
 
 from __future__ import annotations
@@ -63,13 +61,10 @@ class ContextPrompts(nn.Module):
         a = softmax(P c / sqrt(d)),  p = sum of a_i p_i,
         added = gamma * Up(GELU(Down F + p)),
 
-    so each image mixes its own prompt, by what is in it. gamma is one number per
-    channel and 0 at the start: nothing is added then. With `earlier`, the context of
-    the stage before is put behind c; prompts have twice the numbers, of which the first
-    half are added to the features. No gradient goes to the earlier stage that way.
-
-    The prompts start from N(0, 1), Down and Up as torch's `nn.Linear`. `context` (B, d)
-    and `attention`, the weights a (B, P), are those of the last forward pass.
+    so each image mixes its own prompt. gamma is one number per channel, 0 at the start.
+    With `earlier`, the context of the stage before (without gradient) is appended to c;
+    prompts are then twice as long, and their first half is added to the features.
+    `context` (B, d) and `attention`, a (B, P), are those of the last forward pass.
     """
 
     def __init__(

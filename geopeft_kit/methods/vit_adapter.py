@@ -20,12 +20,12 @@ from geopeft_kit.devices import device_of
 from geopeft_kit.methods.base import Blocks, Method, Options, register
 from geopeft_kit.methods.checks import check_above_zero, check_whole
 from geopeft_kit.methods.replacement import Replacement, Replacements, trained_in
-from geopeft_kit.methods.shared_tokens import SharedTokens
 from geopeft_kit.methods.side_network import (
     Extractor,
     FourScales,
     Injector,
     InteractingBlock,
+    SharedTokens,
     SpatialPrior,
 )
 
@@ -40,13 +40,11 @@ class VitAdapter(Method):
     row. The injectors start at zero, so the ViT's tokens start unchanged; the maps that
     leave are the side network's, so the output does not.
 
-    Stated by the study: 4 interactions, 64 channels of the prior, 4 points. As we know
-    the authors' released settings for ViT-B and ViT-L, not confirmed on our sheets:
-    D/64 heads, values of D/2, a network of D/4, three extractors at the end. Ours:
-    group normalisation of the same size instead of synchronised batch normalisation
-    (nothing to freeze, alike for one image and many); all bands of the image are read,
-    also those that the patch embedding ignores; the final norm and the class token of
-    the ViT stay; no stochastic depth.
+    Stated by the study: 4 interactions, 64 channels of the prior, 4 points. Not
+    confirmed, from memory of the authors' settings for ViT-B and ViT-L: D/64 heads,
+    values of D/2, a network of D/4, three extractors at the end. Ours: group instead of
+    synchronised batch normalisation; all bands of the image are read, also those that
+    the patch embedding ignores; no stochastic depth.
 
     `build_model` has to come after `attach`: the four scales change the decoder.
     """
@@ -67,8 +65,7 @@ class VitAdapter(Method):
     )
     mergeable = False
     identity_at_start = False
-    # The median of the study's five runs, 2.6e-4 to 9.7e-4.
-    learning_rate = 7e-4
+    learning_rate = 7e-4  # median of the study's five runs, 2.6e-4 to 9.7e-4
     needs = "plain ViTs whose patch size divides 32"
 
     def why_not(self, backbone: Backbone) -> str | None:
@@ -160,11 +157,7 @@ class VitAdapter(Method):
 
 
 def cut(blocks: int, groups: int) -> list[range]:
-    """Cut blocks into groups as evenly as the four maps of a ViT are taken.
-
-    Raises:
-        ValueError: There are fewer blocks than groups.
-    """
+    """Cut blocks into groups as evenly as the four maps of a ViT are taken."""
     if groups > blocks:
         raise ValueError(
             f"interactions={groups}, and there are {blocks} blocks: each interaction "

@@ -31,10 +31,9 @@ def _amplitude(size: int, beta: float, shortest: float) -> np.ndarray:
 def fractal_noise(
     rng: np.random.Generator, size: int, beta: float, shortest: float = 0.0
 ) -> np.ndarray:
-    """A random field with a power-law spectrum, (size, size), mean 0 and deviation 1.
+    """A random field, (size, size), mean 0, deviation 1, power spectrum f^-beta.
 
-    `beta` is the exponent of the power spectrum: 1-2 grain, 2.5 patches, 3.5-4 hills.
-    Wavelengths well below `shortest` pixels are smoothed away.
+    `beta`: 1-2 grain, 2.5 patches, 3.5-4 hills. Wavelengths below `shortest` are faint.
     """
     shape = (size, size // 2 + 1)
     spectrum = np.empty(shape, np.complex64)
@@ -88,9 +87,7 @@ def gradient(field: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def curve_distance(field: np.ndarray, steepness: float = 0.35) -> np.ndarray:
     """Signed distance in pixels to the zero line of a field, close to the line.
 
-    A zero line of a smooth random field meanders, forks around islands and leaves
-    cut-off loops, as rivers do. Slopes below `steepness` count as this much: finite on
-    plateaus.
+    Zero lines of noise meander as rivers do. Slopes below `steepness` count as it.
     """
     rows, columns = gradient(field)
     return field / np.maximum(np.sqrt(rows * rows + columns * columns), steepness)

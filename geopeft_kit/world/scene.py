@@ -4,8 +4,6 @@ The scenes look like satellite images and obey a little physics (relief, drainag
 linear mixing of spectra, sun and shadow, haze, the camera's blur), so that lessons and
 tests need no download. They are not satellite images: nothing measured on them says
 how a method works on Earth.
-
-Taught in `notebooks/00_quickstart.ipynb`.
 """
 
 from __future__ import annotations
@@ -64,10 +62,6 @@ class Scene:
     """One simulated place at two dates.
 
     Attributes:
-        region, seed, event: As asked for.
-        bands: Band names of `image`, C of them.
-        image: (C, H, W) float32 reflectance 0-1, after the event if there was one.
-        before: (C, H, W) the same place earlier, under another sky; None if not asked.
         labels: (H, W) maps of the date of `image`: "land_cover" uint8 counting into
             `LAND_COVER_CLASSES`; "flood" uint8, 1 for all water, permanent or not;
             "permanent_water" uint8; "burn" uint8, 1 for fresh scars only;
@@ -83,23 +77,20 @@ class Scene:
             "rain", "soil_brightness", "haze", "cloud", "sun_elevation",
             "sun_azimuth", "climate" (`Region.climate`), "lon", "lat" (of the
             centre, degrees), "day_of_year" (counted from 0, made up).
-        transform: rasterio affine transform, 10 m pixels.
-        crs: "EPSG:326xx" or "EPSG:327xx".
-        bounds: (left, bottom, right, top) in metres.
     """
 
     region: str
     seed: int
     event: str
     bands: tuple[str, ...]
-    image: np.ndarray = field(repr=False)
-    before: np.ndarray | None = field(repr=False)
+    image: np.ndarray = field(repr=False)  # (C, H, W) reflectance 0-1, after the event
+    before: np.ndarray | None = field(repr=False)  # earlier, under another sky
     labels: dict[str, np.ndarray] = field(repr=False)
     physical: dict[str, np.ndarray] = field(repr=False)
     scalars: dict[str, float] = field(repr=False)
     transform: Affine = field(repr=False)
     crs: str
-    bounds: tuple[float, float, float, float]
+    bounds: tuple[float, float, float, float]  # left, bottom, right, top, metres
 
 
 def simulate_scene(
@@ -125,9 +116,6 @@ def simulate_scene(
 
     Returns:
         The scene. The same arguments give the same arrays on one machine.
-
-    Raises:
-        ValueError: Unknown region, event, band or shift; too small a size.
     """
     _check(region, seed, size, event, shift)
     names = resolve_bands(bands)

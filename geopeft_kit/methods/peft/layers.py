@@ -1,14 +1,14 @@
 """How layers of Hugging Face `peft` get into a backbone.
 
-`peft` wraps layers in place. Here it is given a small container with the target layers
-instead of the backbone, and the wrapped layers become substitutes. On a fused qkv
-matrix, q, k and v are presented to `peft` as layers that read their rows of the fused
-weight. Taught in notebook 03.
+`peft` wraps layers in place. Here it is given a container with the target layers, and
+the wrapped layers become substitutes. Parts of a fused qkv matrix are presented to it
+as layers that read their rows of the weight. Taught in notebook 03.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -29,9 +29,8 @@ ADAPTER = "default"  # the name that peft gives an adapter inside its layers
 class Rows(nn.Linear):
     """Rows `first` to `last - 1` of a Linear, seen as a Linear of its own.
 
-    Weight and bias are read from the source at every access, so they follow it to
-    another device and number type. They are detached, because peft sets their flags,
-    which a part of a trainable weight does not allow.
+    Weight and bias are read from the source at every access, so they follow its device
+    and number type. They are detached, because peft sets flags on them.
     """
 
     def __init__(self, source: nn.Linear, first: int, last: int) -> None:
@@ -109,9 +108,8 @@ def inject(
     layers: Sequence[nn.Module],
     inject_with: Callable[..., Any] | None = None,
 ) -> list[PeftLayer]:
-    """Let `peft` wrap layers, and return the wrapped ones, in order.
+    """Let `peft` wrap layers, which stay as they are; return the wrapped ones.
 
-    The layers stay as they are: only their container is changed, and thrown away.
     `inject_with` is a tuner's class, needed where layers share state; the default is
     peft's `inject_adapter_in_model`.
     """
@@ -133,6 +131,12 @@ def inject(
                 # Master weights of a half-precision backbone's adapter are in float32.
                 child._apply(_at_least_float32)
     return wrapped
+
+
+@functools.cache
+def mixed(mixin: type, kind: type) -> type:
+    """Return peft's class of a layer with some of its methods replaced."""
+    return type(f"{mixin.__name__}{kind.__name__}", (mixin, kind), {})
 
 
 def slot(number: int) -> str:

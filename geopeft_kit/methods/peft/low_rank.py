@@ -6,13 +6,14 @@ which needs quantised weights, are left out: `attach` sees no data.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from geopeft_kit.methods.base import Config, Options, register
+from geopeft_kit.methods.base import Config, Options, check_equal, register
 from geopeft_kit.methods.checks import check_choice, check_switch
 from geopeft_kit.methods.peft.files import write_peft_files
 from geopeft_kit.methods.peft.layers import Wrapped, wrap
@@ -91,17 +92,42 @@ class Lora(PeftMethod):
         config = self.configuration(**fields)
         return wrap(targets, config, own_copies=init in SHIFTING)
 
-    def export(
-        self,
-        replacements: Replacements,
-        config: Config,
-        folder: Path,
-    ) -> None:
-        """Write `adapter_config.json` and `adapter_model.safetensors` of peft.
+    def joint_config(self, configs: Sequence[Config]) -> Options:
+        """Return the config of the sum: the ranks add up, and alpha is the rank."""
+        if self.name != "lora":
+            return super().joint_config(configs)
+        if shifted := {config["init"] for config in configs} & set(SHIFTING):
+            raise ValueError(
+                f"Adapters with init={shifted} cannot be combined: each subtracts its "
+                "start from its own copy of the frozen weights."
+            )
+        check_equal(configs, ("rank", "alpha", "rslora", "dropout", "init"))
+        total = sum(config["rank"] for config in configs)
+        plain = {"rslora": False, "dropout": 0.0, "init": "default"}
+        return {**configs[0], "rank": total, "alpha": total, **plain}
 
-        Raises:
-            ValueError: The adapter starts from a changed copy of the frozen weights.
-        """
+    def join(
+        self,
+        start: Mapping[str, Tensor],
+        parts: Sequence[tuple[Config, Mapping[str, Tensor]]],
+        weights: Sequence[float],
+    ) -> dict[str, Tensor]:
+        """Stack all A, and all B times weight and scale: w1 s1 B1 A1 + w2 s2 B2 A2."""
+        joined = {}
+        for name in start:
+            factors = [tensors[name] for _, tensors in parts]
+            if name.endswith("lora_B"):
+                factors = [
+                    weight * scaling(config) * up
+                    for weight, (config, _), up in zip(
+                        weights, parts, factors, strict=True
+                    )
+                ]
+            joined[name] = torch.cat(factors, dim=int(name.endswith("lora_B")))
+        return joined
+
+    def export(self, replacements: Replacements, config: Config, folder: Path) -> None:
+        """Write peft's files, unless the start changed a copy of the frozen weights."""
         init = config.get("init", "default")
         if init in SHIFTING:
             raise ValueError(
@@ -128,6 +154,11 @@ class Dora(Lora):
     learning_rate = 8e-4  # as LoRA; ours
     own = {name: Lora.own[name] for name in ("rank", "alpha", "dropout")}
     fixed = {"use_dora": True}
+
+
+def scaling(config: Config) -> float:
+    """The factor on B A."""
+    return config["alpha"] / config["rank"] ** (0.5 if config["rslora"] else 1)
 
 
 def _check_linear(targets: list[Target], init: str) -> None:

@@ -7,6 +7,7 @@ more overrides `inject`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -40,19 +41,12 @@ LINEAR = "networks with Linear layers in their blocks"
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a peft method.
+    """One option of a peft method."""
 
-    Attributes:
-        type: As the card shows it.
-        default: Its default.
-        field: The field of peft's configuration that takes the value.
-        check: (name, value) -> the value for that field, or an error.
-    """
-
-    type: str
+    type: str  # as the card shows it
     default: Any
-    field: str
-    check: Callable[[str, Any], Any]
+    field: str  # of peft's configuration
+    check: Callable[[str, Any], Any]  # (name, value) -> the field's value, or an error
 
 
 def rank(default: int) -> Option:
@@ -76,23 +70,17 @@ def seed(field: str) -> Option:
 
 
 class PeftMethod(Method):
-    """A method whose substitutes are layers of `peft`. Subclasses are rows.
-
-    Attributes:
-        kinds: Types of layer that the method's peft layers exist for.
-        config: Name of the configuration class in `peft`.
-        own: The options besides `targets`.
-        fixed: Further fields of the configuration, the same in every adapter.
-    """
+    """A method whose substitutes are layers of `peft`. Subclasses are rows."""
 
     family = "low rank"
     mergeable = True
     identity_at_start = True
     needs = "networks with Linear or ungrouped Conv2d layers in their blocks"
-    kinds: ClassVar[Kinds] = LINEAR_CONV2D
-    config: ClassVar[str]
-    own: ClassVar[Mapping[str, Option]] = {}
-    fixed: ClassVar[Mapping[str, Any]] = {}
+    kinds: ClassVar[Kinds] = LINEAR_CONV2D  # that peft has layers of the method for
+    config: ClassVar[str]  # name of the configuration class in peft
+    own: ClassVar[Mapping[str, Option]] = {}  # options besides `targets`
+    fixed: ClassVar[Mapping[str, Any]] = {}  # the same fields in every adapter
+    tuner: ClassVar[str | None] = None  # name in peft, where layers share tensors
 
     @classmethod
     def parameters(cls) -> dict[str, tuple[str, Any]]:
@@ -137,13 +125,19 @@ class PeftMethod(Method):
 
     def inject(self, targets: Targets, fields: Options, values: Config) -> Wrapped:
         """Wrap the targets; `fields` are those of the configuration."""
-        return wrap(targets, self.configuration(**fields))
+        import peft
+
+        tuner = None if self.tuner is None else getattr(peft, self.tuner)
+        return wrap(targets, self.configuration(**fields), inject_with=tuner)
 
     def configuration(self, **fields: Any) -> Any:
         """Make peft's configuration."""
         import peft
 
-        return getattr(peft, self.config)(**fields)
+        with warnings.catch_warnings():
+            # random matrices are drawn from a seed, and not saved on purpose
+            warnings.filterwarnings("ignore", ".*to not save .*within the state dict.*")
+            return getattr(peft, self.config)(**fields)
 
     def folded(self, replacement: Replacement) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield each frozen tensor, or its q, k, v rows, and the merged values."""

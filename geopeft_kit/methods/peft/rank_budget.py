@@ -1,8 +1,7 @@
 """AdaLoRA: a rank budget that moves to the layers that need it. Taught in notebook 03.
 
 Each update is P diag(e) Q. Training starts with more directions than the budget allows;
-the least important entries of e are set to zero, first few, then more, until on average
-`rank` directions a target are left. Layers and allocator are those of `peft`.
+the least important entries of e are set to zero, until on average `rank` are left.
 
 Source: Zhang et al. 2023, AdaLoRA, arXiv 2303.10512.
 """
@@ -33,10 +32,8 @@ class AdaLora(PeftMethod):
 
     `fit` prunes: nothing in the first tenth of the steps, then down to an average of
     `rank` per target, which is fixed for the last 30 % (the shares are ours). Your own
-    training loop gets the same from `adapter.training_rule(total_steps)`.
-
-    A pruned direction is a zero in e. It stays in the tensors, so an adapter on disk
-    has the pruned ranks and the size of the first ones.
+    training loop gets the same from `adapter.training_rule(total_steps)`. A pruned
+    direction is a zero in e, so the file does not get smaller.
     """
 
     name = "adalora"
@@ -69,27 +66,17 @@ class AdaLora(PeftMethod):
         return super().inject(targets, fields, values)
 
     def training_rule(
-        self,
-        replacements: Replacements,
-        config: Config,
-        total_steps: int,
+        self, replacements: Replacements, config: Config, total_steps: int
     ) -> RankBudget:
         """Return the pruning of one run."""
         return RankBudget(replacements, config, total_steps)
 
 
 class RankBudget(TrainingRule):
-    """Prunes an AdaLoRA adapter to its budget in one training run.
-
-    Attributes:
-        pattern: Name of each e -> which of its entries live; empty before pruning.
-    """
+    """Prunes an AdaLoRA adapter to its budget in one training run."""
 
     def __init__(
-        self,
-        replacements: Replacements,
-        config: Config,
-        total_steps: int,
+        self, replacements: Replacements, config: Config, total_steps: int
     ) -> None:
         from peft import AdaLoraConfig
         from peft.tuners.adalora.layer import RankAllocator
@@ -105,7 +92,7 @@ class RankBudget(TrainingRule):
             total_step=total_steps,
         )
         self.allocator = RankAllocator(self.layers, schedule, ADAPTER)
-        self.pattern: dict[str, list[bool]] = {}
+        self.pattern: dict[str, list[bool]] = {}  # name of e -> which entries live
 
     def penalty(self) -> Tensor:
         """How far P and Q are from orthogonal: mean Frobenius norm of P'P - I, QQ' - I.

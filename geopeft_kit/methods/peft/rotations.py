@@ -9,7 +9,6 @@ permutation matrix per factor and layer.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from geopeft_kit.backbones.base import Backbone
 from geopeft_kit.methods.base import Config, Options, register
 from geopeft_kit.methods.checks import check_whole
-from geopeft_kit.methods.peft.layers import ADAPTER, PeftLayer, Wrapped, wrap
+from geopeft_kit.methods.peft.layers import ADAPTER, PeftLayer, Wrapped, mixed, wrap
 from geopeft_kit.methods.peft.method import Option, PeftMethod
 from geopeft_kit.methods.targets import Target, Targets, find_targets
 
@@ -31,16 +30,11 @@ def _block_size(name: str, value: Any) -> int | None:
 
 
 class Rotation(PeftMethod):
-    """What both share: layers are wrapped in groups of one block size.
-
-    Attributes:
-        usual: The largest block size, in channels, that is chosen by default.
-        size_field: The field of peft's configuration that takes the block size.
-    """
+    """What both share: layers are wrapped in groups of one block size."""
 
     learning_rate = 1e-3  # ours
-    usual: ClassVar[int]
-    size_field: ClassVar[str]
+    usual: ClassVar[int]  # largest block size, in channels, that is chosen by default
+    size_field: ClassVar[str]  # of peft's configuration, for the block size
 
     def inject(self, targets: Targets, fields: Options, values: Config) -> Wrapped:
         """Let peft wrap each group with the configuration of its block size."""
@@ -98,7 +92,7 @@ class Oft(Rotation):
     def refine(self, layer: PeftLayer) -> PeftLayer:
         """Let a Linear take inputs with any leading axes."""
         if isinstance(layer.get_base_layer(), nn.Linear):
-            layer.__class__ = _mixed(FlattenedOft, layer.__class__)
+            layer.__class__ = mixed(FlattenedOft, layer.__class__)
         return layer
 
 
@@ -133,7 +127,7 @@ class Boft(Rotation):
 
     def refine(self, layer: PeftLayer) -> PeftLayer:
         """Let the layer compute its product in plain PyTorch."""
-        layer.__class__ = _mixed(PlainButterfly, layer.__class__)
+        layer.__class__ = mixed(PlainButterfly, layer.__class__)
         order = layer.boft_P.argmax(-1)  # (m, in, in) -> (m, in)
         layer.boft_P = order.to(layer.get_base_layer().weight.device)
         return layer
@@ -149,14 +143,9 @@ class FlattenedOft:
 
 
 class PlainButterfly:
-    """Mixed into peft's BOFT layers: the product in plain PyTorch, on any device.
+    """Mixed into peft's BOFT layers: the product in plain PyTorch, on any device."""
 
-    Attributes:
-        boft_P: (m, in) whole numbers: the order of the channels for each factor, where
-            peft has permutation matrices (m, in, in).
-    """
-
-    boft_P: Tensor
+    boft_P: Tensor  # (m, in) order of channels, where peft has matrices (m, in, in)
     boft_R: Any
     boft_s: Any
     cayley_batch: Any
@@ -188,11 +177,6 @@ class PlainButterfly:
         if isinstance(base, nn.Linear):
             return F.linear(x, weight.to(x.dtype), bias)
         return base._conv_forward(x, weight.to(x.dtype), bias)
-
-
-@functools.cache
-def _mixed(mixin: type, kind: type) -> type:
-    return type(f"{mixin.__name__}{kind.__name__}", (mixin, kind), {})
 
 
 @contextmanager
