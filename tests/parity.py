@@ -67,7 +67,7 @@ def load(
     monkeypatch: Any, card: BackboneCard, weights: Any, **options: Any
 ) -> Backbone:
     """`load_backbone` with a card put in the place of the one of its name."""
-    monkeypatch.setitem(backbones._CARDS, card.name, card)
+    monkeypatch.setitem(backbones.CARDS, card.name, card)
     return backbones.load_backbone(card.name, weights=weights, **options)
 
 

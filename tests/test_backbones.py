@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from geopeft_kit.backbones import find_card, galileo, list_backbones, load_backbone
 from geopeft_kit.backbones.band_plan import plan_bands
 from geopeft_kit.backbones.base import Backbone, adapt_kernels, tap_points
+from geopeft_kit.backbones.cards import STATISTICS
 from geopeft_kit.backbones.prithvi import resize_table, sine_cosine_table
-from geopeft_kit.backbones.torchgeo_facts import S2_STATISTICS, SENTINEL2
 from geopeft_kit.files import hash_of
 
 HLS = ("BLUE", "GREEN", "RED", "NIR_NARROW", "SWIR_1", "SWIR_2")
@@ -283,13 +283,13 @@ def test_a_shared_band_arrives_where_its_neighbour_does(name: str) -> None:
     card = find_card(name)
     bands = (*card.bands, "NIR_NARROW", "WATER_VAPOUR")
     plan = plan_bands(card, bands, "share_nearest")
-    published = S2_STATISTICS
+    published = STATISTICS["ssl4eo_s12_sentinel2"]
     scale = card.normalisation.scale / published.scale
 
     def arrives(band: str, deviations: float) -> float:
         """A place so many deviations above the world's mean, standardised."""
-        place = SENTINEL2.index(band)
-        value = published.mean[place] + deviations * published.std[place]
+        mean, std = published.bands[band]
+        value = mean + deviations * std
         index = bands.index(band)
         return (scale * value - plan.mean[index]) / plan.std[index]
 

@@ -27,7 +27,7 @@ HEADS = (1, 2, 4, 8)
 def shrunken(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.manual_seed(0)
     card = replace(find_card(NAME), architecture=SIZES | {"heads": HEADS}, depth=5)
-    monkeypatch.setitem(backbones._CARDS, NAME, card)
+    monkeypatch.setitem(backbones.CARDS, NAME, card)
     with torch.no_grad():
         yield
 

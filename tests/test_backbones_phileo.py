@@ -40,8 +40,8 @@ def shrunken(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     vit = replace(
         find_card(VIT), image_size=SIZE, architecture=sizes, width=WIDTH, depth=4
     )
-    monkeypatch.setitem(backbones._CARDS, UNET, unet)
-    monkeypatch.setitem(backbones._CARDS, VIT, vit)
+    monkeypatch.setitem(backbones.CARDS, UNET, unet)
+    monkeypatch.setitem(backbones.CARDS, VIT, vit)
     with torch.no_grad():
         yield
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from geopeft_kit import backbones
 from geopeft_kit.backbones import find_card, load_backbone
-from geopeft_kit.backbones.rgb_vits import fixed_table
+from geopeft_kit.backbones.vit import fixed_table
 
 WIDTH, DEPTH, HEADS = 48, 4, 3
 NAMES = ["scalemae_large", "dino_mc_small", "cross_scale_mae_base", "satmae_large"]
@@ -33,7 +33,7 @@ def shrunken(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in NAMES:
         card = find_card(name)
         small = replace(card, width=WIDTH, depth=DEPTH, architecture={"heads": HEADS})
-        monkeypatch.setitem(backbones._CARDS, name, small)
+        monkeypatch.setitem(backbones.CARDS, name, small)
     with torch.no_grad():
         yield
 

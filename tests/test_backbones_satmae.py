@@ -36,7 +36,7 @@ def shrunken(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.manual_seed(0)
     sizes = {"heads": HEADS, "channel_code": CODE}
     card = replace(find_card(NAME), width=WIDTH, depth=DEPTH, architecture=sizes)
-    monkeypatch.setitem(backbones._CARDS, NAME, card)
+    monkeypatch.setitem(backbones.CARDS, NAME, card)
     with torch.no_grad():
         yield
 

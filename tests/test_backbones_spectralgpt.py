@@ -33,7 +33,7 @@ def shrunken(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.manual_seed(0)
     small = {"width": WIDTH, "depth": DEPTH, "architecture": {"heads": HEADS}}
     card = replace(find_card(NAME), **small, image_size=48)
-    monkeypatch.setitem(backbones._CARDS, NAME, card)
+    monkeypatch.setitem(backbones.CARDS, NAME, card)
     with torch.no_grad():
         yield
 

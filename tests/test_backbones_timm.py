@@ -105,7 +105,7 @@ def test_prompts_are_not_turned_and_leave_the_patches_their_places() -> None:
     backbone = load_backbone(DINO, weights=None)
     stirred(backbone.model)
     backbone(torch.rand(1, 3, 32, 64))
-    attention, turns = backbone.model.blocks[0].attn, backbone.rotary.turns
+    attention, turns = backbone.model.blocks[0].attn, backbone.rotary.rotations
     tokens = torch.rand(1, 5 + 2 + 8, 48)
     head = tokens.shape[2] // 3
     still = torch.cat([torch.zeros(2, head), torch.ones(2, head)], dim=1)

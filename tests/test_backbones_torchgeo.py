@@ -28,15 +28,19 @@ from torchvision.models import swin_transformer
 
 import geopeft_kit as gk
 from geopeft_kit import backbones
-from geopeft_kit.backbones import Backbone, find_card, load_backbone
+from geopeft_kit.backbones import Backbone, find_card, list_backbones, load_backbone
 from geopeft_kit.backbones.band_plan import plan_bands
 from geopeft_kit.backbones.card import BackboneCard, WeightFile
 from geopeft_kit.backbones.copernicusfm import days_since_1970
-from geopeft_kit.backbones.rgb_vits import fixed_table
-from geopeft_kit.backbones.torchgeo import CARDS
+from geopeft_kit.backbones.vit import fixed_table
 from geopeft_kit.backbones.weights import published
 from geopeft_kit.bands import BANDS, resolve_bands
 
+CARDS = [
+    card
+    for card in list_backbones()
+    if any(file.torchgeo for file in card.weights.values())
+]
 WIDTH, DEPTH, HEADS = 48, 4, 3
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 SMALL: dict[str, dict[str, Any]] = {
@@ -69,9 +73,9 @@ def twins(monkeypatch: pytest.MonkeyPatch) -> None:
             depth=DEPTH,
             architecture={"heads": heads, **own},
         )
-        monkeypatch.setitem(backbones._CARDS, name, small)
+        monkeypatch.setitem(backbones.CARDS, name, small)
     card = replace(find_card("satlas_swin_v2_t"), architecture=SWIN)
-    monkeypatch.setitem(backbones._CARDS, card.name, card)
+    monkeypatch.setitem(backbones.CARDS, card.name, card)
 
 
 def stirred(module: nn.Module) -> nn.Module:

@@ -274,7 +274,7 @@ def test_a_card_with_a_checksum_is_held_to_it(
 ) -> None:
     file = replace(find_card(NAME).weights["default"], sha256="0" * 64)
     card = replace(find_card(NAME), weights={"default": file})
-    monkeypatch.setitem(backbones._CARDS, NAME, card)
+    monkeypatch.setitem(backbones.CARDS, NAME, card)
     with pytest.raises(RuntimeError, match=f"expected {'0' * 64}"):
         load_backbone(NAME)
 

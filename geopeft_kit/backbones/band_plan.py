@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from geopeft_kit.backbones.card import BackboneCard
-from geopeft_kit.backbones.torchgeo_facts import S2_STATISTICS, SENTINEL2
+from geopeft_kit.backbones.cards import STATISTICS
 from geopeft_kit.bands import BANDS, resolve_bands
 
 NewBands = Literal["error", "random", "copy_nearest", "share_nearest", "ignore"]
 NEW_BANDS: tuple[str, ...] = get_args(NewBands)
+WORLD = STATISTICS["ssl4eo_s12_sentinel2"]  # Sentinel-2 L1C, all over the world
 NEAREST = ("copy_nearest", "share_nearest")
 
 
@@ -150,18 +151,15 @@ def _nearest(card: BackboneCard, name: str) -> int | None:
 def _own_statistics(card: BackboneCard, name: str, nearest: int) -> tuple[float, float]:
     """Mean and deviation that bring a band to where its neighbour arrives."""
     neighbour = card.bands[nearest]
-    missing = [band for band in (name, neighbour) if band not in SENTINEL2]
+    missing = [band for band in (name, neighbour) if band not in WORLD.bands]
     if missing:
         raise ValueError(
             f"no statistics of {', '.join(missing)} are published, so {name} cannot "
             f"be brought to the range of {neighbour}; choose "
             "new_bands='copy_nearest', 'random' or 'ignore'"
         )
-    published, scale = S2_STATISTICS, card.normalisation.scale / S2_STATISTICS.scale
-    own, other = SENTINEL2.index(name), SENTINEL2.index(neighbour)
-    spread = published.std[own] / published.std[other]
-    offset = scale * published.mean[other] - card.normalisation.mean[nearest]
-    return (
-        scale * published.mean[own] - offset * spread,
-        card.normalisation.std[nearest] * spread,
-    )
+    scale = card.normalisation.scale / WORLD.scale
+    (mean, std), (other_mean, other_std) = WORLD.bands[name], WORLD.bands[neighbour]
+    spread = std / other_std
+    offset = scale * other_mean - card.normalisation.mean[nearest]
+    return scale * mean - offset * spread, card.normalisation.std[nearest] * spread

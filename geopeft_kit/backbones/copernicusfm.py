@@ -7,6 +7,7 @@ Taught in notebook 01 (load a geospatial foundation model).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,21 +17,13 @@ from torch import Tensor, nn
 
 from geopeft_kit.backbones.band_plan import BandPlan
 from geopeft_kit.backbones.base import Meta
-from geopeft_kit.backbones.card import BackboneCard, WeightFile
+from geopeft_kit.backbones.card import BackboneCard
+from geopeft_kit.backbones.registry import register
 from geopeft_kit.backbones.spectral import (
     MICRO_TO_NANO,
-    NO_STATISTICS,
-    NOT_SEEN,
     SpectralPatches,
     described,
     spectral_network,
-)
-from geopeft_kit.backbones.torchgeo_facts import (
-    DECIBEL,
-    LICENCE,
-    S2_STATISTICS,
-    SENTINEL2,
-    beyond_sentinel2,
 )
 from geopeft_kit.backbones.vit import ViTBackbone
 from geopeft_kit.bands import BANDS, wavelengths
@@ -131,6 +124,7 @@ def days_since_1970(date: Tensor) -> Tensor:
     return before * 365 + leaps + 1 + date[:, 1] - _EPOCH
 
 
+@register("copernicusfm")
 def build(
     card: BackboneCard,
     plan: BandPlan,
@@ -141,24 +135,19 @@ def build(
     """Build Copernicus-FM's encoder for images, without its branch for named variables.
 
     Layer norms have eps 1e-5, as in torchgeo's class; the authors' own code has 1e-6.
+    Random weights get the sine-cosine positions that torchgeo leaves at zero.
 
     Args:
-        card: sizes.
-        plan: the bands of the user's images; each needs a wavelength, or is radar.
-        state: checkpoint in torchgeo's key layout, or None for random weights, which
-            get the sine-cosine positions that torchgeo leaves at zero.
+        card, plan, state: as for every builder; each band needs a wavelength, or is
+            radar.
         patch: patch size in pixels, 3 to 64; kernels are resized from 16.
         resolution: ground size of a pixel in metres, which gives the area of a patch;
             None leaves it unknown.
-
-    Raises:
-        ValueError: for a band without a wavelength, an option out of range, or a
-            checkpoint that does not fit.
     """
     if type(patch) is not int or patch not in _PATCHES:
         raise ValueError(f"patch={patch!r}: {card.name} takes 3 to 64 whole pixels")
     number = type(resolution) in (int, float)
-    if resolution is not None and not (number and 0 < resolution < float("inf")):
+    if resolution is not None and not (number and 0 < resolution < math.inf):
         raise ValueError(f"resolution={resolution!r}: metres per pixel, above 0")
 
     def bandwidths(names: Sequence[str]) -> list[float]:
@@ -176,11 +165,12 @@ def build(
         made.bandwidths = described(plan, _RADAR_BANDWIDTHS, bandwidths)
         return made
 
+    dropped = ("patch_embed_variable.", "fc_norm.", "norm.", "head.")
     model = spectral_network(
         card,
         state,
         patches,
-        ("patch_embed_variable.", "fc_norm.", "norm.", "head."),
+        dropped,
         kind=CopernicusViT,
         final_norm=False,
         epsilon=1e-5,
@@ -188,34 +178,3 @@ def build(
     backbone = CopernicusBackbone(card, model, plan)
     backbone.resolution = resolution
     return backbone
-
-
-_FILE = WeightFile(torchgeo="CopernicusFM_Base_Weights.CopernicusFM_ViT")
-COPERNICUSFM_BASE = BackboneCard(
-    name="copernicusfm_base",
-    family="copernicusfm",
-    bands=SENTINEL2,
-    also_reads=beyond_sentinel2(("VV", "VH")),
-    patch=16,
-    width=768,
-    depth=12,
-    parameters=112_933_376,
-    image_size=224,
-    normalisation=S2_STATISTICS,
-    licence_weights=LICENCE,
-    licence_code="MIT (torchgeo), Apache-2.0 (timm)",
-    source="https://github.com/zhu-xlab/Copernicus-FM",
-    weights={"default": _FILE, "mae+distill": _FILE},
-    architecture={"heads": 12},
-    paper="arXiv 2503.11849",
-    notes="Masked autoencoder and distillation on Copernicus-Pretrain; kernels are "
-    "made from wavelengths and bandwidths in nanometres, of any size (option patch). "
-    "meta['lonlat'] and meta['date'] are used where given, and the option resolution."
-    + NO_STATISTICS
-    + DECIBEL,
-    cannot="Variables without a wavelength (Sentinel-5P, elevation), which it reads by "
-    "a language model's embedding of their name, are not offered. The last map has no "
-    "final norm: none is published." + NOT_SEEN,
-)
-
-CARDS = (COPERNICUSFM_BASE,)

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 
+from geopeft_kit.backbones.vit import sines_and_cosines
+
 # In the order of the rows of the channel embedding.
 GROUPS: dict[str, tuple[str, ...]] = {
     "S1": ("VV", "VH"),
@@ -146,8 +148,7 @@ class Galileo(nn.Module):
 def fixed_code(size: int, places: Tensor) -> Tensor:
     """Sines, then cosines (n, size), at frequencies 10000^(-i / (2 size))."""
     steps = torch.arange(size // 2, device=places.device, dtype=torch.float32)
-    angles = torch.outer(places.float(), 10000 ** (-steps / (2 * size)))
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
+    return sines_and_cosines(places.float(), 10000 ** (-steps / (2 * size)))
 
 
 def _month_table(size: int) -> Tensor:

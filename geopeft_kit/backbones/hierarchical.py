@@ -1,7 +1,7 @@
 """Hierarchical networks of timm: ConvNeXt, ResNet, Swin, MambaOut, EfficientViM.
 
-Their four stages give four maps of growing stride. The network stays timm's own, with
-timm's names, less its classifier. EfficientViM is the state-space model among them, and
+Their four stages give four maps of growing stride. The network is timm's, under timm's
+names, without its classifier. EfficientViM is the state-space model among them, and
 MambaOut its control: the same kind of block without a state space.
 
 Source: timm; Lee et al. 2024, EfficientViM, arXiv 2411.15241; Yu & Wang 2024, MambaOut,
@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import timm
 from torch import Tensor, nn
 
 from geopeft_kit.backbones.band_plan import BandPlan
@@ -29,6 +30,13 @@ _BLOCKS = {
     "mambaout": re.compile(r"stages\.\d+\.blocks\.\d+"),
     "efficientvim": re.compile(r"stages\.\d+\.blocks\.\d+"),
 }
+
+
+def resnet50(bands: int) -> Any:
+    """Timm's ResNet-50 with random weights and without its classifier."""
+    return timm.create_model(
+        "resnet50", pretrained=False, num_classes=0, in_chans=bands
+    )
 
 
 def block_names(model: nn.Module, layout: str) -> list[str]:

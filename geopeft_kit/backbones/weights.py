@@ -15,7 +15,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 import torch
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from geopeft_kit.backbones.base import Backbone
 
 State = dict[str, Tensor]
+Network = TypeVar("Network", bound=nn.Module)
 _SHOWN = 5
 _PACKAGED = Path(__file__).resolve().parents[1] / "weights"
 # Where training scripts put the network inside a checkpoint.
@@ -283,6 +284,22 @@ def strip_prefixes(state: Mapping[str, Tensor], prefixes: Sequence[str]) -> Stat
     return clean
 
 
+def filled(
+    make: Callable[[], Network], state: Mapping[str, Tensor] | None, name: str
+) -> Network:
+    """The network that `make` makes, with the tensors of `state`, or random if None.
+
+    With a state it is made on the meta device, which takes no memory and no time for
+    random numbers. Raises ValueError as `load_strictly` does.
+    """
+    if state is None:
+        return make()
+    with torch.device("meta"):
+        model = make()
+    load_strictly(model, state, name)
+    return model
+
+
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
     """Load every tensor of a model, and nothing else.
 
@@ -294,6 +311,15 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], name: str) -> N
     check_fit(own, state, name)
     cast = {key: state[key].to(own[key].dtype) for key in own}
     model.load_state_dict(cast, strict=True, assign=True)
+
+
+def check_patch(name: str, kernel: Tensor | None, patch: int) -> None:
+    """An error where the kernels (D, C, p, p) of a file have another patch size."""
+    if kernel is not None and kernel.shape[-1] != patch:
+        raise ValueError(
+            f"this checkpoint of {name} has patches of {kernel.shape[-1]} px and "
+            f"patch={patch}. Load it with patch={kernel.shape[-1]}"
+        )
 
 
 def check_fit(
