@@ -1,4 +1,4 @@
-"""Transformer blocks from a state dict by PyTorch functions alone; what methods leave.
+"""Transformer blocks from a state dict by PyTorch functions alone.
 
 Shared by the tests of backbone families. Nothing here is taken from the package's own
 networks, so that two independent computations are compared.
@@ -12,9 +12,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-import geopeft_kit as gk
-from geopeft_kit.backbones import Backbone
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 State = dict[str, Tensor]
@@ -76,9 +73,3 @@ def assert_close(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
     assert len(ours) == len(theirs) == 4
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, **CLOSE)
-
-
-def refuses(backbone: Backbone) -> dict[str, str]:
-    """Method -> why it does not serve the backbone."""
-    reasons = {card.name: card.why_not(backbone) for card in gk.list_methods()}
-    return {name: reason for name, reason in reasons.items() if reason}

@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from backbone_table import shrink
+from plain_vit import assert_close
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from geopeft_kit import backbones
 from geopeft_kit.backbones import find_card, load_backbone
 from geopeft_kit.backbones.vit import fixed_table
 
@@ -31,9 +31,8 @@ def shrunken(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The same families with four thin blocks, and the same random numbers."""
     torch.manual_seed(0)
     for name in NAMES:
-        card = find_card(name)
-        small = replace(card, width=WIDTH, depth=DEPTH, architecture={"heads": HEADS})
-        monkeypatch.setitem(backbones.CARDS, name, small)
+        sizes = {"heads": HEADS}
+        shrink(monkeypatch, name, width=WIDTH, depth=DEPTH, architecture=sizes)
     with torch.no_grad():
         yield
 
@@ -63,12 +62,6 @@ def taps(
         seen = norm(tokens) if index == DEPTH - 1 else tokens
         maps.append(seen[:, 1:].transpose(1, 2).unflatten(2, size))
     return maps
-
-
-def assert_close(ours: list[Tensor], theirs: list[Tensor]) -> None:
-    assert len(ours) == len(theirs) == 4
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, **CLOSE)
 
 
 def mae_table(side: int) -> Tensor:
@@ -302,41 +295,6 @@ def test_xformers_blocks_are_refused(tmp_path: Path) -> None:
 
 
 # --- all of them ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_forward_and_backward_with_more_bands_than_they_know(name: str) -> None:
-    backbone = load_backbone(name, weights=None, bands="hls", new_bands="ignore")
-    image = torch.rand(2, 6, 64, 64)
-    with torch.enable_grad():
-        maps = backbone(image)
-        sum(m.square().mean() for m in maps).backward()
-    assert not [n for n, p in backbone.named_parameters() if p.grad is None]
-    # the card's order is red, green, blue; the image's is blue, green, red
-    plain = load_backbone(name, weights=None)
-    plain.load_state_dict(backbone.state_dict() | kernels_turned(backbone))
-    assert_close(plain(image[:, [2, 1, 0]]), maps)
-    with pytest.raises(ValueError, match="does not know NIR_NARROW"):
-        load_backbone(name, weights=None, bands="hls")
-
-
-def kernels_turned(backbone: backbones.Backbone) -> dict[str, Tensor]:
-    kernel = backbone.model.patch_embed.proj.weight
-    return {"model.patch_embed.proj.weight": kernel.flip(1)}
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_checkpoint_that_lacks_a_tensor_is_refused(name: str, tmp_path: Path) -> None:
-    state = dict(load_backbone(name, weights=None).model.state_dict())
-    torch.save({"model": state}, tmp_path / "whole.pth")
-    load_backbone(name, weights=tmp_path / "whole.pth")
-    state.pop("blocks.1.attn.qkv.bias")
-    state["blocks.1.attn.extra"] = torch.zeros(1)
-    torch.save({"model": state}, tmp_path / "broken.pth")
-    with pytest.raises(
-        ValueError, match=r"1 missing \(blocks.1.attn.qkv.bias\).*extra"
-    ):
-        load_backbone(name, weights=tmp_path / "broken.pth")
 
 
 @pytest.mark.parametrize("name", ["dino_mc_small", "cross_scale_mae_large"])

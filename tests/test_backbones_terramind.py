@@ -7,16 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from backbone_table import shrink
 from formula_weights import draw
-from parity import (
-    CLOSE,
-    EVERYDAY,
-    Fixture,
-    assert_same_tokens,
-    check_methods,
-    load,
-    thin,
-)
+from parity import CLOSE, Fixture, assert_same_tokens
 from torch import Tensor, nn
 
 import geopeft_kit as gk
@@ -43,8 +36,9 @@ def twin(
     monkeypatch: pytest.MonkeyPatch, size: str, weights: Any = None, **options: Any
 ) -> Backbone:
     """Two thin blocks, for images of 4 x 4 patches."""
-    card = thin(f"terramind_v1_{size}", width=48, heads=3, image_size=64)
-    return load(monkeypatch, card, weights, **options)
+    sizes = {"width": 48, "depth": 2, "image_size": 64}
+    shrink(monkeypatch, f"terramind_v1_{size}", **sizes, architecture={"heads": 3})
+    return load_backbone(f"terramind_v1_{size}", weights=weights, **options)
 
 
 def checkpoint(folder: Path, size: str) -> tuple[Fixture, Path]:
@@ -195,21 +189,6 @@ def test_counts_and_cards() -> None:
 
 
 # Methods
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_everyday_methods_on_a_twin(monkeypatch: pytest.MonkeyPatch, size: str) -> None:
-    backbone = twin(monkeypatch, size)
-    image = torch.rand(2, 12, 32, 32)
-    assert check_methods(backbone, image, names=EVERYDAY) == set(EVERYDAY)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("size", SIZES)
-def test_all_methods_on_a_twin(monkeypatch: pytest.MonkeyPatch, size: str) -> None:
-    backbone = twin(monkeypatch, size)
-    served = check_methods(backbone, torch.rand(2, 12, 32, 32))
-    assert {"convpass", "mona", "houlsby", "ssf", "vit_adapter"} <= served
 
 
 @pytest.mark.parametrize(

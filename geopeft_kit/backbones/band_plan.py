@@ -59,32 +59,17 @@ def plan_bands(
 ) -> BandPlan:
     """Match the bands of an image with the kernels of a backbone, by name.
 
-    A band the card does not know gets the statistics of the known band nearest in
-    wavelength, but for ``"share_nearest"``; a band without a wavelength (radar) is
-    passed on as it is.
+    Args as for `load_backbone`. A band that the card does not know gets the statistics
+    of the known band nearest in wavelength, except under ``"share_nearest"``; a band
+    without a wavelength (radar) is passed on unchanged.
 
-    ``"share_nearest"`` keeps the pretrained response: n bands that meet one kernel each
-    take 1/n of it, and a new band is standardised by statistics of its own, so that it
-    arrives with the mean and spread of its neighbour. These are the published means and
-    deviations of SSL4EO-S12 (Sentinel-2 L1C, places all over the world), brought into
-    the card's unit by way of the neighbour, whatever its convention. Only Sentinel-2's
-    bands have them.
-
-    Args:
-        card: the backbone's card.
-        bands: sensor name, or C band names in the order of the image's channels;
-            None means the card's own.
-        new_bands: what to do with a band the card does not know. ``"error"``;
-            ``"random"``: a random kernel of the known kernels' spread;
-            ``"copy_nearest"``: the kernel of the nearest wavelength, at full strength;
-            ``"share_nearest"``: a share of it, see above; ``"ignore"``: the image
-            carries the band and the embedding does not read it.
-
-    Returns:
-        The plan, one entry per band of the image.
+    ``"share_nearest"`` keeps the pretrained response: n bands that meet one kernel take
+    1/n of it each. A new band gets statistics of its own, so that it has the mean and
+    spread of its neighbour after normalisation: those of SSL4EO-S12 (Sentinel-2 L1C,
+    places all over the world), brought into the card's unit by way of the neighbour.
 
     Raises:
-        ValueError: for an unknown policy, a band that needs one, a band with no
+        ValueError: an unknown policy, a band that needs one, a band without a
             wavelength under a nearest policy, one without statistics under
             ``"share_nearest"``, or no known band at all.
     """

@@ -15,7 +15,7 @@ from geopeft_kit.backbones.card import BackboneCard, Normalisation, WeightFile
 from geopeft_kit.bands import BANDS
 
 PATH = Path(__file__).with_name("cards.toml")
-# Fields of an entry that are computed from, or are not fields of a card.
+# Fields of an entry that are not fields of a card.
 _OWN = {"like", "statistics", "two_spreads", "by_wavelength"}
 _COMPUTED = {"name", "normalisation"}
 _FIELDS = {field.name: field for field in fields(BackboneCard)}
@@ -69,7 +69,7 @@ def read_cards(
         entries[name] = _inherited(name, own, entries)
         try:
             cards[name] = _card(name, entries[name], statistics)
-        except KeyError as error:
+        except (KeyError, TypeError) as error:
             raise ValueError(f"card {name!r}: there is no {error}") from error
     return cards
 

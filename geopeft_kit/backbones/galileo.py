@@ -1,11 +1,9 @@
 """Galileo: a small ViT over groups of bands, with real public weights.
 
 Galileo makes one token per patch *and channel group*: BLUE, GREEN, RED are one group,
-the SWIR bands another. Groups that an image lacks are simply not in the sequence. The
-patch size is free from 1 to 8: the 8 x 8 kernels are resized so that a patch and its
-resized copy give the same token.
-
-`galileo_network.py` holds the network.
+the SWIR bands another. Groups that an image lacks are left out of the sequence. The
+patch size is 1 to 8 pixels: the 8 x 8 kernels are resized so that a patch and its
+resized copy give the same token. The network is in `galileo_network.py`.
 
 Source: Tseng et al., Galileo, arXiv 2502.09356 and github.com/nasaharvest/galileo.
 Taught in notebook 01 (load a geospatial foundation model).

@@ -1,9 +1,9 @@
 """Galileo's encoder: tokens of channel groups, fixed codes, kernels that are resized.
 
-A short module for single dates of Sentinel-2, written from the formulas; tokens equal
-those of the published code. Two points of that code decide about it: kernels are
-resized with an antialiased bicubic filter, and the frequencies of all fixed codes fall
-four times more slowly than in the usual sine-cosine table.
+A short module for single dates of Sentinel-2, written from the formulas; its tokens
+equal those of the published code. Two details of that code matter: kernels are resized
+with an antialiased bicubic filter, and the frequencies of all fixed codes fall four
+times more slowly than in the usual sine-cosine table.
 
 Sources: Tseng et al., Galileo, arXiv 2502.09356 and github.com/nasaharvest/galileo;
 patch resizing from Beyer et al., FlexiViT, arXiv 2212.08013, section 3.4.

@@ -1,9 +1,8 @@
 """ViTs that make several tokens of a patch: one for each group of bands.
 
-Galileo, SatMAE's multispectral models and SpectralGPT share everything behind their
-patch embeddings: the tokens of all groups go through the blocks as one sequence, and
-the maps are the mean over the groups of a patch. Groups of which the image has no band
-are not in the sequence.
+Galileo, SatMAE's multispectral models and SpectralGPT share everything after their
+patch embeddings: the tokens of all groups are one sequence, and the maps are the mean
+over the groups of a patch. Groups of which the image has no band are left out.
 
 Taught in notebook 01 (load a geospatial foundation model).
 """
@@ -23,9 +22,8 @@ from geopeft_kit.backbones.card import BackboneCard
 class GroupedViTBackbone(Backbone):
     """Four maps at patch stride: the mean over the groups of each patch.
 
-    The sequence is prefix, then row, column, group, as `TokenGrid` says. Attention does
-    not depend on the order of its tokens, so this equals upstreams that put the groups
-    first.
+    The sequence is prefix, then row, column, group. Attention does not depend on the
+    order of its tokens, so this equals upstreams that put the groups first.
     """
 
     layout = "vit"
@@ -43,11 +41,6 @@ class GroupedViTBackbone(Backbone):
         self.channels = [card.width] * 4
         self.strides = [patch] * 4
         self.taps = tap_points(len(model.blocks))
-
-    @property
-    def block_paths(self) -> list[str]:
-        """``blocks.0`` ... in order."""
-        return [f"blocks.{i}" for i in range(len(self.model.blocks))]
 
     def embed(self, image: Tensor, meta: Meta | None) -> Tensor:
         """Normalised image (B, C, H, W) -> tokens with positions (B, h, w, N, D)."""
@@ -79,9 +72,9 @@ def group_slots(
 ) -> list[list[tuple[int, int]]]:
     """For each group, its pairs (channel among those read, kernel of the group).
 
-    `groups` holds indices of the card's bands. A band that is missing is a kernel that
-    is left out; under a nearest policy two channels may share a kernel.
-    Raises ValueError for a random kernel, which belongs to no group.
+    `groups` holds indices of the card's bands. A missing band leaves its kernel out;
+    under a nearest policy two channels may share one. Raises ValueError for a random
+    kernel, which belongs to no group.
     """
     if None in plan.kernels:
         raise ValueError(

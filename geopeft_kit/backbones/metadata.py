@@ -1,4 +1,4 @@
-"""Date and place of an image, as `meta` brings them: checked once, for every backbone.
+"""Date and place of an image in `meta`, checked in one place for every backbone.
 
 A batch has ``date`` (B, T, 2): the year, and the day of the year counted from 0; and
 ``lonlat`` (B, 2): longitude and latitude of the chip's centre in degrees. Latitude
@@ -23,8 +23,8 @@ def dates_of(
 ) -> Tensor | None:
     """Year and day of the year (B, T, 2) float32; None where `meta` has no date.
 
-    The image (B * T, ...) gives device and batch size. Raises ValueError for another
-    shape, a year outside 1900 to 2100, or a day outside 0 to 365.
+    The image is (B * T, ...). Raises ValueError for another shape or a value out of
+    range.
     """
     if meta is None or meta.get("date") is None:
         return None
@@ -37,11 +37,7 @@ def dates_of(
 def lonlat_of(
     meta: Mapping[str, Tensor] | None, image: Tensor, dates: int = 1
 ) -> Tensor | None:
-    """Longitude and latitude (B, 2) float32 in degrees; None where `meta` has none.
-
-    The image (B * T, ...) gives device and batch size. Raises ValueError for another
-    shape or a value out of range.
-    """
+    """Longitude and latitude (B, 2) float32 in degrees, likewise."""
     if meta is None or meta.get("lonlat") is None:
         return None
     wanted = (len(image) // dates, 2)
@@ -71,5 +67,5 @@ def _check(
         limits = ", ".join(f"{low} to {high}" for low, high in ranges)
         raise ValueError(
             f"meta[{key!r}] holds {wrong:g}; it is {words}, within {limits}. Leave it "
-            "out where it is not known"
+            "out where it is unknown"
         )

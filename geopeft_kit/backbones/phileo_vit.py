@@ -143,11 +143,6 @@ class PhilEOViTBackbone(Backbone):
         self.strides = [patch // 4, patch // 2, patch, 2 * patch]
         self.taps = tap_points(card.depth)
 
-    @property
-    def block_paths(self) -> list[str]:
-        """``vit.blocks.0`` ... in order."""
-        return [f"vit.blocks.{i}" for i in range(len(self.model.vit.blocks))]
-
     def forward_maps(self, image: Tensor, meta: Meta | None) -> list[Tensor]:
         """Normalised image (B, C, H, W) -> four maps (B, 256, H_i, W_i)."""
         model, vit = self.model, self.model.vit

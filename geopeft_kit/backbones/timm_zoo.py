@@ -28,12 +28,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from geopeft_kit.backbones.band_plan import BandPlan
-from geopeft_kit.backbones.base import Backbone, adapt_kernels
+from geopeft_kit.backbones.base import Backbone, adapt_kernels, block_names
 from geopeft_kit.backbones.card import BackboneCard, Normalisation, WeightFile
 from geopeft_kit.backbones.hierarchical import (
     EfficientViMBackbone,
     HierarchicalBackbone,
-    block_names,
     resnet50,
 )
 from geopeft_kit.backbones.registry import register

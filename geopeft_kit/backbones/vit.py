@@ -111,11 +111,6 @@ class ViTBackbone(Backbone):
         self.strides = [model.patch_embed.patch_size[0]] * 4
         self.taps = tap_points(len(model.blocks))
 
-    @property
-    def block_paths(self) -> list[str]:
-        """``blocks.0`` ... in order."""
-        return [f"blocks.{i}" for i in range(len(self.model.blocks))]
-
     def forward_maps(self, image: Tensor, meta: Meta | None) -> list[Tensor]:
         """Normalised image (B, C, H, W) -> four maps (B, D, h, w)."""
         patches = self.model.patch_embed(image)  # (B, h, w, D)
