@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import re
 import tomllib
 from typing import Any
 
 import pytest
+from notebook_tools import REPO
 
 from geopeft_kit.backbones.cards import CARDS, PATH, STATISTICS, read_cards
-from geopeft_kit.bands import BANDS
 
 CONTENT = tomllib.loads(PATH.read_text(encoding="utf-8"))
 
@@ -51,10 +52,8 @@ def test_a_stretch_of_two_spreads() -> None:
 
 def test_further_bands_have_the_statistics_of_the_nearest() -> None:
     further = CARDS["dofa_base"].also_reads
-    blue = STATISTICS["ssl4eo_s12_sentinel2"].bands["BLUE"]
-    wave = BANDS["BLUE"].wavelength_um
-    near = [b for b in further if abs((BANDS[b].wavelength_um or 9) - wave) < 0.01]
-    assert near and all(further[band] == blue for band in near)
+    known = STATISTICS["ssl4eo_s12_sentinel2"].bands
+    assert further["PAN"] == known["GREEN"]  # 0.59 um; RED is at 0.66
     assert further["TIR_1"] == (0.0, 1e4), "a temperature is passed on"
     assert "TIR_1" not in CARDS["clay_v1"].also_reads
 
@@ -74,3 +73,13 @@ def test_further_bands_have_the_statistics_of_the_nearest() -> None:
 def test_mistakes_are_named(entry: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         read(x=entry)
+
+
+def test_the_examples_of_contributing_are_real() -> None:
+    text = (REPO / "CONTRIBUTING.md").read_text()
+    section = text.split("## Add a backbone")[1].split("\n## ")[0]
+    examples = re.findall(r"```diff\n(.*?)```", section, re.DOTALL)
+    files = (PATH, PATH.with_name("ssl4eo.py"), REPO / "tests" / "backbone_table.py")
+    for example, file in zip(examples, files, strict=True):
+        lines = [line.removeprefix("+") for line in example.splitlines()]
+        assert "\n".join(lines) in file.read_text(), file

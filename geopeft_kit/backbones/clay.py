@@ -16,7 +16,7 @@ from __future__ import annotations
 import datetime
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from geopeft_kit.backbones.band_plan import BandPlan
 from geopeft_kit.backbones.base import Meta
 from geopeft_kit.backbones.card import BackboneCard
-from geopeft_kit.backbones.metadata import dates_of, lonlat_of
+from geopeft_kit.backbones.metadata import dates_of, ground_size, lonlat_of
 from geopeft_kit.backbones.registry import register
 from geopeft_kit.backbones.vit import ViTBackbone, sines_and_cosines, vit_network
 from geopeft_kit.backbones.weights import State, filled
@@ -182,7 +182,7 @@ def _circle(angles: Tensor) -> Tensor:
 def build(
     card: BackboneCard,
     plan: BandPlan,
-    state: Mapping[str, Tensor] | None,
+    state: State | None,
     resolution: float = 10.0,
     hour: float = 0.0,
 ) -> ClayBackbone:
@@ -193,8 +193,7 @@ def build(
         resolution: ground size of a pixel in metres (Clay's "gsd").
         hour: hour of the day in UTC, 0 to 24, for dates of `meta`, which have no time.
     """
-    if not 0 < resolution < float("inf"):
-        raise ValueError(f"resolution={resolution!r}: metres per pixel, above 0")
+    resolution = ground_size(resolution)
     if not 0 <= hour <= 24:
         raise ValueError(f"hour={hour!r}: 0 to 24 are allowed")
     waves = [_wavelength(card, band) for band in plan.read_bands]
@@ -202,7 +201,7 @@ def build(
     model = filled(lambda: _network(card, waves), kept, card.name)
     model.patch_embed.waves = torch.tensor(waves)  # no part of the checkpoint
     backbone = ClayBackbone(card, model, plan)
-    backbone.resolution, backbone.hour = float(resolution), float(hour)
+    backbone.resolution, backbone.hour = resolution, float(hour)
     return backbone
 
 
@@ -245,7 +244,7 @@ _RENAMED = (
 )
 
 
-def encoder_state(state: Mapping[str, Tensor]) -> State:
+def encoder_state(state: State) -> State:
     """A Clay checkpoint in timm's names; decoder, teacher and projection dropped.
 
     Keys start with ``model.encoder.`` in the published file; a file of the encoder

@@ -7,8 +7,7 @@ Taught in notebook 01 (load a geospatial foundation model).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from geopeft_kit.backbones.band_plan import BandPlan
 from geopeft_kit.backbones.base import Meta
 from geopeft_kit.backbones.card import BackboneCard
+from geopeft_kit.backbones.metadata import ground_size
 from geopeft_kit.backbones.registry import register
 from geopeft_kit.backbones.spectral import (
     MICRO_TO_NANO,
@@ -26,6 +26,7 @@ from geopeft_kit.backbones.spectral import (
     spectral_network,
 )
 from geopeft_kit.backbones.vit import ViTBackbone
+from geopeft_kit.backbones.weights import State
 from geopeft_kit.bands import BANDS, wavelengths
 
 # 5 cm, and a bandwidth of 1 m, in nanometres.
@@ -84,10 +85,7 @@ class CopernicusBackbone(ViTBackbone):
         return self.read_blocks(tokens + added, *patches.shape[1:3])
 
     def metadata(self, meta: Meta, count: int) -> Tensor:
-        """Codes of place, area and time (B, 1, D); (1, 1, D) if all are unknown.
-
-        Learned tokens replace what is unknown.
-        """
+        """Codes of place, area and time (B or 1, 1, D); learned tokens if unknown."""
         model: Any = self.model
         place, area, time = model.coord_token, model.scale_token, model.time_token
         lonlat, date = _known(meta, "lonlat"), _known(meta, "date")
@@ -109,10 +107,7 @@ class CopernicusBackbone(ViTBackbone):
 
 
 def _known(meta: Meta, key: str) -> Tensor | None:
-    """An entry of the metadata, or None if it is missing or not a number for one image.
-
-    That one unknown image hides the entry of the whole batch is torchgeo's rule.
-    """
+    """An entry; None if missing or, as in torchgeo, not a number for one image."""
     value = meta.get(key)
     return None if value is None or value.isnan().any() else value
 
@@ -128,7 +123,7 @@ def days_since_1970(date: Tensor) -> Tensor:
 def build(
     card: BackboneCard,
     plan: BandPlan,
-    state: Mapping[str, Tensor] | None,
+    state: State | None,
     patch: int = 16,
     resolution: float | None = None,
 ) -> CopernicusBackbone:
@@ -146,9 +141,8 @@ def build(
     """
     if type(patch) is not int or patch not in _PATCHES:
         raise ValueError(f"patch={patch!r}: {card.name} takes 3 to 64 whole pixels")
-    number = type(resolution) in (int, float)
-    if resolution is not None and not (number and 0 < resolution < math.inf):
-        raise ValueError(f"resolution={resolution!r}: metres per pixel, above 0")
+    if resolution is not None:
+        resolution = ground_size(resolution)
 
     def bandwidths(names: Sequence[str]) -> list[float]:
         return [MICRO_TO_NANO * float(BANDS[n].bandwidth_um or 0) for n in names]

@@ -13,7 +13,6 @@ Taught in notebook 01 (load a geospatial foundation model).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -97,7 +96,7 @@ class DistanceAttention(Attention):
 def build(
     card: BackboneCard,
     plan: BandPlan,
-    state: Mapping[str, Tensor] | None,
+    state: State | None,
 ) -> ViTBackbone:
     """Build CROMA's optical encoder, or the radar one for the radar cards.
 
@@ -125,7 +124,7 @@ def build(
     return backbone
 
 
-def encoder_state(state: Mapping[str, Tensor], encoder: str, patch: int) -> State:
+def encoder_state(state: State, encoder: str, patch: int) -> State:
     """One encoder of a CROMA file, s1_encoder or s2_encoder, in timm's names.
 
     The layers behind the mean over all patches (``..._GAP_FFN``) are left out.

@@ -11,7 +11,7 @@ Taught in notebook 01 (load a geospatial foundation model).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -27,6 +27,7 @@ from geopeft_kit.backbones.galileo_network import (
     kernel_resize,
 )
 from geopeft_kit.backbones.grouped import GroupedViTBackbone
+from geopeft_kit.backbones.metadata import ground_size
 from geopeft_kit.backbones.registry import register
 from geopeft_kit.backbones.weights import State, filled
 
@@ -107,7 +108,7 @@ def month_of(year: Tensor, day: Tensor) -> Tensor:
 def build(
     card: BackboneCard,
     plan: BandPlan,
-    state: Mapping[str, Tensor] | None,
+    state: State | None,
     patch: int = MAX_PATCH,
     month: int = 6,
     resolution: float = 10.0,
@@ -124,13 +125,12 @@ def build(
         raise ValueError(f"patch={patch!r}: {card.name} takes 1 to {MAX_PATCH}")
     if month not in range(12):
         raise ValueError(f"month={month!r}: 0 (January) to 11 (December) are allowed")
-    if not resolution > 0:
-        raise ValueError(f"resolution={resolution!r}: metres per pixel, above 0")
     groups, plan = _cover(card, plan)
     sizes = card.width, card.depth, card.architecture["heads"]
     kept = None if state is None else _known(state, groups)
     model = filled(lambda: Galileo(*sizes, groups, patch), kept, card.name)
-    return GalileoBackbone(card, model, plan, patch, month, resolution)
+    size = ground_size(resolution)
+    return GalileoBackbone(card, model, plan, patch, month, size)
 
 
 def _cover(card: BackboneCard, plan: BandPlan) -> tuple[list[str], BandPlan]:
@@ -162,7 +162,7 @@ def _cover(card: BackboneCard, plan: BandPlan) -> tuple[list[str], BandPlan]:
     return groups, replace(plan, read=tuple(kept), kernels=kernels)
 
 
-def _known(state: Mapping[str, Tensor], groups: Sequence[str]) -> State:
+def _known(state: State, groups: Sequence[str]) -> State:
     """The checkpoint without the channel groups and sensors that are not used."""
     unused = tuple(f"space_time_embed.{g}." for g in GROUPS if g not in groups)
     return {k: v for k, v in state.items() if not k.startswith(_OTHER + unused)}

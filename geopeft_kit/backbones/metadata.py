@@ -9,6 +9,7 @@ Taught in notebook 07 (decoders and metadata).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -44,6 +45,13 @@ def lonlat_of(
     words = "(B, 2): longitude, then latitude, in degrees"
     _check("lonlat", meta["lonlat"], wanted, words, (_LONGITUDES, _LATITUDES))
     return meta["lonlat"].to(image.device, torch.float32)
+
+
+def ground_size(resolution: float) -> float:
+    """The ground size of a pixel in metres; ValueError if it is not above 0."""
+    if type(resolution) not in (int, float) or not 0 < resolution < math.inf:
+        raise ValueError(f"resolution={resolution!r}: metres per pixel, above 0")
+    return float(resolution)
 
 
 def _check(

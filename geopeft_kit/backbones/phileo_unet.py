@@ -12,7 +12,7 @@ Taught in notebook 11 (architectures and few labels).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -22,7 +22,7 @@ from geopeft_kit.backbones.band_plan import BandPlan
 from geopeft_kit.backbones.base import Backbone, Meta, adapt_kernels
 from geopeft_kit.backbones.card import BackboneCard
 from geopeft_kit.backbones.registry import register
-from geopeft_kit.backbones.weights import filled, strip_prefixes
+from geopeft_kit.backbones.weights import State, filled, strip_prefixes
 
 _REDUCTION = 16
 
@@ -251,7 +251,7 @@ class PhilEOUNetBackbone(Backbone):
 def build(
     card: BackboneCard,
     plan: BandPlan,
-    state: Mapping[str, Tensor] | None,
+    state: State | None,
     image_size: int | None = None,
 ) -> PhilEOUNetBackbone:
     """Build the whole Geo-Aware U-Net; it takes the card's image size only."""

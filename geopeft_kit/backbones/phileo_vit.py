@@ -10,7 +10,7 @@ Taught in notebook 11 (architectures and few labels).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -162,7 +162,7 @@ class PhilEOViTBackbone(Backbone):
 def build(
     card: BackboneCard,
     plan: BandPlan,
-    state: Mapping[str, Tensor] | None,
+    state: State | None,
     image_size: int | None = None,
     patch: int = 4,
     stem: bool | None = None,
@@ -191,7 +191,7 @@ def build(
     return PhilEOViTBackbone(card, model, plan, patch)
 
 
-def _own_names(state: Mapping[str, Tensor]) -> State:
+def _own_names(state: State) -> State:
     """The checkpoint in the names used here, without the heads of pretraining."""
     kept = {}
     for key, tensor in strip_prefixes(state, ("module.",)).items():

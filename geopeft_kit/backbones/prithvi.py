@@ -173,7 +173,7 @@ def resize_table(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> T
 def build(
     card: BackboneCard,
     plan: BandPlan,
-    state: Mapping[str, Tensor] | None,
+    state: State | None,
     dates: int = 1,
     metadata: bool | None = None,
 ) -> PrithviBackbone:
@@ -220,9 +220,7 @@ def _initialise(model: Any) -> None:
     nn.init.normal_(model.cls_token, std=0.02)
 
 
-def encoder_state(
-    state: Mapping[str, Tensor], metadata: Sequence[str] = ()
-) -> tuple[State, State]:
+def encoder_state(state: State, metadata: Sequence[str] = ()) -> tuple[State, State]:
     """A Prithvi checkpoint as (weights in timm's names, metadata scalars).
 
     Files of 2.0 prefix ``encoder.`` and ``decoder.``, the file of 1.0 is flat, old

@@ -13,6 +13,7 @@ from typing import Any
 from geopeft_kit.backbones.band_plan import BandPlan
 from geopeft_kit.backbones.base import Backbone
 from geopeft_kit.backbones.card import BackboneCard
+from geopeft_kit.backbones.weights import State
 
 Builder = Callable[..., Backbone]
 BUILDERS: dict[str, Builder] = {}
@@ -34,14 +35,14 @@ def builder(
     plan: BandPlan,
     image_size: int | None,
     options: Mapping[str, Any],
-) -> Callable[[Mapping[str, Any] | None], Backbone]:
+) -> Callable[[State | None], Backbone]:
     """A function from checkpoint to backbone.
 
     Networks that depend on the image size have it among their arguments. Raises
     ValueError for an option that the family does not have.
     """
     build = BUILDERS[card.family]
-    known = [name for name in inspect.signature(build).parameters]
+    known = inspect.signature(build).parameters
     own = [name for name in known if name not in (*_COMMON, "image_size")]
     for name in options:
         if name not in own:

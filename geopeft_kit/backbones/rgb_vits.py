@@ -13,7 +13,6 @@ Taught in notebook 05 (DEFLECT).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from torch import Tensor
 from geopeft_kit.backbones.band_plan import BandPlan
 from geopeft_kit.backbones.base import adapt_kernels
 from geopeft_kit.backbones.card import BackboneCard
+from geopeft_kit.backbones.metadata import ground_size
 from geopeft_kit.backbones.registry import register
 from geopeft_kit.backbones.vit import (
     ViTBackbone,
@@ -53,7 +53,7 @@ _NOT_SCALEMAE = (
 def build_dino_mc(
     card: BackboneCard,
     plan: BandPlan,
-    state: Mapping[str, Tensor] | None,
+    state: State | None,
     patch: int = 8,
 ) -> ViTBackbone:
     """Build DINO-MC's ViT; of a full checkpoint the teacher is taken.
@@ -77,9 +77,7 @@ def build_dino_mc(
 
 @register("satmae")
 @register("cross_scale_mae")
-def build_mae(
-    card: BackboneCard, plan: BandPlan, state: Mapping[str, Tensor] | None
-) -> ViTBackbone:
+def build_mae(card: BackboneCard, plan: BandPlan, state: State | None) -> ViTBackbone:
     """Build a masked autoencoder's encoder from the upstream's or MAE's keys.
 
     The position table of the file is used, whatever its grid.
@@ -99,7 +97,7 @@ def build_mae(
     return ViTBackbone(card, model, plan)
 
 
-def mae_state(state: Mapping[str, Tensor], name: str) -> State:
+def mae_state(state: State, name: str) -> State:
     """A masked autoencoder's keys in timm's names; decoder and predictor dropped.
 
     MAE's own names (SatMAE) are timm's. Cross-Scale MAE calls its blocks ``encoder.N``
@@ -145,7 +143,7 @@ class ScaleMAEBackbone(ViTBackbone):
 def build_scalemae(
     card: BackboneCard,
     plan: BandPlan,
-    state: Mapping[str, Tensor] | None,
+    state: State | None,
     resolution: float = 1.0,
 ) -> ScaleMAEBackbone:
     """Build Scale-MAE's encoder from torchgeo's or the authors' keys.
@@ -158,15 +156,14 @@ def build_scalemae(
     """
     from torchgeo.models.scale_mae import ScaleMAE
 
-    if type(resolution) not in (int, float) or not 0 < resolution < math.inf:
-        raise ValueError(f"resolution={resolution!r}: metres per pixel, above 0")
+    resolution = ground_size(resolution)
     kept = None
     if state is not None:
         kept = strip_prefixes(state, ("module.",))
         kept = {key: t for key, t in kept.items() if not key.startswith(_NOT_SCALEMAE)}
 
     def make() -> ScaleMAE:
-        model = vit_network(card, ScaleMAE, res=float(resolution))
+        model = vit_network(card, ScaleMAE, res=resolution)
         # torchgeo keeps a table that its own forward never reads.
         model.register_parameter("pos_embed", None)
         return model
@@ -174,5 +171,5 @@ def build_scalemae(
     model = filled(make, kept, card.name)
     adapt_kernels(model.patch_embed.proj, plan)
     backbone = ScaleMAEBackbone(card, model, plan)
-    backbone.resolution = float(resolution)
+    backbone.resolution = resolution
     return backbone

@@ -132,7 +132,7 @@ class SatMAEBackbone(GroupedViTBackbone):
 def build(
     card: BackboneCard,
     plan: BandPlan,
-    state: Mapping[str, Tensor] | None,
+    state: State | None,
 ) -> SatMAEBackbone:
     """Build SatMAE for the groups of which the image has a band.
 
@@ -149,9 +149,7 @@ def build(
     return SatMAEBackbone(card, model, plan, tables)
 
 
-def _split(
-    state: Mapping[str, Tensor], name: str, groups: Mapping[int, int]
-) -> tuple[State, State]:
+def _split(state: State, name: str, groups: Mapping[int, int]) -> tuple[State, State]:
     """The encoder's tensors without unused groups, and the codes."""
     kept = mae_state(state, name)
     if "fc_norm.weight" in kept:

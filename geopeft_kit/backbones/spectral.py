@@ -77,7 +77,7 @@ def described(
 
 def spectral_network(
     card: BackboneCard,
-    state: Mapping[str, Tensor] | None,
+    state: State | None,
     patches: Callable[[], SpectralPatches],
     dropped: tuple[str, ...],
     **options: Any,
@@ -108,7 +108,7 @@ def spectral_network(
     return filled(make, kept, card.name)
 
 
-def _encoder_state(state: Mapping[str, Tensor], dropped: tuple[str, ...]) -> State:
+def _encoder_state(state: State, dropped: tuple[str, ...]) -> State:
     """The encoder's keys; those of the patch embedding are one level deeper here."""
     kept = {}
     for key, tensor in strip_prefixes(state, ("module.", "model.")).items():
@@ -134,9 +134,7 @@ class DofaPatches(SpectralPatches):
 
 
 @register("dofa")
-def build_dofa(
-    card: BackboneCard, plan: BandPlan, state: Mapping[str, Tensor] | None
-) -> ViTBackbone:
+def build_dofa(card: BackboneCard, plan: BandPlan, state: State | None) -> ViTBackbone:
     """Build DOFA's encoder from torchgeo's or the authors' file.
 
     Random weights get the sine-cosine positions that torchgeo leaves at zero.
@@ -170,7 +168,7 @@ class PanopticonPatches(SpectralPatches):
 
 @register("panopticon")
 def build_panopticon(
-    card: BackboneCard, plan: BandPlan, state: Mapping[str, Tensor] | None
+    card: BackboneCard, plan: BandPlan, state: State | None
 ) -> ViTBackbone:
     """Build Panopticon's encoder, with the table of its file (37 x 37 patches).
 

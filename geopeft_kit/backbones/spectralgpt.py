@@ -11,8 +11,6 @@ Taught in notebook 01 (load a geospatial foundation model).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
@@ -24,7 +22,7 @@ from geopeft_kit.backbones.galileo_network import Block
 from geopeft_kit.backbones.grouped import GroupedViTBackbone, group_slots
 from geopeft_kit.backbones.registry import register
 from geopeft_kit.backbones.rgb_vits import mae_state
-from geopeft_kit.backbones.weights import filled
+from geopeft_kit.backbones.weights import State, filled
 
 _TOGETHER = 3  # bands that one kernel reads
 GROUPS = [tuple(range(first, first + _TOGETHER)) for first in range(0, 12, _TOGETHER)]
@@ -98,7 +96,7 @@ class SpectralGPTBackbone(GroupedViTBackbone):
 def build(
     card: BackboneCard,
     plan: BandPlan,
-    state: Mapping[str, Tensor] | None,
+    state: State | None,
 ) -> SpectralGPTBackbone:
     """Build SpectralGPT's encoder; the file's position table may have another grid."""
     side = card.image_size // card.patch

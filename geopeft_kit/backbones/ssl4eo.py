@@ -11,10 +11,7 @@ Taught in notebook 01 (load a geospatial foundation model).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
-from torch import Tensor
 
 from geopeft_kit.backbones.band_plan import BandPlan
 from geopeft_kit.backbones.base import adapt_kernels
@@ -31,9 +28,7 @@ _BESIDES = ("momentum_encoder.", "encoder_k.", "predictor.", "queue")
 
 
 @register("ssl4eo_vit")
-def build_vit(
-    card: BackboneCard, plan: BandPlan, state: Mapping[str, Tensor] | None
-) -> ViTBackbone:
+def build_vit(card: BackboneCard, plan: BandPlan, state: State | None) -> ViTBackbone:
     """Build a ViT from torchgeo's file, or from MoCo's or DINO's training.
 
     A file without the last norm, which torchgeo accepts, gets gain 1 and shift 0.
@@ -51,7 +46,7 @@ def build_vit(
 
 @register("ssl4eo_resnet")
 def build_resnet(
-    card: BackboneCard, plan: BandPlan, state: Mapping[str, Tensor] | None
+    card: BackboneCard, plan: BandPlan, state: State | None
 ) -> HierarchicalBackbone:
     """Build a ResNet-50 from the same kinds of file."""
     kept = None if state is None else encoder_state(state, "fc.")
@@ -60,7 +55,7 @@ def build_resnet(
     return HierarchicalBackbone(card, model, plan, "resnet")
 
 
-def encoder_state(state: Mapping[str, Tensor], classifier: str) -> State:
+def encoder_state(state: State, classifier: str) -> State:
     """The network alone in timm's names, from torchgeo's file or a training checkpoint.
 
     Keys that start with `classifier` are dropped.

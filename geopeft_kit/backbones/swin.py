@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -55,7 +54,7 @@ class GFMBackbone(HierarchicalBackbone):
 def build_gfm(
     card: BackboneCard,
     plan: BandPlan,
-    state: Mapping[str, Tensor] | None,
+    state: State | None,
     image_size: int | None = None,
     window: int | None = None,
 ) -> GFMBackbone:
@@ -96,7 +95,7 @@ def build_gfm(
     return backbone
 
 
-def _student(state: Mapping[str, Tensor]) -> tuple[State, Tensor | None]:
+def _student(state: State) -> tuple[State, Tensor | None]:
     """The student's encoder without its prefix, and its mask token."""
     kept = {
         key.removeprefix("encoder."): tensor
@@ -187,7 +186,7 @@ class SatlasBackbone(HierarchicalBackbone):
 
 @register("satlas")
 def build_satlas(
-    card: BackboneCard, plan: BandPlan, state: Mapping[str, Tensor] | None
+    card: BackboneCard, plan: BandPlan, state: State | None
 ) -> SatlasBackbone:
     """Build SatlasPretrain's Swin V2 from torchvision's keys, which torchgeo's have."""
     kept = None if state is None else stage_state(state)
@@ -204,7 +203,7 @@ def build_satlas(
     return SatlasBackbone(card, model, plan, "swin")
 
 
-def stage_state(state: Mapping[str, Tensor]) -> State:
+def stage_state(state: State) -> State:
     """Keys by stage: torchvision's ``features.3.0.mlp.3`` is an MLP's second layer.
 
     The classifier is dropped.

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -63,7 +62,7 @@ class TerraMindBackbone(ViTBackbone):
 def build(
     card: BackboneCard,
     plan: BandPlan,
-    state: Mapping[str, Tensor] | None,
+    state: State | None,
     radar: str = "grd",
 ) -> TerraMindBackbone:
     """Build TerraMind's encoder for Sentinel-2 L2A, or for Sentinel-1 alone.
@@ -137,9 +136,7 @@ def _position_table(card: BackboneCard) -> Tensor:
     return table.transpose(0, 1).flatten(0, 1)[None]  # (1, side*side, D)
 
 
-def encoder_state(
-    state: Mapping[str, Tensor], card: BackboneCard, modality: str
-) -> State:
+def encoder_state(state: State, card: BackboneCard, modality: str) -> State:
     """A TerraMind checkpoint in timm's names, for the sensor with key `modality`.
 
     Other sensors and the decoder are dropped; the position table is kept. Raises

@@ -116,7 +116,7 @@ def make_card(name: str) -> BackboneCard:
 def build(
     card: BackboneCard,
     plan: BandPlan,
-    state: Mapping[str, Tensor] | None,
+    state: State | None,
     image_size: int | None = None,
 ) -> Backbone:
     """Build a timm network without its classifier, from timm's or the authors' keys.
@@ -147,7 +147,7 @@ def build(
 
 @register("from_scratch")
 def build_from_scratch(
-    card: BackboneCard, plan: BandPlan, state: Mapping[str, Tensor] | None
+    card: BackboneCard, plan: BandPlan, state: State | None
 ) -> HierarchicalBackbone:
     """Build a ResNet-50 with random weights: the encoder of the from-scratch UNet.
 
@@ -230,7 +230,7 @@ def _layout(name: str, model: nn.Module) -> str:
     )
 
 
-def _timm_state(model: nn.Module, state: Mapping[str, Tensor]) -> State:
+def _timm_state(model: nn.Module, state: State) -> State:
     """Authors' keys to timm's, with timm's own converter; classifier dropped."""
     module = sys.modules[type(model).__module__]
     convert: Callable[..., State] | None = getattr(module, "checkpoint_filter_fn", None)

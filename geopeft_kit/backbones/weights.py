@@ -278,9 +278,7 @@ def strip_prefixes(state: Mapping[str, Tensor], prefixes: Sequence[str]) -> Stat
     return clean
 
 
-def filled(
-    make: Callable[[], Network], state: Mapping[str, Tensor] | None, name: str
-) -> Network:
+def filled(make: Callable[[], Network], state: State | None, name: str) -> Network:
     """The network that `make` makes, with the tensors of `state`, or random if None.
 
     With a state it is made on the meta device, which needs no memory or random numbers.
