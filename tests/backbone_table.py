@@ -47,6 +47,7 @@ class Row:
         size: the only image size that it takes, or None.
         every: whether all methods are tried, not only the everyday ones.
         on_meta: whether it runs without memory; two parts of torchgeo look at values.
+        ground_size: whether it has the option `resolution`.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Row:
     size: int | None = None
     every: bool = False
     on_meta: bool = True
+    ground_size: bool = False
 
     def __str__(self) -> str:
         return "-".join([self.name, *(f"{k}={v}" for k, v in self.options.items())])
@@ -85,17 +87,18 @@ ROWS = (
         PLAIN_VIT | {"vit_adapter", "deflect"}, every=True,
     ),
     Row("prithvi_eo_v2_300", PRITHVI),
-    Row("clay_v1", vit(64, 2, image_size=32), meta=BOTH, every=True),
+    Row("clay_v1", vit(64, 2, image_size=32), meta=BOTH, every=True, ground_size=True),
     Row("clay_v1_5", vit(64, 2, image_size=32), meta=BOTH),
     Row("terramind_v1_tiny", vit(image_size=64), every=True),
     Row("terramind_v1_base", vit(image_size=64), every=True),
-    Row("galileo_nano", meta=("date",), refuses=GROUPED_VIT),
+    Row("galileo_nano", meta=("date",), refuses=GROUPED_VIT, ground_size=True),
     Row("dofa_base", vit(), every=True),
     Row("panopticon_base", vit(architecture={"attention_width": 48}),
         {"bands": ["B4", "B8", "VV", "HV"]}, refuses=PLAIN_VIT | {"vit_adapter"},
         every=True, on_meta=False),
-    Row("copernicusfm_base", vit(), meta=BOTH, every=True, on_meta=False),
-    Row("scalemae_large", vit()),
+    Row("copernicusfm_base", vit(), meta=BOTH, every=True, on_meta=False,
+        ground_size=True),
+    Row("scalemae_large", vit(), ground_size=True),
     Row("dino_mc_small", vit()),
     Row("satmae_large", vit()),
     Row("cross_scale_mae_base", vit()),

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 State = dict[str, Tensor]
@@ -73,3 +73,11 @@ def assert_close(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
     assert len(ours) == len(theirs) == 4
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, **CLOSE)
+
+
+def stirred(module: nn.Module) -> nn.Module:
+    """Move zero biases, unit gains and constant tokens, so that each one shows."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return module.eval()

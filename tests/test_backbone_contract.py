@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,15 @@ def test_metadata_counts_where_the_row_says_so(monkeypatch: Any, row: Row) -> No
                 assert not same(plain, backbone(picture, meta(backbone, [key])))
             elif not row.meta:
                 assert same(plain, backbone(picture, {key: torch.full((7,), 9e9)}))
+
+
+@pytest.mark.parametrize("resolution", [0, -1.0, "10", math.nan, math.inf, True])
+@pytest.mark.parametrize("row", [row for row in ROWS if row.ground_size], ids=str)
+def test_a_pixel_has_a_size_on_the_ground(
+    monkeypatch: Any, row: Row, resolution: Any
+) -> None:
+    with pytest.raises(ValueError, match="metres per pixel"):
+        twin(monkeypatch, row, resolution=resolution)
 
 
 def check_methods(backbone: Backbone, row: Row, names: Any) -> None:

@@ -152,13 +152,8 @@ def test_ground_size_and_image_size(monkeypatch: pytest.MonkeyPatch) -> None:
     assert maps[-1].shape == (1, 64, 3, 5)
     backbone.resolution = 30.0
     assert not same(maps, backbone(image))
-    for options, words in (
-        ({"resolution": 0}, "metres per pixel"),
-        ({"resolution": math.inf}, "metres per pixel"),
-        ({"hour": 25}, "0 to 24"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            twin(monkeypatch, **options)
+    with pytest.raises(ValueError, match="0 to 24"):
+        twin(monkeypatch, hour=25)
 
 
 # Date and place

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from backbone_table import shrink
-from plain_vit import assert_close
+from plain_vit import assert_close, stirred
 from timm.layers import resize_rel_pos_bias_table
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
@@ -33,9 +33,7 @@ def swin(size: int, window: int) -> nn.Module:
     model = SwinTransformer(
         img_size=size, window_size=window, num_heads=HEADS, num_classes=0, **SIZES
     )
-    for parameter in model.parameters():
-        parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
+    return stirred(model)
 
 
 def microsoft(model: nn.Module) -> dict[str, Tensor]:

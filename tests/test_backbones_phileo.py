@@ -405,17 +405,3 @@ def test_vit_with_a_stem_is_locked(tmp_path: Path) -> None:
         load_backbone(VIT, ["RED"], file)
     with pytest.raises(ValueError, match="takes 4 or 16"):
         load_backbone(VIT, weights=None, patch=8)
-
-
-@pytest.mark.usefixtures("shrunken")
-def test_vit_without_a_stem_takes_any_size_and_bands() -> None:
-    backbone = load_backbone(VIT, ["RED", "GREEN", "SWIR_1"], None)
-    image = torch.rand(1, 3, 48, 64)
-    maps = backbone(image)
-    assert [m.shape for m in maps] == [
-        (1, OUT, 48, 64),
-        (1, OUT, 24, 32),
-        (1, OUT, 12, 16),
-        (1, OUT, 6, 8),
-    ]
-    assert "four scales" in refuses(backbone)["vit_adapter"]

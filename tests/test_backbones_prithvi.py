@@ -80,6 +80,8 @@ def test_tokens_are_terratorchs(
         calls |= {"metadata": (image, date | place), "date": (image, date)}
         calls |= {"place": (image, place)}
     assert set(fixture.outputs) == set(calls)
+    norms = [m for m in backbone.modules() if isinstance(m, torch.nn.LayerNorm)]
+    assert {norm.eps for norm in norms} == {1e-5}  # too fine for the comparison
     for case, call in calls.items():
         with torch.no_grad():
             assert_same_tokens(backbone(*call), fixture.outputs[case], dates)
@@ -134,6 +136,7 @@ def test_one_date_comes_with_or_without_its_axis(
     image = images()
     assert same(backbone(image), backbone(image.squeeze(2)))
     assert backbone.channels == [48] * 4
+    assert backbone.model(image.squeeze(2)).shape == (2, 48), "it runs alone"
 
 
 def test_images_of_other_dates_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from plain_vit import (
 )
 from torch import Tensor
 
-from geopeft_kit.backbones import find_card, load_backbone
+from geopeft_kit.backbones import load_backbone
 from geopeft_kit.pretraining import Objective, PretextTask
 
 NAME = "satmae_multispectral_base"
@@ -99,14 +99,6 @@ def plain(state: State, image: Tensor, groups: list[int]) -> list[Tensor]:
     return maps
 
 
-def normalised(image: Tensor) -> Tensor:
-    statistics = find_card(NAME).normalisation
-    mean, std = (
-        torch.tensor(v).view(-1, 1, 1) for v in (statistics.mean, statistics.std)
-    )
-    return (image * 1e4 - mean) / std
-
-
 @pytest.mark.parametrize(("height", "width", "side"), [(96, 96, 12), (32, 48, 12)])
 def test_equals_plain_pytorch(
     tmp_path: Path, height: int, width: int, side: int
@@ -114,7 +106,7 @@ def test_equals_plain_pytorch(
     state = published(side)
     ours = load_backbone(NAME, weights=save(state, tmp_path / "satmae.pth"))
     image = torch.rand(2, 10, height, width) * 0.4
-    assert_close(ours(image), plain(state, normalised(image), [0, 1, 2]))
+    assert_close(ours(image), plain(state, ours.normalised(image), [0, 1, 2]))
     assert (ours.grid.height, ours.grid.width, ours.grid.groups) == (
         height // 8,
         width // 8,

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from backbone_table import check_method, refuses
-from plain_vit import assert_close
+from plain_vit import assert_close, stirred
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
@@ -24,12 +24,6 @@ def _repeatable() -> Iterator[None]:
     torch.manual_seed(0)
     with torch.no_grad():
         yield
-
-
-def stirred(model: nn.Module) -> nn.Module:
-    for parameter in model.parameters():
-        parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
 
 
 # --- DINOv3 ---------------------------------------------------------------------------

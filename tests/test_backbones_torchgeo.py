@@ -14,6 +14,7 @@ import torch
 import torchvision
 from backbone_table import shrink
 from hub_server import Site, serve
+from plain_vit import stirred
 from torch import Tensor, nn
 from torchgeo import models
 from torchgeo.models import croma as torchgeo_croma
@@ -63,14 +64,6 @@ def twins(monkeypatch: pytest.MonkeyPatch) -> None:
         sizes = {"heads": HEADS, **own}
         shrink(monkeypatch, name, width=width, depth=DEPTH, architecture=sizes)
     shrink(monkeypatch, "satlas_swin_v2_t", architecture=SWIN)
-
-
-def stirred(module: nn.Module) -> nn.Module:
-    """Move zero biases, unit gains and constant tokens, so that each one shows."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return module.eval()
 
 
 def saved(state: dict[str, Any], folder: Path) -> Path:
@@ -595,9 +588,7 @@ def test_random_weights_have_positions_where_torchgeo_has_zeros(
     assert first.std(dim=(2, 3)).max() > 1e-3
 
 
-@pytest.mark.parametrize(
-    "options", [{"patch": 2}, {"patch": 16.0}, {"resolution": 0}, {"resolution": "10"}]
-)
+@pytest.mark.parametrize("options", [{"patch": 2}, {"patch": 16.0}])
 def test_copernicusfm_refuses_options(twins: None, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         load_backbone("copernicusfm_base", weights=None, **options)
