@@ -258,7 +258,7 @@ class Backbone(nn.Module):
 
     @property
     def blocks(self) -> list[tuple[str, nn.Module]]:
-        """(path, module) of every block, in order, as they stand now."""
+        """(path, module) of every block, in order, wrapped ones included."""
         return [(path, self.module(path)) for path in self.block_paths]
 
     def module(self, path: str) -> nn.Module:

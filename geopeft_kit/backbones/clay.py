@@ -28,7 +28,12 @@ from geopeft_kit.backbones.base import Meta
 from geopeft_kit.backbones.card import BackboneCard
 from geopeft_kit.backbones.metadata import dates_of, ground_size, lonlat_of
 from geopeft_kit.backbones.registry import register
-from geopeft_kit.backbones.vit import ViTBackbone, sines_and_cosines, vit_network
+from geopeft_kit.backbones.vit import (
+    ViTBackbone,
+    prepended,
+    sines_and_cosines,
+    vit_network,
+)
 from geopeft_kit.backbones.weights import State, filled
 from geopeft_kit.bands import BANDS
 
@@ -152,8 +157,7 @@ class ClayBackbone(ViTBackbone):
         known = self.metadata_code(image, meta)[:, None, None]  # (B, 1, 1, 8)
         added = places + F.pad(known, (width - _METADATA, 0))  # (B, h, w, D)
         tokens = (patches + added.to(patches.dtype)).flatten(1, 2)  # (B, h*w, D)
-        first = self.model.cls_token.expand(len(tokens), -1, -1)  # (B, 1, D)
-        tokens = torch.cat([first.to(tokens.dtype), tokens], dim=1)
+        tokens = prepended(self.model.cls_token, tokens)  # (B, 1 + h*w, D)
         return self.read_blocks(tokens, height, breadth)
 
     def metadata_code(self, image: Tensor, meta: Meta | None) -> Tensor:

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from geopeft_kit.backbones.band_plan import BandPlan
 from geopeft_kit.backbones.base import Backbone, Meta, tap_points, tapped_tokens
 from geopeft_kit.backbones.card import BackboneCard
+from geopeft_kit.backbones.vit import prepended
 
 
 class GroupedViTBackbone(Backbone):
@@ -58,8 +58,7 @@ class GroupedViTBackbone(Backbone):
         tokens = tokens.flatten(1, 3)  # (B, h*w*N, D)
         first = self.prefix()
         if first is not None:
-            first = first.expand(len(tokens), -1, -1).to(tokens.dtype)
-            tokens = torch.cat([first, tokens], dim=1)  # (B, P + h*w*N, D)
+            tokens = prepended(first, tokens)  # (B, P + h*w*N, D)
         maps = []
         for tapped in tapped_tokens(self.model, tokens, self.taps):
             own = tapped[:, -grid.numel() :].unflatten(1, grid)  # (B, h, w, N, D)

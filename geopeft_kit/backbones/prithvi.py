@@ -29,6 +29,7 @@ from geopeft_kit.backbones.registry import register
 from geopeft_kit.backbones.vit import (
     ViTBackbone,
     fix_positions,
+    prepended,
     sines_and_cosines,
     vit_network,
     with_class_row,
@@ -83,9 +84,7 @@ class PrithviBackbone(ViTBackbone):
         for term in self.metadata_terms(image, meta):
             patches = patches + term.to(patches.dtype)
         tokens = patches.flatten(1, 3)  # (B, h*w*T, D)
-        first = self.model.cls_token.expand(len(tokens), -1, -1)  # (B, 1, D)
-        tokens = torch.cat([first.to(tokens.dtype), tokens], dim=1)
-        return self.read_blocks(tokens, *size)
+        return self.read_blocks(prepended(self.model.cls_token, tokens), *size)
 
     def positions(self, size: tuple[int, int]) -> Tensor:
         """The position table for h x w patches, (h, w, T, D)."""

@@ -13,8 +13,8 @@ Taught in notebook 05 (DEFLECT).
 from __future__ import annotations
 
 import math
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from geopeft_kit.backbones.band_plan import BandPlan
@@ -26,6 +26,7 @@ from geopeft_kit.backbones.vit import (
     ViTBackbone,
     fix_positions,
     fixed_table,
+    prepended,
     vit_network,
     with_class_row,
 )
@@ -37,7 +38,7 @@ from geopeft_kit.backbones.weights import (
 )
 
 _PATCHES = (8, 16)
-# What Scale-MAE's pretraining has besides the encoder, and the table that is computed.
+# Scale-MAE's tensors outside the encoder, and the table that is computed.
 _NOT_SCALEMAE = (
     "decoder",
     "mask_token",
@@ -127,6 +128,7 @@ class ScaleMAEBackbone(ViTBackbone):
         resolution: ground size of a pixel in metres; may be changed at any time.
     """
 
+    model: Any
     resolution: float
 
     def add_positions(self, patches: Tensor) -> Tensor:
@@ -134,9 +136,7 @@ class ScaleMAEBackbone(ViTBackbone):
         height, breadth, width = patches.shape[1:]
         table = fixed_table(width, height, breadth, self.resolution, patches.device)
         tokens = patches.flatten(1, 2) + table.to(patches.dtype)  # (B, h*w, D)
-        assert self.model.cls_token is not None
-        first = self.model.cls_token.expand(len(tokens), -1, -1)  # (B, 1, D)
-        return torch.cat([first.to(tokens.dtype), tokens], dim=1)
+        return prepended(self.model.cls_token, tokens)
 
 
 @register("scalemae")

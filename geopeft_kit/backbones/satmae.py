@@ -1,10 +1,9 @@
 """SatMAE for Sentinel-2: a ViT that reads its ten bands in three groups.
 
 Each group (visible and near infrared; red edge; short-wave infrared) has a patch
-embedding of its own and makes one token a patch. The last 256 numbers of a token say
-which group it is, the others where it lies. Both codes are fixed sines and cosines.
-
-Ours is a short module on timm's blocks, written from the formulas.
+embedding of its own and makes one token a patch. The last 256 numbers of a token code
+its group, the others its position; both codes are fixed sines and cosines. A short
+module on timm's blocks, written from the formulas.
 
 Sources: Cong et al. 2022, SatMAE, arXiv 2207.08051, section 3.3; key names and groups
 from github.com/sustainlab-group/SatMAE (CC-BY-NC-4.0: facts only are taken).

@@ -21,9 +21,9 @@ from geopeft_kit.backbones.registry import register
 from geopeft_kit.backbones.vit import ViTBackbone, vit_network
 from geopeft_kit.backbones.weights import State, filled, strip_prefixes
 
-# The trained network in whole training checkpoints: MoCo v3, MoCo v2, DINO.
+# The trained network in training checkpoints: MoCo v3, MoCo v2, DINO.
 _NETWORKS = ("base_encoder.", "encoder_q.", "backbone.")
-# What such a checkpoint has besides: the slow twin, predictors, queues.
+# Other parts of such a checkpoint: momentum encoder, predictors, queues.
 _BESIDES = ("momentum_encoder.", "encoder_k.", "predictor.", "queue")
 
 

@@ -38,7 +38,7 @@ _RADAR_PRODUCTS = {
     "grd": ("untok_sen1grd@224", (-12.599, -20.293), (5.195, 5.890)),
     "rtc": ("untok_sen1rtc@224", (-10.930, -17.329), (4.391, 4.459)),
 }
-# What the published file has besides the encoder.
+# Parts of the published file outside the encoder.
 _NOT_ENCODER = ("decoder", "mask_token", "encoder_embeddings.")
 
 

@@ -89,7 +89,7 @@ def make_card(name: str) -> BackboneCard:
     if _SATELLITE in name:
         notes = (
             "DINOv3, self-distillation on 493 million satellite images (8-bit RGB); "
-            "statistics are those of display brightness, and reflectance is darker."
+            "statistics are those of display brightness, which is brighter than reflectance."
         )
     return BackboneCard(
         name=name,
@@ -108,7 +108,7 @@ def make_card(name: str) -> BackboneCard:
         architecture={"layout": layout},
         paper=str(config.paper_ids or ""),
         notes=notes,
-        cannot="Knows red, green and blue only.",
+        cannot="Reads red, green and blue only.",
     )
 
 

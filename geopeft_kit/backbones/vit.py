@@ -85,6 +85,12 @@ def fix_positions(model: nn.Module, table: Tensor) -> None:
     model.register_buffer("pos_embed", table, persistent=False)
 
 
+def prepended(token: Tensor, tokens: Tensor) -> Tensor:
+    """Tokens (1, P, D) in front of each sequence (B, N, D), (B, P + N, D)."""
+    first = token.expand(len(tokens), -1, -1).to(tokens.dtype)
+    return torch.cat([first, tokens], dim=1)
+
+
 def tokens_to_map(tokens: Tensor, height: int, width: int) -> Tensor:
     """The last h*w of (B, N, D) tokens as a map (B, D, h, w)."""
     patches = tokens[:, -height * width :]  # (B, h*w, D)

@@ -187,7 +187,7 @@ def _read_torch(path: Path) -> object:
 def _unreadable(path: Path, error: Exception) -> str:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return (
-        f"{path} ({path.stat().st_size:,} bytes) is truncated or no checkpoint: "
+        f"{path} ({path.stat().st_size:,} bytes) is truncated or not a checkpoint: "
         f"{reason}. Delete it and download it again"
     )
 
