@@ -89,7 +89,7 @@ def make_card(name: str) -> BackboneCard:
     if _SATELLITE in name:
         notes = (
             "DINOv3, self-distillation on 493 million satellite images (8-bit RGB); "
-            "statistics are those of display brightness, which is brighter than reflectance."
+            "statistics are those of display brightness; reflectance is darker."
         )
     return BackboneCard(
         name=name,
