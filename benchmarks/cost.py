@@ -24,8 +24,7 @@ from shared import table, write_page
 from torch.utils.flop_counter import FlopCounterMode
 
 import geopeft_kit as gk
-from geopeft_kit.backbones import Backbone
-from geopeft_kit.backbones.phileo import BANDS
+from geopeft_kit.backbones import Backbone, find_card
 from geopeft_kit.training.tracker import count_saved_bytes
 
 SIZES = (64, 128, 256, 512, 1024)
@@ -78,7 +77,10 @@ def load(label: str, size: int) -> Backbone | None:
     if name.startswith("phileo_unet") and size != 128:
         return None
     if name.startswith("timm:"):
-        options = options | {"bands": BANDS, "new_bands": "random"}
+        options = options | {
+            "bands": find_card("phileo_unet_44m").bands,
+            "new_bands": "random",
+        }
     return gk.load_backbone(name, weights=None, image_size=size, **options).eval()
 
 

@@ -1,4 +1,4 @@
-"""What the tests of single backbones share: TerraTorch's outputs, thin twins, methods.
+"""TerraTorch's outputs, for the tests of single backbones.
 
 The outputs are in `tests/fixtures/`, made by `benchmarks/make_parity_fixtures.py`.
 """
@@ -6,21 +6,14 @@ The outputs are in `tests/fixtures/`, made by `benchmarks/make_parity_fixtures.p
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from formula_weights import weight
-from method_table import CARDS, ROWS
 from safetensors import safe_open
 from torch import Tensor
-
-import geopeft_kit as gk
-from geopeft_kit import backbones
-from geopeft_kit.backbones import Backbone, find_card
-from geopeft_kit.backbones.card import BackboneCard
 
 FIXTURES = Path(__file__).parent / "fixtures"
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -55,22 +48,6 @@ class Fixture:
         return path
 
 
-def thin(name: str, **changes: Any) -> BackboneCard:
-    """A card with other sizes; entries of `architecture` may be given by name."""
-    card = find_card(name)
-    inside = {key: changes.pop(key) for key in list(changes) if key == "heads"}
-    architecture = {**card.architecture, **inside}
-    return dataclasses.replace(card, depth=2, architecture=architecture, **changes)
-
-
-def load(
-    monkeypatch: Any, card: BackboneCard, weights: Any, **options: Any
-) -> Backbone:
-    """`load_backbone` with a card put in the place of the one of its name."""
-    monkeypatch.setitem(backbones._CARDS, card.name, card)
-    return backbones.load_backbone(card.name, weights=weights, **options)
-
-
 def as_tokens(maps: list[Tensor], dates: int = 1) -> list[Tensor]:
     """The maps after block 1 and 2 as patch tokens, date by date: (B, T*h*w, D)."""
     kept = (maps[0], maps[-1])  # four maps of two blocks are two, each twice
@@ -88,70 +65,3 @@ def assert_same_tokens(
         theirs = theirs[:, -tokens.shape[1] :]
         assert float(theirs.std()) > 0.1, "the fixture is too flat to tell anything"
         torch.testing.assert_close(tokens, theirs, **CLOSE)
-
-
-def without_gradient(backbone: Backbone, image: Tensor, meta: Any) -> set[str]:
-    """Names of the network's own parameters that its maps do not depend on."""
-    with torch.enable_grad():
-        sum(m.square().mean() for m in backbone(image, meta)).backward()
-    parameters = dict(backbone.model.named_parameters())
-    names = {name for name, p in parameters.items() if p.grad is None}
-    backbone.zero_grad()
-    return names
-
-
-EVERYDAY = ("lora", "vpt", "bias", "norm")
-
-
-def check_methods(
-    backbone: Backbone, image: Tensor, meta: Any = None, names: Any = CARDS
-) -> set[str]:
-    """Methods of the table: identity where promised, training, exact detach.
-
-    Args:
-        backbone: with two blocks or more.
-        image: what it reads.
-        meta: date and place, or None.
-        names: the methods to try.
-
-    Returns:
-        Names of the methods that the backbone takes; the others said why not.
-    """
-    unused = without_gradient(backbone, image, meta)
-    with torch.no_grad():
-        start = backbone(image, meta)
-    state = {key: tensor.clone() for key, tensor in backbone.state_dict().items()}
-    served = set()
-    for row in ROWS:
-        if row.load or row.name not in names:
-            continue
-        options = {"interactions": 2} if row.name == "vit_adapter" else {}
-        try:
-            adapter = gk.attach(backbone, row.name, **row.options, **options)
-        except ValueError as error:
-            assert backbone.card.name in str(error), "refused without a reason"
-            continue
-        served.add(row.name)
-        with torch.enable_grad():
-            maps = backbone(image, meta)
-        if row.name != "vit_adapter":  # it makes maps of its own
-            assert [m.shape[1] for m in maps] == backbone.channels
-        if adapter.identity_at_start:
-            for one, other in zip(maps, start, strict=True):
-                torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
-        else:
-            assert not torch.equal(maps[-1], start[-1]), row
-        if adapter.num_parameters:
-            with torch.enable_grad():
-                sum(m.square().mean() for m in maps).backward()
-            seen = {name: p.grad for name, p in adapter.named_parameters()}
-            assert {name for name, grad in seen.items() if grad is None} <= unused
-            assert any(g.any() for g in seen.values() if g is not None), row
-        adapter.detach()
-        with torch.no_grad():
-            for one, other in zip(backbone(image, meta), start, strict=True):
-                assert torch.equal(one, other), row
-        after = backbone.state_dict()
-        assert list(after) == list(state)
-        assert all(torch.equal(after[key], state[key]) for key in state), row
-    return served

@@ -1,4 +1,4 @@
-"""Transformer blocks from a state dict by PyTorch functions alone; what methods leave.
+"""Transformer blocks from a state dict by PyTorch functions alone.
 
 Shared by the tests of backbone families. Nothing here is taken from the package's own
 networks, so that two independent computations are compared.
@@ -11,10 +11,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
-import geopeft_kit as gk
-from geopeft_kit.backbones import Backbone
+from torch import Tensor, nn
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 State = dict[str, Tensor]
@@ -78,7 +75,9 @@ def assert_close(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
         torch.testing.assert_close(a, b, **CLOSE)
 
 
-def refuses(backbone: Backbone) -> dict[str, str]:
-    """Method -> why it does not serve the backbone."""
-    reasons = {card.name: card.why_not(backbone) for card in gk.list_methods()}
-    return {name: reason for name, reason in reasons.items() if reason}
+def stirred(module: nn.Module) -> nn.Module:
+    """Move zero biases, unit gains and constant tokens, so that each one shows."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return module.eval()

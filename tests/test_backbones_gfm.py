@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from parity import check_methods
-from plain_vit import assert_close
+from backbone_table import shrink
+from plain_vit import assert_close, stirred
 from timm.layers import resize_rel_pos_bias_table
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
-from geopeft_kit import backbones
-from geopeft_kit.backbones import find_card, load_backbone
+from geopeft_kit.backbones import load_backbone
 
 NAME = "gfm_swin_base"
 SIZES = {"embed_dim": 16, "depths": (1, 2, 1, 1)}
@@ -26,8 +24,7 @@ HEADS = (1, 2, 4, 8)
 @pytest.fixture(autouse=True)
 def shrunken(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.manual_seed(0)
-    card = replace(find_card(NAME), architecture=SIZES | {"heads": HEADS}, depth=5)
-    monkeypatch.setitem(backbones._CARDS, NAME, card)
+    shrink(monkeypatch, NAME, depth=5, architecture=SIZES | {"heads": HEADS})
     with torch.no_grad():
         yield
 
@@ -36,9 +33,7 @@ def swin(size: int, window: int) -> nn.Module:
     model = SwinTransformer(
         img_size=size, window_size=window, num_heads=HEADS, num_classes=0, **SIZES
     )
-    for parameter in model.parameters():
-        parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
+    return stirred(model)
 
 
 def microsoft(model: nn.Module) -> dict[str, Tensor]:
@@ -103,19 +98,4 @@ def test_windows_follow_the_image(tmp_path: Path, size: int, window: int) -> Non
     assert [m.shape[-2:] for m in maps] == [(16, 24), (8, 12), (4, 6), (2, 3)]
     with pytest.raises(ValueError, match="window=0"):
         load_backbone(NAME, weights=None, window=0)
-
-
-def test_methods_fit() -> None:
-    backbone = load_backbone(NAME, "hls", None, image_size=64, new_bands="ignore")
-    image = torch.rand(1, 6, 64, 64)
-    names = ["lora", "bias", "norm", "adaptformer", "upetu"]
-    assert check_methods(backbone, image, names=names) == set(names)
-    assert backbone.mask_token is None
-
-
-def test_a_checkpoint_that_does_not_fit(tmp_path: Path) -> None:
-    state = microsoft(swin(192, 6))
-    del state["encoder.layers.1.downsample.norm.bias"]
-    torch.save({"model": state}, tmp_path / "gfm.pth")
-    with pytest.raises(ValueError, match=r"1 missing \(layers.2.downsample.norm.bias"):
-        load_backbone(NAME, weights=tmp_path / "gfm.pth")
+    assert load_backbone(NAME, weights=None).mask_token is None

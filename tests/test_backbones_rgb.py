@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from backbone_table import shrink
+from plain_vit import assert_close, stirred
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from geopeft_kit import backbones
 from geopeft_kit.backbones import find_card, load_backbone
-from geopeft_kit.backbones.rgb_vits import fixed_table
+from geopeft_kit.backbones.vit import fixed_table
 
 WIDTH, DEPTH, HEADS = 48, 4, 3
 NAMES = ["scalemae_large", "dino_mc_small", "cross_scale_mae_base", "satmae_large"]
@@ -31,26 +31,10 @@ def shrunken(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The same families with four thin blocks, and the same random numbers."""
     torch.manual_seed(0)
     for name in NAMES:
-        card = find_card(name)
-        small = replace(card, width=WIDTH, depth=DEPTH, architecture={"heads": HEADS})
-        monkeypatch.setitem(backbones._CARDS, name, small)
+        sizes = {"heads": HEADS}
+        shrink(monkeypatch, name, width=WIDTH, depth=DEPTH, architecture=sizes)
     with torch.no_grad():
         yield
-
-
-def stirred(module: nn.Module) -> nn.Module:
-    """Move zero biases, unit gains and constant tokens, so that each one shows."""
-    for parameter in module.parameters():
-        parameter.add_(0.1 * torch.randn_like(parameter))
-    return module.eval()
-
-
-def normalised(name: str, image: Tensor) -> Tensor:
-    statistics = find_card(name).normalisation
-    mean, std = (
-        torch.tensor(v).view(3, 1, 1) for v in (statistics.mean, statistics.std)
-    )
-    return (image - mean) / std
 
 
 def taps(
@@ -63,12 +47,6 @@ def taps(
         seen = norm(tokens) if index == DEPTH - 1 else tokens
         maps.append(seen[:, 1:].transpose(1, 2).unflatten(2, size))
     return maps
-
-
-def assert_close(ours: list[Tensor], theirs: list[Tensor]) -> None:
-    assert len(ours) == len(theirs) == 4
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, **CLOSE)
 
 
 def mae_table(side: int) -> Tensor:
@@ -120,9 +98,9 @@ def test_scalemae_equals_torchgeo(tmp_path: Path, size: int, resolution: float) 
     )
     image = torch.rand(2, 3, size, size)
     side = size // 16
-    tokens = theirs._pos_embed(theirs.patch_embed(normalised("scalemae_large", image)))
+    tokens = theirs._pos_embed(theirs.patch_embed(ours.normalised(image)))
     assert_close(ours(image), taps(theirs.blocks, theirs.norm, tokens, (side, side)))
-    last = theirs.forward_features(normalised("scalemae_large", image))[:, 1:]
+    last = theirs.forward_features(ours.normalised(image))[:, 1:]
     torch.testing.assert_close(ours(image)[3].flatten(2).mT, last, **CLOSE)
 
 
@@ -138,12 +116,6 @@ def test_scalemae_counts_metres_and_takes_any_shape() -> None:
     fine, coarse = fixed_table(WIDTH, 31, 41), fixed_table(WIDTH, 4, 5, spacing=10.0)
     tenth = fine.view(31, 41, WIDTH)[::10, ::10].flatten(0, 1)
     torch.testing.assert_close(tenth, coarse)
-
-
-@pytest.mark.parametrize("resolution", [0, -1.0, "10", float("nan"), True])
-def test_scalemae_refuses_what_is_no_resolution(resolution) -> None:
-    with pytest.raises(ValueError, match="metres per pixel"):
-        load_backbone("scalemae_large", weights=None, resolution=resolution)
 
 
 # --- DINO-MC --------------------------------------------------------------------------
@@ -186,7 +158,7 @@ def test_dino_mc_takes_the_teacher(tmp_path: Path, patch: int) -> None:
     ours = load_backbone("dino_mc_small", weights=file, patch=patch)
     assert ours.strides == [patch] * 4
     image = torch.rand(1, 3, 224, 224)
-    tokens = teacher._pos_embed(teacher.patch_embed(normalised("dino_mc_small", image)))
+    tokens = teacher._pos_embed(teacher.patch_embed(ours.normalised(image)))
     side = 224 // patch
     assert_close(ours(image), taps(teacher.blocks, teacher.norm, tokens, (side, side)))
 
@@ -194,7 +166,7 @@ def test_dino_mc_takes_the_teacher(tmp_path: Path, patch: int) -> None:
     size = (64 // patch, 96 // patch)
     table = resample_abs_pos_embed(teacher.pos_embed, size, (side, side))
     kernel = teacher.patch_embed.proj
-    patches = kernel(normalised("dino_mc_small", small)).flatten(2).mT
+    patches = kernel(ours.normalised(small)).flatten(2).mT
     tokens = torch.cat([teacher.cls_token, patches], dim=1) + table
     assert_close(ours(small), taps(teacher.blocks, teacher.norm, tokens, size))
 
@@ -278,7 +250,7 @@ def test_masked_autoencoders_equal_a_plain_encoder(
     torch.save({"model": state | REST, "args": Namespace()}, tmp_path / "cross.pth")
     ours = load_backbone(name, weights=tmp_path / "cross.pth")
     image = torch.rand(2, 3, 16 * side, 16 * side)
-    tokens = theirs.tokens(normalised(name, image))
+    tokens = theirs.tokens(ours.normalised(image))
     wanted = taps(theirs.encoder, theirs.encoder_norm, tokens, (side, side))
     assert_close(ours(image), wanted)
 
@@ -302,41 +274,6 @@ def test_xformers_blocks_are_refused(tmp_path: Path) -> None:
 
 
 # --- all of them ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_forward_and_backward_with_more_bands_than_they_know(name: str) -> None:
-    backbone = load_backbone(name, weights=None, bands="hls", new_bands="ignore")
-    image = torch.rand(2, 6, 64, 64)
-    with torch.enable_grad():
-        maps = backbone(image)
-        sum(m.square().mean() for m in maps).backward()
-    assert not [n for n, p in backbone.named_parameters() if p.grad is None]
-    # the card's order is red, green, blue; the image's is blue, green, red
-    plain = load_backbone(name, weights=None)
-    plain.load_state_dict(backbone.state_dict() | kernels_turned(backbone))
-    assert_close(plain(image[:, [2, 1, 0]]), maps)
-    with pytest.raises(ValueError, match="does not know NIR_NARROW"):
-        load_backbone(name, weights=None, bands="hls")
-
-
-def kernels_turned(backbone: backbones.Backbone) -> dict[str, Tensor]:
-    kernel = backbone.model.patch_embed.proj.weight
-    return {"model.patch_embed.proj.weight": kernel.flip(1)}
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_checkpoint_that_lacks_a_tensor_is_refused(name: str, tmp_path: Path) -> None:
-    state = dict(load_backbone(name, weights=None).model.state_dict())
-    torch.save({"model": state}, tmp_path / "whole.pth")
-    load_backbone(name, weights=tmp_path / "whole.pth")
-    state.pop("blocks.1.attn.qkv.bias")
-    state["blocks.1.attn.extra"] = torch.zeros(1)
-    torch.save({"model": state}, tmp_path / "broken.pth")
-    with pytest.raises(
-        ValueError, match=r"1 missing \(blocks.1.attn.qkv.bias\).*extra"
-    ):
-        load_backbone(name, weights=tmp_path / "broken.pth")
 
 
 @pytest.mark.parametrize("name", ["dino_mc_small", "cross_scale_mae_large"])

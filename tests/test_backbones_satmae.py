@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from parity import check_methods
+from backbone_table import shrink
 from plain_vit import (
     State,
     assert_close,
@@ -18,12 +17,10 @@ from plain_vit import (
     block_shapes,
     norm,
     random_state,
-    refuses,
 )
 from torch import Tensor
 
-from geopeft_kit import backbones
-from geopeft_kit.backbones import find_card, load_backbone
+from geopeft_kit.backbones import load_backbone
 from geopeft_kit.pretraining import Objective, PretextTask
 
 NAME = "satmae_multispectral_base"
@@ -35,8 +32,7 @@ GROUPS = [(0, 1, 2, 6), (3, 4, 5, 7), (8, 9)]  # Sentinel-2 without B1, B9, B10
 def shrunken(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.manual_seed(0)
     sizes = {"heads": HEADS, "channel_code": CODE}
-    card = replace(find_card(NAME), width=WIDTH, depth=DEPTH, architecture=sizes)
-    monkeypatch.setitem(backbones._CARDS, NAME, card)
+    shrink(monkeypatch, NAME, width=WIDTH, depth=DEPTH, architecture=sizes)
     with torch.no_grad():
         yield
 
@@ -103,14 +99,6 @@ def plain(state: State, image: Tensor, groups: list[int]) -> list[Tensor]:
     return maps
 
 
-def normalised(image: Tensor) -> Tensor:
-    statistics = find_card(NAME).normalisation
-    mean, std = (
-        torch.tensor(v).view(-1, 1, 1) for v in (statistics.mean, statistics.std)
-    )
-    return (image * 1e4 - mean) / std
-
-
 @pytest.mark.parametrize(("height", "width", "side"), [(96, 96, 12), (32, 48, 12)])
 def test_equals_plain_pytorch(
     tmp_path: Path, height: int, width: int, side: int
@@ -118,7 +106,7 @@ def test_equals_plain_pytorch(
     state = published(side)
     ours = load_backbone(NAME, weights=save(state, tmp_path / "satmae.pth"))
     image = torch.rand(2, 10, height, width) * 0.4
-    assert_close(ours(image), plain(state, normalised(image), [0, 1, 2]))
+    assert_close(ours(image), plain(state, ours.normalised(image), [0, 1, 2]))
     assert (ours.grid.height, ours.grid.width, ours.grid.groups) == (
         height // 8,
         width // 8,
@@ -167,29 +155,13 @@ def test_codes_of_random_weights_are_the_authors_formula() -> None:
     assert not backbone.pos_embed[0, 0].any()
 
 
-def test_methods_fit() -> None:
-    backbone = load_backbone(NAME, weights=None)
-    image = torch.rand(1, 10, 32, 64)
-    methods = ["lora", "vpt", "bias", "norm", "ssf", "adaptformer", "mona"]
-    assert check_methods(backbone, image, names=methods) == set(methods)
-    assert "two streams" in refuses(backbone)["deflect"]
-    with torch.enable_grad():
-        sum(m.square().mean() for m in backbone(image)).backward()
-    assert all(p.grad is not None for p in backbone.parameters())
-
-
 def test_masked_modelling_needs_one_token_a_patch() -> None:
     backbone = load_backbone(NAME, weights=None)
     with pytest.raises(ValueError, match="hides one token per patch"):
         PretextTask(backbone, Objective(), 0, 0, 1e-3, 10)
 
 
-def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
-    state = published()
-    del state["blocks.2.attn.proj.bias"]
-    state["blocks.2.attn.more"] = torch.zeros(1)
-    with pytest.raises(ValueError, match=r"1 missing.*1 unexpected"):
-        load_backbone(NAME, weights=save(state, tmp_path / "broken.pth"))
+def test_a_fine_tuned_checkpoint_is_refused(tmp_path: Path) -> None:
     tuned = published() | {"fc_norm.weight": torch.ones(WIDTH)}
     with pytest.raises(ValueError, match=r"fine-tuned.*pretraining"):
         load_backbone(NAME, weights=save(tuned, tmp_path / "tuned.pth"))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from parity import check_methods
+from backbone_table import shrink
 from plain_vit import (
     State,
     assert_close,
@@ -21,8 +20,7 @@ from plain_vit import (
 )
 from torch import Tensor
 
-from geopeft_kit import backbones
-from geopeft_kit.backbones import find_card, load_backbone
+from geopeft_kit.backbones import load_backbone
 
 NAME = "spectralgpt_base"
 WIDTH, DEPTH, HEADS = 48, 4, 3
@@ -32,8 +30,7 @@ WIDTH, DEPTH, HEADS = 48, 4, 3
 def shrunken(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.manual_seed(0)
     small = {"width": WIDTH, "depth": DEPTH, "architecture": {"heads": HEADS}}
-    card = replace(find_card(NAME), **small, image_size=48)
-    monkeypatch.setitem(backbones._CARDS, NAME, card)
+    shrink(monkeypatch, NAME, **small, image_size=48)
     with torch.no_grad():
         yield
 
@@ -121,20 +118,3 @@ def test_any_bands_in_any_order(tmp_path: Path) -> None:
     assert_close(ours(image), plain(state, whole, [3]))
     with pytest.raises(ValueError, match="in groups"):
         load_backbone(NAME, bands, None, new_bands="random")
-
-
-def test_methods_fit() -> None:
-    backbone = load_backbone(NAME, weights=None)
-    image = torch.rand(1, 12, 32, 48)
-    methods = ["lora", "vpt", "bias", "norm", "ssf", "adaptformer", "mona"]
-    assert check_methods(backbone, image, names=methods) == set(methods)
-    with torch.enable_grad():
-        sum(m.square().mean() for m in backbone(image)).backward()
-    assert all(p.grad is not None for p in backbone.parameters())
-
-
-def test_a_checkpoint_that_does_not_fit(tmp_path: Path) -> None:
-    state = published(6)
-    state["cls_token"] = torch.zeros(1, 1, WIDTH)
-    with pytest.raises(ValueError, match=r"1 unexpected \(cls_token\)"):
-        load_backbone(NAME, weights=save(state, tmp_path / "other.pth"))

@@ -7,16 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from backbone_table import shrink
 from formula_weights import draw
-from parity import (
-    CLOSE,
-    EVERYDAY,
-    Fixture,
-    assert_same_tokens,
-    check_methods,
-    load,
-    thin,
-)
+from parity import Fixture, assert_same_tokens
 from torch import Tensor, nn
 
 import geopeft_kit as gk
@@ -43,8 +36,9 @@ def twin(
     monkeypatch: pytest.MonkeyPatch, size: str, weights: Any = None, **options: Any
 ) -> Backbone:
     """Two thin blocks, for images of 4 x 4 patches."""
-    card = thin(f"terramind_v1_{size}", width=48, heads=3, image_size=64)
-    return load(monkeypatch, card, weights, **options)
+    sizes = {"width": 48, "depth": 2, "image_size": 64}
+    shrink(monkeypatch, f"terramind_v1_{size}", **sizes, architecture={"heads": 3})
+    return load_backbone(f"terramind_v1_{size}", weights=weights, **options)
 
 
 def checkpoint(folder: Path, size: str) -> tuple[Fixture, Path]:
@@ -133,25 +127,6 @@ def test_one_sensor_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert single(torch.zeros(1, 1, 32, 32))[0].shape == (1, 48, 2, 2)
 
 
-@torch.no_grad()
-def test_a_subset_equals_absent_bands_at_their_mean(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    _, path = checkpoint(tmp_path, "tiny")
-    full = twin(monkeypatch, "tiny", path)
-    wanted = ["SWIR_1", "BLUE", "NIR_NARROW"]
-    subset = twin(monkeypatch, "tiny", path, bands=wanted)
-    image = draw("image", (1, 12, 64, 64)) * 0.1 + 0.3
-    filled = (full.mean / 1e4).expand(12, 64, 64)[None].clone()
-    rows = [full.bands.index(band) for band in wanted]
-    filled[:, rows] = image[:, rows]
-    torch.testing.assert_close(subset(image[:, rows])[-1], full(filled)[-1], **CLOSE)
-    more = twin(
-        monkeypatch, "tiny", path, bands="sentinel2_l1c", new_bands="copy_nearest"
-    )
-    assert more(torch.rand(1, 13, 64, 64))[-1].isfinite().all()
-
-
 # Checkpoints
 
 
@@ -195,21 +170,6 @@ def test_counts_and_cards() -> None:
 
 
 # Methods
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_everyday_methods_on_a_twin(monkeypatch: pytest.MonkeyPatch, size: str) -> None:
-    backbone = twin(monkeypatch, size)
-    image = torch.rand(2, 12, 32, 32)
-    assert check_methods(backbone, image, names=EVERYDAY) == set(EVERYDAY)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("size", SIZES)
-def test_all_methods_on_a_twin(monkeypatch: pytest.MonkeyPatch, size: str) -> None:
-    backbone = twin(monkeypatch, size)
-    served = check_methods(backbone, torch.rand(2, 12, 32, 32))
-    assert {"convpass", "mona", "houlsby", "ssf", "vit_adapter"} <= served
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ SIZES = {"embed_dim": 16, "depths": (1, 2, 1, 1), "heads": (1, 2, 4, 8)}
 def shrunken(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.manual_seed(0)
     card = replace(find_card(GFM), architecture=SIZES, depth=5)
-    monkeypatch.setitem(backbones._CARDS, GFM, card)
+    monkeypatch.setitem(backbones.CARDS, GFM, card)
     yield
 
 

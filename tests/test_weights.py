@@ -128,14 +128,14 @@ def test_truncated_files_say_so(tmp_path: Path, suffix: str, kept: float) -> Non
     cut = tmp_path / f"cut{suffix}"
     content = path.read_bytes()
     cut.write_bytes(content[: int(kept * len(content))])
-    with pytest.raises(ValueError, match="truncated or no checkpoint"):
+    with pytest.raises(ValueError, match="truncated or not a checkpoint"):
         read_checkpoint(cut)
 
 
 def test_not_a_checkpoint(tmp_path: Path) -> None:
     page = tmp_path / "page.pt"
     page.write_text("<!doctype html><title>Sign in</title>")
-    with pytest.raises(ValueError, match="truncated or no checkpoint"):
+    with pytest.raises(ValueError, match="truncated or not a checkpoint"):
         read_checkpoint(page)
     torch.save({"epoch": 3}, tmp_path / "empty.pt")
     with pytest.raises(ValueError, match="holds no tensors"):
@@ -274,7 +274,7 @@ def test_a_card_with_a_checksum_is_held_to_it(
 ) -> None:
     file = replace(find_card(NAME).weights["default"], sha256="0" * 64)
     card = replace(find_card(NAME), weights={"default": file})
-    monkeypatch.setitem(backbones._CARDS, NAME, card)
+    monkeypatch.setitem(backbones.CARDS, NAME, card)
     with pytest.raises(RuntimeError, match=f"expected {'0' * 64}"):
         load_backbone(NAME)
 

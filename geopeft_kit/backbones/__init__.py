@@ -6,31 +6,20 @@ Taught in notebook 01 (load a geospatial foundation model).
 from __future__ import annotations
 
 import difflib
+import importlib
+import pkgutil
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from geopeft_kit.backbones import (
-    clay,
-    galileo,
-    gfm_swin,
-    phileo,
-    phileo_vit,
-    prithvi,
-    prithvi_cards,
-    rgb_vits,
-    satmae,
-    spectralgpt,
-    terramind,
-    timm_zoo,
-    torchgeo,
-)
+from geopeft_kit.backbones import timm_zoo
 from geopeft_kit.backbones.band_plan import BandPlan, NewBands, plan_bands
 from geopeft_kit.backbones.base import SAMPLE, Backbone, Origin
 from geopeft_kit.backbones.card import BackboneCard
+from geopeft_kit.backbones.cards import CARDS
+from geopeft_kit.backbones.registry import builder
 from geopeft_kit.backbones.weights import (
     State,
     check_fit,
@@ -44,40 +33,8 @@ from geopeft_kit.bands import resolve_bands
 
 __all__ = ["Backbone", "BackboneCard", "find_card", "list_backbones", "load_backbone"]
 
-_BUILDERS: dict[str, Callable[..., Backbone]] = {
-    "clay": clay.build,
-    "cross_scale_mae": rgb_vits.build_mae,
-    "dino_mc": rgb_vits.build_dino_mc,
-    "from_scratch": timm_zoo.build_from_scratch,
-    "galileo": galileo.build,
-    "gfm": gfm_swin.build,
-    "phileo_unet": phileo.build,
-    "phileo_vit": phileo_vit.build,
-    "prithvi": prithvi.build,
-    "satmae": rgb_vits.build_mae,
-    "satmae_multispectral": satmae.build,
-    "spectralgpt": spectralgpt.build,
-    "terramind": terramind.build,
-    "timm": timm_zoo.build,
-    **torchgeo.BUILDERS,
-}
-# Families whose network depends on the image size: windows, or spatial layer norms.
-_SIZED = ("gfm", "phileo_unet", "phileo_vit", "timm")
-_CARDS = {
-    card.name: card
-    for card in prithvi_cards.CARDS
-    + clay.CARDS
-    + terramind.CARDS
-    + galileo.CARDS
-    + torchgeo.CARDS
-    + rgb_vits.CARDS
-    + satmae.CARDS
-    + gfm_swin.CARDS
-    + spectralgpt.CARDS
-    + phileo.CARDS
-    + phileo_vit.CARDS
-    + timm_zoo.CARDS
-}
+for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
+    importlib.import_module(_module.name)  # each family registers its builder
 
 
 def list_backbones(
@@ -85,23 +42,22 @@ def list_backbones(
     sensor: str | Sequence[str] | None = None,
     max_parameters: float | None = None,
 ) -> list[BackboneCard]:
-    """Cards of the named backbones; any ``timm:<name>`` can be loaded besides.
+    """Cards of the named backbones; any ``timm:<name>`` can be loaded too.
 
     Args:
         licence: of the weights, as ``"MIT"`` or several; upper or lower case.
-        sensor: a sensor's name or band names, as `load_backbone` takes them; keeps the
-            backbones that read every one of these bands.
+        sensor: a sensor's name or band names; keeps the backbones that read them all.
         max_parameters: keeps those of this size or smaller, as ``100e6``.
 
     Returns:
-        The cards that pass every filter given; maybe none.
+        The cards that pass every filter; maybe none.
 
     Raises:
-        ValueError: for a licence that no card has, an unknown band, or a size that is
-            no number above 0.
-        TypeError: if a licence or a band is not text.
+        ValueError: a licence that no card has, an unknown band, or a size that is not a
+            number above 0.
+        TypeError: a licence or a band is not text.
     """
-    cards = list(_CARDS.values())
+    cards = list(CARDS.values())
     if licence is not None:
         wanted = _known_licences([licence] if isinstance(licence, str) else licence)
         cards = [card for card in cards if card.licence.casefold() in wanted]
@@ -109,8 +65,7 @@ def list_backbones(
         bands = set(resolve_bands(sensor))
         cards = [card for card in cards if bands <= {*card.bands, *card.also_reads}]
     if max_parameters is not None:
-        number = isinstance(max_parameters, int | float)
-        if not number or isinstance(max_parameters, bool) or not max_parameters > 0:
+        if type(max_parameters) not in (int, float) or not max_parameters > 0:
             raise ValueError(
                 f"max_parameters={max_parameters!r}: a number above 0, as 100e6"
             )
@@ -120,7 +75,7 @@ def list_backbones(
 
 def _known_licences(names: Sequence[str]) -> set[str]:
     """Licences in lower case; an error for one that no card has."""
-    known = {card.licence.casefold(): card.licence for card in _CARDS.values()}
+    known = {card.licence.casefold(): card.licence for card in CARDS.values()}
     for name in names:
         if not isinstance(name, str):
             raise TypeError(f"licence={name!r}: text is needed, as 'MIT'")
@@ -133,19 +88,18 @@ def _known_licences(names: Sequence[str]) -> set[str]:
 
 
 def find_card(name: str) -> BackboneCard:
-    """The card of a backbone; for ``timm:<name>`` it is made from timm's own data.
+    """The card of a backbone; that of ``timm:<name>`` is made from timm's own data.
 
-    Raises:
-        ValueError: if there is no such backbone; close names are proposed.
+    Raises ValueError if there is no such backbone; close names are proposed.
     """
     if name.startswith(timm_zoo.PREFIX):
         return timm_zoo.make_card(name)
-    if name in _CARDS:
-        return _CARDS[name]
-    close = difflib.get_close_matches(name, _CARDS, n=3)
+    if name in CARDS:
+        return CARDS[name]
+    close = difflib.get_close_matches(name, CARDS, n=3)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
     raise ValueError(
-        f"no backbone {name!r}: {hint}There are {', '.join(_CARDS)}, and "
+        f"no backbone {name!r}: {hint}There are {', '.join(CARDS)}, and "
         "timm:<name> for timm's ViT, Swin, ConvNeXt, ResNet, MambaOut, EfficientViM"
     )
 
@@ -164,19 +118,19 @@ def load_backbone(
     Args:
         name: a name of `list_backbones`, or ``timm:<name>``.
         bands: the bands of your images, in their order: a sensor's name or C band
-            names; None means the card's own. Any subset, in any order.
+            names. Any subset, in any order; None means the card's own.
         weights: ``"default"``, a tag of the card, None (random), or a local path,
             which is loaded strictly; what `pretrain` wrote, for the bands it had.
         image_size: height and width in pixels that you will use most; None means the
-            card's own. ViTs take other sizes all the same.
+            card's own. ViTs take other sizes too.
         new_bands: what to do with a band that the backbone does not know:
             ``"error"``; ``"random"``, a random kernel; ``"copy_nearest"``, the kernel
-            nearest in wavelength, with its band's statistics; ``"share_nearest"``, the
-            same shared out among all bands that meet it, so that the response keeps
-            its size, with published statistics of the band itself; or ``"ignore"``,
-            which hands the band on without reading it.
+            nearest in wavelength, with its band's statistics; ``"share_nearest"``, that
+            kernel divided among all bands that meet it, so that the response keeps its
+            size, with published statistics of the band itself; or ``"ignore"``, which
+            passes the band on without reading it.
         normalise: apply the card's normalisation to images of reflectance 0-1; False
-            hands values through as they are.
+            passes values through.
         **options: the family's own, as ``dates`` and ``metadata`` of Prithvi,
             ``radar`` of TerraMind, ``resolution`` of Clay, ``patch`` of Galileo.
 
@@ -184,25 +138,18 @@ def load_backbone(
         The backbone in eval mode, parameters trainable until a method freezes them.
 
     Raises:
-        ValueError: for an unknown name, band, tag, option or size, or a checkpoint
-            that does not fit.
-        FileNotFoundError: if the file is neither here nor at its source.
-        RuntimeError: if a download fails.
+        ValueError: an unknown name, band, tag, option or size, or a checkpoint that
+            does not fit.
+        FileNotFoundError: the file is neither local nor at its source.
+        RuntimeError: a download fails.
     """
     card = find_card(name)
     plan = plan_bands(card, bands, new_bands)
     path = find_weights(card, weights)
     drawn = path is None or new_bands == "random"
     generator = torch.random.get_rng_state() if drawn else None
-    if card.family in _SIZED:
-        options["image_size"] = image_size
-    build = partial(_BUILDERS[card.family], card, plan, **options)
-    try:
-        backbone = build(None) if path is None else _filled(build, card, plan, path)
-    except TypeError as error:
-        if "unexpected keyword" not in str(error):
-            raise
-        raise ValueError(f"{name} has no such option: {error}") from error
+    build = builder(card, plan, image_size, options)
+    backbone = build(None) if path is None else _filled(build, card, plan, path)
     backbone.normalise = normalise
     step = max(backbone.strides)
     backbone.image_size = card.image_size if image_size is None else image_size
@@ -231,9 +178,8 @@ def _filled(
 ) -> Backbone:
     """Build a backbone with the weights of a file.
 
-    A file of `save_weights` has the network's own names, and kernels for its own bands:
-    it is copied as it is. All other files have the upstream's names, which builders
-    read.
+    A file of `save_weights` has the network's own names, and kernels for its own bands;
+    all others have the upstream's names, which builders read.
     """
     state, saved = read_checkpoint(path), saved_bands(path)
     if saved not in (None, card.bands, plan.bands):

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from geopeft_kit.backbones.card import BackboneCard
-from geopeft_kit.backbones.torchgeo_facts import S2_STATISTICS, SENTINEL2
+from geopeft_kit.backbones.cards import STATISTICS
 from geopeft_kit.bands import BANDS, resolve_bands
 
 NewBands = Literal["error", "random", "copy_nearest", "share_nearest", "ignore"]
 NEW_BANDS: tuple[str, ...] = get_args(NewBands)
+WORLD = STATISTICS["ssl4eo_s12_sentinel2"]  # Sentinel-2 L1C, all over the world
 NEAREST = ("copy_nearest", "share_nearest")
 
 
@@ -58,32 +59,17 @@ def plan_bands(
 ) -> BandPlan:
     """Match the bands of an image with the kernels of a backbone, by name.
 
-    A band the card does not know gets the statistics of the known band nearest in
-    wavelength, but for ``"share_nearest"``; a band without a wavelength (radar) is
-    passed on as it is.
+    Args as for `load_backbone`. A band that the card does not know gets the statistics
+    of the known band nearest in wavelength, except under ``"share_nearest"``; a band
+    without a wavelength (radar) is passed on unchanged.
 
-    ``"share_nearest"`` keeps the pretrained response: n bands that meet one kernel each
-    take 1/n of it, and a new band is standardised by statistics of its own, so that it
-    arrives with the mean and spread of its neighbour. These are the published means and
-    deviations of SSL4EO-S12 (Sentinel-2 L1C, places all over the world), brought into
-    the card's unit by way of the neighbour, whatever its convention. Only Sentinel-2's
-    bands have them.
-
-    Args:
-        card: the backbone's card.
-        bands: sensor name, or C band names in the order of the image's channels;
-            None means the card's own.
-        new_bands: what to do with a band the card does not know. ``"error"``;
-            ``"random"``: a random kernel of the known kernels' spread;
-            ``"copy_nearest"``: the kernel of the nearest wavelength, at full strength;
-            ``"share_nearest"``: a share of it, see above; ``"ignore"``: the image
-            carries the band and the embedding does not read it.
-
-    Returns:
-        The plan, one entry per band of the image.
+    ``"share_nearest"`` keeps the pretrained response: n bands that meet one kernel take
+    1/n of it each. A new band gets statistics of its own, so that it has the mean and
+    spread of its neighbour after normalisation: those of SSL4EO-S12 (Sentinel-2 L1C,
+    places all over the world), brought into the card's unit by way of the neighbour.
 
     Raises:
-        ValueError: for an unknown policy, a band that needs one, a band with no
+        ValueError: an unknown policy, a band that needs one, a band without a
             wavelength under a nearest policy, one without statistics under
             ``"share_nearest"``, or no known band at all.
     """
@@ -150,18 +136,15 @@ def _nearest(card: BackboneCard, name: str) -> int | None:
 def _own_statistics(card: BackboneCard, name: str, nearest: int) -> tuple[float, float]:
     """Mean and deviation that bring a band to where its neighbour arrives."""
     neighbour = card.bands[nearest]
-    missing = [band for band in (name, neighbour) if band not in SENTINEL2]
+    missing = [band for band in (name, neighbour) if band not in WORLD.bands]
     if missing:
         raise ValueError(
             f"no statistics of {', '.join(missing)} are published, so {name} cannot "
             f"be brought to the range of {neighbour}; choose "
             "new_bands='copy_nearest', 'random' or 'ignore'"
         )
-    published, scale = S2_STATISTICS, card.normalisation.scale / S2_STATISTICS.scale
-    own, other = SENTINEL2.index(name), SENTINEL2.index(neighbour)
-    spread = published.std[own] / published.std[other]
-    offset = scale * published.mean[other] - card.normalisation.mean[nearest]
-    return (
-        scale * published.mean[own] - offset * spread,
-        card.normalisation.std[nearest] * spread,
-    )
+    scale = card.normalisation.scale / WORLD.scale
+    (mean, std), (other_mean, other_std) = WORLD.bands[name], WORLD.bands[neighbour]
+    spread = std / other_std
+    offset = scale * other_mean - card.normalisation.mean[nearest]
+    return scale * mean - offset * spread, card.normalisation.std[nearest] * spread

@@ -1,9 +1,9 @@
 """The backbone contract: pixels in, four feature maps out.
 
-Every geospatial foundation model of the kit is a `Backbone`: a thin shell around a
+Every geospatial foundation model of the kit is a `Backbone`: a thin wrapper around a
 plain network (`model`), which keeps the names of its upstream, so that checkpoints
-load by key and PEFT methods find the layers they know. The shell checks the image,
-normalises it, and hands on the feature maps.
+load by key and PEFT methods find the layers they know. The wrapper checks and
+normalises the image.
 
 Taught in notebook 01 (load a geospatial foundation model).
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,13 +27,21 @@ from geopeft_kit.devices import on_own_device
 Meta = Mapping[str, Tensor]
 SAMPLE = 1024  # numbers of each tensor that show whether it was trained
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
+# What a block is called, per layout.
+_BLOCKS = {
+    "vit": re.compile(r"(vit\.)?blocks\.\d+"),
+    "convnext": re.compile(r"stages\.\d+\.blocks\.\d+"),
+    "resnet": re.compile(r"layer\d+\.\d+"),
+    "swin": re.compile(r"layers\.\d+\.blocks\.\d+"),
+    "mambaout": re.compile(r"stages\.\d+\.blocks\.\d+"),
+    "efficientvim": re.compile(r"stages\.\d+\.blocks\.\d+"),
+}
 
 
 class SelectBands(nn.Module):
-    """Hand on only the channels (`positions`) that the patch embedding reads.
+    """Only the channels (`positions`) that the patch embedding reads.
 
-    Used with ``new_bands="ignore"``; a method that reads the other bands replaces this
-    module and the embedding behind it.
+    Used with ``new_bands="ignore"``; a method that reads the other bands replaces it.
     """
 
     def __init__(self, positions: Sequence[int]) -> None:
@@ -52,9 +61,8 @@ class SelectBands(nn.Module):
 class TokenGrid:
     """The grid of the patch tokens in the last forward pass, for methods that need it.
 
-    The patch tokens are the last `height * width * groups` of the sequence, in the
-    order row, column, group. `groups` is the number of tokens per patch (Galileo: one
-    per channel group).
+    The patch tokens are the last `height * width * groups` of the sequence, ordered by
+    row, column, group; `groups` is the number of tokens per patch.
     """
 
     height: int = 0
@@ -79,11 +87,10 @@ class Origin:
     """How `load_backbone` made a backbone, so that a saved model can make it again.
 
     Attributes:
-        arguments: Of `load_backbone`, ready for JSON.
-        generator: State of torch's generator in front of weights that were drawn at
-            random; None where none were.
-        sample: `weights_hash(SAMPLE)` of then; another one now shows that the weights
-            were trained, merged into, or replaced.
+        arguments: of `load_backbone`, ready for JSON.
+        generator: state of torch's generator before weights were drawn, or None.
+        sample: `weights_hash(SAMPLE)` at that time; a different one now shows that the
+            weights were changed.
     """
 
     arguments: dict[str, Any]
@@ -103,22 +110,21 @@ class Backbone(nn.Module):
         plan: which kernel each band meets, see `plan_bands`.
 
     Attributes:
-        normalise: apply the card's normalisation; False hands values through.
-        channels: channels C_i of the four maps, those of an active adapter that makes
-            its own.
+        normalise: apply the card's normalisation; False passes values through.
+        channels: channels C_i of the four maps, or of those of an active adapter.
         strides: pixels per cell of the four maps, likewise.
-        select: sees the normalised image first; a method may take its place.
-        refine: sees the four maps last, and hands them on as they are; what takes its
-            place may have `channels` and `strides` of its own.
+        select: first module, on the normalised image; a method may replace it.
+        refine: last module, on the four maps; what replaces it may have `channels` and
+            `strides` of its own.
         layout: ``"vit"``, ``"convnext"``, ``"resnet"``, ``"swin"``, ``"mambaout"``,
             ``"efficientvim"`` or ``"unet"`` (PhilEO's).
         width: token width of a ViT, else None.
         num_prefix_tokens: tokens before the patch tokens (class, registers).
         image_size: height and width in pixels that it was loaded for.
         adapter: the active PEFT adapter, or None.
-        grid: of a ViT, where the tokens of the last forward pass lie.
+        grid: of a ViT, the grid of the last forward pass.
         dates: dates T that an image has; 1 for most backbones.
-        beside: submodules of the shell, beside `model`, that hold weights too.
+        beside: further submodules that hold weights.
         origin: how `load_backbone` made it; None where it was built by hand.
     """
 
@@ -210,12 +216,7 @@ class Backbone(nn.Module):
         return (image * self.std + self.mean) / self.card.normalisation.scale
 
     def forward_maps(self, image: Tensor, meta: Meta | None) -> list[Tensor]:
-        """Feature maps of a normalised image; each family writes its own.
-
-        Args:
-            image: (B * T, C, H, W): the dates of an image stand next to each other.
-            meta: as for `forward`.
-        """
+        """Feature maps of a normalised image (B * T, C, H, W); each family's own."""
         raise NotImplementedError
 
     def _check(self, image: Tensor) -> Tensor:
@@ -253,19 +254,15 @@ class Backbone(nn.Module):
     @property
     def block_paths(self) -> list[str]:
         """Dotted paths of the blocks inside `model`, in order."""
-        raise NotImplementedError
+        return block_names(self.model, self.layout)
 
     @property
     def blocks(self) -> list[tuple[str, nn.Module]]:
-        """(path, module) of every block, in order, as they stand now."""
+        """(path, module) of every block, in order, wrapped ones included."""
         return [(path, self.module(path)) for path in self.block_paths]
 
     def module(self, path: str) -> nn.Module:
-        """The module at a dotted path inside `model`.
-
-        Raises:
-            ValueError: if there is none.
-        """
+        """The module at a dotted path inside `model`; ValueError if there is none."""
         try:
             return self.model.get_submodule(path)
         except AttributeError as error:
@@ -275,7 +272,7 @@ class Backbone(nn.Module):
             ) from error
 
     def weights(self) -> dict[str, Tensor]:
-        """`model`'s state dict, and that of what lies `beside` it."""
+        """The state dict of `model`, and of the modules `beside` it."""
         state = dict(self.model.state_dict())
         for path in self.beside:
             state |= self.get_submodule(path).state_dict(prefix=f"{path}.")
@@ -284,10 +281,7 @@ class Backbone(nn.Module):
     def weights_hash(self, sample: int | None = None) -> str:
         """SHA-256 over names, shapes, types and bytes of `weights`.
 
-        An adapter remembers the hash, so that it cannot be loaded onto other weights.
-
-        Args:
-            sample: Of each tensor, hash about this many evenly spaced numbers only.
+        With `sample`, about this many evenly spaced numbers of each tensor are hashed.
         """
         digest = hashlib.sha256()
         for name, tensor in self.weights().items():
@@ -301,8 +295,8 @@ class Backbone(nn.Module):
     def train(self, mode: bool = True) -> Backbone:
         """Switch mode; frozen batch norms stay in eval mode.
 
-        A batch norm none of whose parameters are trained must not move its running
-        statistics either: otherwise a "frozen" backbone changes with every batch.
+        Otherwise their running statistics, and so a "frozen" backbone, would change
+        with every batch.
         """
         super().train(mode)
         for layer in self.modules():
@@ -317,6 +311,12 @@ class Backbone(nn.Module):
         return f"name={self.card.name!r}, bands={list(self.bands)}"
 
 
+def block_names(model: nn.Module, layout: str) -> list[str]:
+    """Dotted paths of a network's blocks, in order."""
+    names = (name for name, _ in model.named_modules())
+    return [name for name in names if _BLOCKS[layout].fullmatch(name)]
+
+
 def tap_points(depth: int) -> tuple[int, ...]:
     """Blocks after which the four maps of a plain ViT are taken.
 
@@ -326,7 +326,7 @@ def tap_points(depth: int) -> tuple[int, ...]:
 
 
 def tapped_tokens(model: Any, tokens: Tensor, taps: Sequence[int]) -> Iterator[Tensor]:
-    """Run the blocks of a ViT, and yield the tokens (B, N, D) after the tapped ones.
+    """Run the blocks of a ViT; yield the tokens (B, N, D) after the tapped ones.
 
     The last are normed. Fewer than four blocks yield the same tokens more than once.
     """

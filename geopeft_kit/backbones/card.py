@@ -1,7 +1,6 @@
 """Backbone cards: what a model expects, what it is, and where it comes from.
 
-A card is plain data. It says which bands a backbone was trained on, how their
-values were normalised, who may use the weights, and where the file is.
+A card is plain data: bands, normalisation, licence, and where the weights are.
 
 Taught in notebook 01 (load a geospatial foundation model).
 """
@@ -30,7 +29,7 @@ class Normalisation:
 
 @dataclass(frozen=True)
 class WeightFile:
-    """Where one file of weights lies.
+    """Where one file of weights is published; packaged with the kit if nowhere.
 
     Args:
         file: file name, also the name in the local cache; "" where torchgeo names it.
@@ -38,10 +37,8 @@ class WeightFile:
         revision: branch, tag or commit of ``repo``.
         url: full address where the file is not on the hub.
         sha256: checksum, only where it was computed from the real file.
-        torchgeo: member of torchgeo's weights that says file, repo and revision, as
-            ``"DOFABase16_Weights.DOFA_MAE"``; it is read when the weights are loaded.
-
-    With none of ``repo``, ``url`` and ``torchgeo`` the file is packaged with the kit.
+        torchgeo: member of torchgeo's weights that names file, repo and revision, as
+            ``"DOFABase16_Weights.DOFA_MAE"``; read when the weights are loaded.
     """
 
     file: str = ""
@@ -64,9 +61,9 @@ class BackboneCard:
             first map.
         width: token width of a ViT, or the width of the last stage.
         depth: number of blocks.
-        parameters: numbers in the network that `load_backbone` builds with the
-            card's own bands; classifier, decoder, fixed position tables and the
-            metadata scalars that ``notes`` names are not counted.
+        parameters: of the network that `load_backbone` builds with the card's own
+            bands, without classifier, decoder, fixed position tables and the metadata
+            scalars that ``notes`` names.
         image_size: height and width in pixels of the pretraining images.
         normalisation: applied inside the backbone's forward and nowhere else.
         licence_weights: licence of the published weights (SPDX where there is one).
@@ -77,10 +74,9 @@ class BackboneCard:
         paper: title or arXiv id.
         notes: what it is, in a sentence or two.
         cannot: what it does not do.
-        obtain: the steps to weights that only a person can download; empty where
-            `load_backbone` downloads them.
-        also_reads: bands besides ``bands`` that the network can read, because it makes
-            kernels from wavelengths: name -> (mean, standard deviation) in the unit of
+        obtain: how to download weights by hand; empty where `load_backbone` does it.
+        also_reads: further bands that the network can read, because it makes kernels
+            from wavelengths: name -> (mean, standard deviation) in the unit of
             ``normalisation``.
     """
 

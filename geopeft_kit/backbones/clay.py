@@ -1,10 +1,9 @@
 """Clay 1.0 and 1.5: any bands by their wavelength, at any ground sampling distance.
 
-Clay has no kernels of its own: a small transformer makes them from the wavelength of
-each band, in every forward pass. The rest is a plain pre-norm ViT, so its blocks are
-timm's under timm's names, and PEFT methods find what they know. Three points raise no
-error when missed: query, key and value have no bias; the position code is multiplied
-by the ground size of a pixel; and its frequencies, as published, hardly differ.
+A small transformer makes the kernels from the wavelength of each band, in every forward
+pass. The rest is a plain pre-norm ViT on timm's blocks. Three mistakes raise no error:
+query, key and value have no bias; the position code is multiplied by the ground size of
+a pixel; and its frequencies, as published, hardly differ.
 
 Sources: Clay Foundation, github.com/Clay-foundation/model (Apache-2.0): key names,
 sizes, wavelengths and statistics (`metadata.yaml`); the kernels from wavelengths are
@@ -17,22 +16,25 @@ from __future__ import annotations
 import datetime
 import math
 import re
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from geopeft_kit.backbones.band_plan import BandPlan
 from geopeft_kit.backbones.base import Meta
-from geopeft_kit.backbones.card import BackboneCard, Normalisation, WeightFile
-from geopeft_kit.backbones.clay_embedding import WavelengthEmbedding
-from geopeft_kit.backbones.metadata import dates_of, lonlat_of
-from geopeft_kit.backbones.vit import ViTBackbone
-from geopeft_kit.backbones.weights import State, load_strictly
+from geopeft_kit.backbones.card import BackboneCard
+from geopeft_kit.backbones.metadata import dates_of, ground_size, lonlat_of
+from geopeft_kit.backbones.registry import register
+from geopeft_kit.backbones.vit import (
+    ViTBackbone,
+    prepended,
+    sines_and_cosines,
+    vit_network,
+)
+from geopeft_kit.backbones.weights import State, filled
 from geopeft_kit.bands import BANDS
 
 _METADATA = 8  # of the token width: four numbers for the time, four for the place
@@ -48,9 +50,8 @@ def place_code(
     steps = torch.arange(size // 4, device=device) / (size // 4 - 1)
     rates = 10000.0 ** -(2 * steps / size) * resolution
 
-    def axis(count: int) -> Tensor:
-        angles = torch.outer(torch.arange(count, device=device).float(), rates)
-        return torch.cat([angles.sin(), angles.cos()], dim=1)  # (count, size / 2)
+    def axis(count: int) -> Tensor:  # (count, size / 2)
+        return sines_and_cosines(torch.arange(count, device=device).float(), rates)
 
     columns = axis(breadth).expand(height, -1, -1)
     rows = axis(height)[:, None].expand(-1, breadth, -1)
@@ -61,6 +62,75 @@ def week_of(year: float, day: float) -> int:
     """ISO week of a day of the year counted from 0."""
     first = datetime.date(int(year), 1, 1)
     return (first + datetime.timedelta(int(day))).isocalendar().week
+
+
+_CODE, _LATENTS = 128, 128  # width of the wavelength's code, and latent tokens
+
+
+class ResidualMlp(nn.Module):
+    """``x + GELU(l2(GELU(l1 x)))``."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.l1 = nn.Linear(width, width)
+        self.l2 = nn.Linear(width, width)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """(C, width) -> (C, width)."""
+        return codes + F.gelu(self.l2(F.gelu(self.l1(codes))))
+
+
+class WeightGenerator(nn.Module):
+    """A transformer over one token per band, which computes the kernel of each.
+
+    `width` is the length of a wavelength's code, `outputs` of a kernel, `tokens` of the
+    bias (D); `latents` learned tokens precede the bands.
+    """
+
+    def __init__(self, width: int, latents: int, outputs: int, tokens: int) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(
+            width, nhead=4, dropout=0.0, activation="gelu", batch_first=True
+        )
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.fc_weight = nn.Linear(width, outputs)
+        self.fc_bias = nn.Linear(width, tokens)
+        self.weight_tokens = nn.Parameter(torch.randn(latents, width) * 0.02)
+        self.bias_token = nn.Parameter(torch.randn(1, width) * 0.02)
+
+    def forward(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes (C, width) -> kernels (C, outputs) and bias (D,)."""
+        sequence = torch.cat([self.weight_tokens, codes, self.bias_token])
+        seen = self.encoder(sequence)  # (latents + C + 1, width)
+        bands = slice(len(self.weight_tokens), -1)
+        return self.fc_weight(seen[bands] + sequence[bands]), self.fc_bias(seen[-1])
+
+
+class WavelengthEmbedding(nn.Module):
+    """Patches to tokens; kernels are made from wavelengths in micrometres."""
+
+    waves: Tensor
+
+    def __init__(self, waves: Sequence[float], patch: int, width: int) -> None:
+        super().__init__()
+        self.patch_size = (patch, patch)
+        self.fclayer = ResidualMlp(_CODE)
+        self.weight_generator = WeightGenerator(
+            _CODE, _LATENTS, width * patch**2, width
+        )
+        self.register_buffer("waves", torch.tensor(waves), persistent=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, h, w, D)."""
+        dtype = self.weight_generator.bias_token.dtype  # a method may wrap layers
+        steps = torch.arange(_CODE // 2, device=image.device) / (_CODE // 2 - 1)
+        code = sines_and_cosines(self.waves.float(), 10000.0**-steps)  # (C, 128)
+        codes = self.fclayer(code.to(dtype))
+        kernels, bias = self.weight_generator(codes)
+        shape = (-1, *self.patch_size)
+        kernels = kernels.unflatten(1, shape).transpose(0, 1)  # (D, C, p, p)
+        tokens = F.conv2d(image, kernels * 0.02, bias, stride=self.patch_size)
+        return tokens.permute(0, 2, 3, 1)
 
 
 class ClayBackbone(ViTBackbone):
@@ -87,8 +157,7 @@ class ClayBackbone(ViTBackbone):
         known = self.metadata_code(image, meta)[:, None, None]  # (B, 1, 1, 8)
         added = places + F.pad(known, (width - _METADATA, 0))  # (B, h, w, D)
         tokens = (patches + added.to(patches.dtype)).flatten(1, 2)  # (B, h*w, D)
-        first = self.model.cls_token.expand(len(tokens), -1, -1)  # (B, 1, D)
-        tokens = torch.cat([first.to(tokens.dtype), tokens], dim=1)
+        tokens = prepended(self.model.cls_token, tokens)  # (B, 1 + h*w, D)
         return self.read_blocks(tokens, height, breadth)
 
     def metadata_code(self, image: Tensor, meta: Meta | None) -> Tensor:
@@ -113,40 +182,30 @@ def _circle(angles: Tensor) -> Tensor:
     return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)
 
 
+@register("clay")
 def build(
     card: BackboneCard,
     plan: BandPlan,
-    state: Mapping[str, Tensor] | None,
+    state: State | None,
     resolution: float = 10.0,
     hour: float = 0.0,
 ) -> ClayBackbone:
     """Build Clay's encoder, without the teacher of its pretraining.
 
     Args:
-        card: sizes and bands.
-        plan: the bands of the user's images.
-        state: checkpoint in the upstream's key layout, or None for random weights.
+        card, plan, state: as for every builder.
         resolution: ground size of a pixel in metres (Clay's "gsd").
         hour: hour of the day in UTC, 0 to 24, for dates of `meta`, which have no time.
-
-    Raises:
-        ValueError: for an option out of range, a band without a wavelength, or a
-            checkpoint that does not fit.
     """
-    if not 0 < resolution < float("inf"):
-        raise ValueError(f"resolution={resolution!r}: metres per pixel, above 0")
+    resolution = ground_size(resolution)
     if not 0 <= hour <= 24:
         raise ValueError(f"hour={hour!r}: 0 to 24 are allowed")
     waves = [_wavelength(card, band) for band in plan.read_bands]
-    if state is None:
-        model = _network(card, waves)
-    else:
-        with torch.device("meta"):  # no memory and no time for random numbers
-            model = _network(card, waves)
-        model.patch_embed.waves = torch.tensor(waves)
-        load_strictly(model, encoder_state(state), card.name)
+    kept = None if state is None else encoder_state(state)
+    model = filled(lambda: _network(card, waves), kept, card.name)
+    model.patch_embed.waves = torch.tensor(waves)  # no part of the checkpoint
     backbone = ClayBackbone(card, model, plan)
-    backbone.resolution, backbone.hour = float(resolution), float(hour)
+    backbone.resolution, backbone.hour = resolution, float(hour)
     return backbone
 
 
@@ -162,18 +221,8 @@ def _wavelength(card: BackboneCard, band: str) -> float:
 
 
 def _network(card: BackboneCard, waves: Sequence[float]) -> Any:
-    model: Any = VisionTransformer(
-        img_size=card.image_size,
-        patch_size=card.patch,
-        in_chans=1,
-        num_classes=0,
-        embed_dim=card.width,
-        depth=card.depth,
-        num_heads=card.architecture["heads"],
-        qkv_bias=False,
-        pos_embed="none",
-        norm_layer=partial(nn.LayerNorm, eps=1e-5),
-        dynamic_img_size=True,
+    model = vit_network(
+        card, in_chans=1, qkv_bias=False, pos_embed="none", epsilon=1e-5
     )
     for block in model.blocks:  # timm's proj_bias would take those of the MLP too
         block.attn.proj.register_parameter("bias", None)
@@ -199,7 +248,7 @@ _RENAMED = (
 )
 
 
-def encoder_state(state: Mapping[str, Tensor]) -> State:
+def encoder_state(state: State) -> State:
     """A Clay checkpoint in timm's names; decoder, teacher and projection dropped.
 
     Keys start with ``model.encoder.`` in the published file; a file of the encoder
@@ -213,96 +262,3 @@ def encoder_state(state: Mapping[str, Tensor]) -> State:
             key = re.sub(pattern, name, key)
         kept[key] = tensor
     return kept
-
-
-# Sentinel-2 L2A in Clay's metadata: wavelength, mean, standard deviation (x 10000)
-_BANDS = {
-    "BLUE": (0.493, 1105.0, 1809.0),
-    "GREEN": (0.560, 1355.0, 1757.0),
-    "RED": (0.665, 1552.0, 1888.0),
-    "RED_EDGE_1": (0.704, 1887.0, 1870.0),
-    "RED_EDGE_2": (0.740, 2422.0, 1732.0),
-    "RED_EDGE_3": (0.783, 2630.0, 1697.0),
-    "NIR_BROAD": (0.842, 2743.0, 1742.0),
-    "NIR_NARROW": (0.865, 2785.0, 1648.0),
-    "SWIR_1": (1.610, 2388.0, 1470.0),
-    "SWIR_2": (2.190, 1835.0, 1379.0),
-}
-# Sentinel-1 in decibels. Its wavelengths are names, no physics: both are 5.6 cm.
-_RADAR = {"VV": (3.5, -12.113, 8.314), "VH": (4.0, -18.673, 8.017)}
-_SCALE = 1e4
-
-
-def _clay_card(
-    name: str,
-    repo: str,
-    file: str,
-    width: int,
-    depth: int,
-    heads: int,
-    parameters: int,
-    radar: Mapping[str, tuple[float, float, float]],
-) -> BackboneCard:
-    others = {
-        band.name: _nearest(band.wavelength_um)
-        for band in BANDS.values()
-        if band.kind == "optical" and band.name not in _BANDS and band.wavelength_um
-    }
-    others |= {band: (m * _SCALE, s * _SCALE) for band, (_, m, s) in radar.items()}
-    waves = {band: wave for band, (wave, _, _) in {**_BANDS, **radar}.items()}
-    return BackboneCard(
-        name=name,
-        family="clay",
-        bands=tuple(_BANDS),
-        patch=8,
-        width=width,
-        depth=depth,
-        parameters=parameters,
-        image_size=256,
-        normalisation=Normalisation(
-            _SCALE,
-            tuple(mean for _, mean, _ in _BANDS.values()),
-            tuple(std for _, _, std in _BANDS.values()),
-        ),
-        licence_weights="Apache-2.0",
-        licence_code="Apache-2.0",
-        source=f"https://huggingface.co/{repo}",
-        weights={"default": WeightFile(file, repo=repo)},
-        architecture={"heads": heads, "waves": waves},
-        notes="Masked autoencoder on Sentinel-1 and 2, Landsat, MODIS, aerial images; "
-        "kernels are made from wavelengths, so any optical band is read. Adds week, "
-        "hour and place of meta to the tokens; resolution is the ground size of a "
-        "pixel. The hub page said OpenRAIL before it said Apache-2.0: look there.",
-        cannot="The published file was not at hand: key names come from the authors' "
-        "code. Bands that Sentinel-2 L2A lacks get the statistics of the nearest band."
-        + ("" if radar else " No radar."),
-        also_reads=others,
-    )
-
-
-def _nearest(wave: float) -> tuple[float, float]:
-    """Mean and standard deviation of the band nearest in wavelength."""
-    return min(_BANDS.values(), key=lambda row: abs(row[0] - wave))[1:]
-
-
-CLAY_V1 = _clay_card(
-    "clay_v1",
-    "made-with-clay/Clay-legacy",
-    "v1/clay-v1-base.ckpt",
-    768,
-    12,
-    12,
-    92_102_144,
-    {},
-)
-CLAY_V1_5 = _clay_card(
-    "clay_v1_5",
-    "made-with-clay/Clay",
-    "v1.5/clay-v1.5.ckpt",
-    1024,
-    24,
-    16,
-    311_442_944,
-    _RADAR,
-)
-CARDS = (CLAY_V1, CLAY_V1_5)

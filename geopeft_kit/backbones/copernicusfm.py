@@ -7,7 +7,7 @@ Taught in notebook 01 (load a geospatial foundation model).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,23 +16,17 @@ from torch import Tensor, nn
 
 from geopeft_kit.backbones.band_plan import BandPlan
 from geopeft_kit.backbones.base import Meta
-from geopeft_kit.backbones.card import BackboneCard, WeightFile
+from geopeft_kit.backbones.card import BackboneCard
+from geopeft_kit.backbones.metadata import ground_size
+from geopeft_kit.backbones.registry import register
 from geopeft_kit.backbones.spectral import (
     MICRO_TO_NANO,
-    NO_STATISTICS,
-    NOT_SEEN,
     SpectralPatches,
     described,
     spectral_network,
 )
-from geopeft_kit.backbones.torchgeo_facts import (
-    DECIBEL,
-    LICENCE,
-    S2_STATISTICS,
-    SENTINEL2,
-    beyond_sentinel2,
-)
 from geopeft_kit.backbones.vit import ViTBackbone
+from geopeft_kit.backbones.weights import State
 from geopeft_kit.bands import BANDS, wavelengths
 
 # 5 cm, and a bandwidth of 1 m, in nanometres.
@@ -91,10 +85,7 @@ class CopernicusBackbone(ViTBackbone):
         return self.read_blocks(tokens + added, *patches.shape[1:3])
 
     def metadata(self, meta: Meta, count: int) -> Tensor:
-        """Codes of place, area and time (B, 1, D); (1, 1, D) if all are unknown.
-
-        Learned tokens replace what is unknown.
-        """
+        """Codes of place, area and time (B or 1, 1, D); learned tokens if unknown."""
         model: Any = self.model
         place, area, time = model.coord_token, model.scale_token, model.time_token
         lonlat, date = _known(meta, "lonlat"), _known(meta, "date")
@@ -116,10 +107,7 @@ class CopernicusBackbone(ViTBackbone):
 
 
 def _known(meta: Meta, key: str) -> Tensor | None:
-    """An entry of the metadata, or None if it is missing or not a number for one image.
-
-    That one unknown image hides the entry of the whole batch is torchgeo's rule.
-    """
+    """An entry; None if missing or, as in torchgeo, not a number for one image."""
     value = meta.get(key)
     return None if value is None or value.isnan().any() else value
 
@@ -131,35 +119,30 @@ def days_since_1970(date: Tensor) -> Tensor:
     return before * 365 + leaps + 1 + date[:, 1] - _EPOCH
 
 
+@register("copernicusfm")
 def build(
     card: BackboneCard,
     plan: BandPlan,
-    state: Mapping[str, Tensor] | None,
+    state: State | None,
     patch: int = 16,
     resolution: float | None = None,
 ) -> CopernicusBackbone:
     """Build Copernicus-FM's encoder for images, without its branch for named variables.
 
     Layer norms have eps 1e-5, as in torchgeo's class; the authors' own code has 1e-6.
+    Random weights get the sine-cosine positions that torchgeo leaves at zero.
 
     Args:
-        card: sizes.
-        plan: the bands of the user's images; each needs a wavelength, or is radar.
-        state: checkpoint in torchgeo's key layout, or None for random weights, which
-            get the sine-cosine positions that torchgeo leaves at zero.
+        card, plan, state: as for every builder; each band needs a wavelength, or is
+            radar.
         patch: patch size in pixels, 3 to 64; kernels are resized from 16.
         resolution: ground size of a pixel in metres, which gives the area of a patch;
             None leaves it unknown.
-
-    Raises:
-        ValueError: for a band without a wavelength, an option out of range, or a
-            checkpoint that does not fit.
     """
     if type(patch) is not int or patch not in _PATCHES:
         raise ValueError(f"patch={patch!r}: {card.name} takes 3 to 64 whole pixels")
-    number = type(resolution) in (int, float)
-    if resolution is not None and not (number and 0 < resolution < float("inf")):
-        raise ValueError(f"resolution={resolution!r}: metres per pixel, above 0")
+    if resolution is not None:
+        resolution = ground_size(resolution)
 
     def bandwidths(names: Sequence[str]) -> list[float]:
         return [MICRO_TO_NANO * float(BANDS[n].bandwidth_um or 0) for n in names]
@@ -176,11 +159,12 @@ def build(
         made.bandwidths = described(plan, _RADAR_BANDWIDTHS, bandwidths)
         return made
 
+    dropped = ("patch_embed_variable.", "fc_norm.", "norm.", "head.")
     model = spectral_network(
         card,
         state,
         patches,
-        ("patch_embed_variable.", "fc_norm.", "norm.", "head."),
+        dropped,
         kind=CopernicusViT,
         final_norm=False,
         epsilon=1e-5,
@@ -188,34 +172,3 @@ def build(
     backbone = CopernicusBackbone(card, model, plan)
     backbone.resolution = resolution
     return backbone
-
-
-_FILE = WeightFile(torchgeo="CopernicusFM_Base_Weights.CopernicusFM_ViT")
-COPERNICUSFM_BASE = BackboneCard(
-    name="copernicusfm_base",
-    family="copernicusfm",
-    bands=SENTINEL2,
-    also_reads=beyond_sentinel2(("VV", "VH")),
-    patch=16,
-    width=768,
-    depth=12,
-    parameters=112_933_376,
-    image_size=224,
-    normalisation=S2_STATISTICS,
-    licence_weights=LICENCE,
-    licence_code="MIT (torchgeo), Apache-2.0 (timm)",
-    source="https://github.com/zhu-xlab/Copernicus-FM",
-    weights={"default": _FILE, "mae+distill": _FILE},
-    architecture={"heads": 12},
-    paper="arXiv 2503.11849",
-    notes="Masked autoencoder and distillation on Copernicus-Pretrain; kernels are "
-    "made from wavelengths and bandwidths in nanometres, of any size (option patch). "
-    "meta['lonlat'] and meta['date'] are used where given, and the option resolution."
-    + NO_STATISTICS
-    + DECIBEL,
-    cannot="Variables without a wavelength (Sentinel-5P, elevation), which it reads by "
-    "a language model's embedding of their name, are not offered. The last map has no "
-    "final norm: none is published." + NOT_SEEN,
-)
-
-CARDS = (COPERNICUSFM_BASE,)

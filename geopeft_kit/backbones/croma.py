@@ -1,11 +1,9 @@
 """CROMA: a ViT without a position table, whose attention falls with distance.
 
-Each head takes away a multiple of the distance between two patches from its scores
-(ALiBi in two dimensions), so that positions fit any image size. The network is built
-of timm's blocks with that one change; its tokens equal those of torchgeo's class.
-
-The optical and the radar encoder are backbones of their own. The joint encoder, which
-needs both images at once, is not offered.
+Each head subtracts a multiple of the distance between two patches from its scores
+(ALiBi in two dimensions), so that positions fit any image size. The blocks are timm's
+with that one change; the tokens equal those of torchgeo's class. The optical and the
+radar encoder are separate backbones; the joint encoder is not offered.
 
 Sources: Fuller et al. 2023, CROMA, arXiv 2311.00566; torchgeo (MIT); pixel values from
 the authors' README; ALiBi from Press et al., arXiv 2108.12409.
@@ -15,7 +13,7 @@ Taught in notebook 01 (load a geospatial foundation model).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,20 +22,10 @@ from torch import Tensor
 
 from geopeft_kit.backbones.band_plan import BandPlan
 from geopeft_kit.backbones.base import TokenGrid, adapt_kernels
-from geopeft_kit.backbones.card import BackboneCard, Normalisation, WeightFile
-from geopeft_kit.backbones.rgb_vits import network
-from geopeft_kit.backbones.torchgeo_facts import (
-    DECIBEL,
-    LICENCE,
-    S1_STATISTICS,
-    S2_MEAN,
-    S2_STD,
-    SENTINEL1,
-    SENTINEL2,
-)
-from geopeft_kit.backbones.vit import ViTBackbone
-from geopeft_kit.backbones.weights import State, load_strictly, strip_prefixes
-from geopeft_kit.bands import SENSORS
+from geopeft_kit.backbones.card import BackboneCard
+from geopeft_kit.backbones.registry import register
+from geopeft_kit.backbones.vit import ViTBackbone, vit_network
+from geopeft_kit.backbones.weights import State, filled, strip_prefixes
 
 # torchgeo's names of the layers of a block -> timm's.
 _LAYERS = {
@@ -62,7 +50,7 @@ class DistanceBias:
     def table(self, tokens: Tensor) -> Tensor:
         """The bias for (B, N, D) tokens, (1, heads, N, N) in their number type.
 
-        Tokens before the patches (prompts) have no place, and are at distance 0.
+        Tokens before the patches (prompts) have no position: their distance is 0.
         """
         length = tokens.shape[1]
         key = (self.grid.height, self.grid.width, length, tokens.device, tokens.dtype)
@@ -104,20 +92,22 @@ class DistanceAttention(Attention):
         return super().forward(x, attn_mask=self.bias.table(x))
 
 
+@register("croma")
 def build(
     card: BackboneCard,
     plan: BandPlan,
-    state: Mapping[str, Tensor] | None,
+    state: State | None,
 ) -> ViTBackbone:
     """Build CROMA's optical encoder, or the radar one for the radar cards.
 
-    `state` is in the authors' or torchgeo's key layout, or None for random weights.
+    Checkpoints have the authors' or torchgeo's keys.
     """
-    model = network(
+    kept = None
+    if state is not None:
+        kept = encoder_state(state, card.architecture["encoder"], card.patch)
+    network = partial(
+        vit_network,
         card,
-        state,
-        card.patch,
-        card.image_size,
         epsilon=1e-5,
         pos_embed="none",
         class_token=False,
@@ -125,9 +115,7 @@ def build(
         qkv_bias=False,
         attn_layer=DistanceAttention,
     )
-    if state is not None:
-        kept = encoder_state(state, card.architecture["encoder"], card.patch)
-        load_strictly(model, kept, card.name)
+    model = filled(network, kept, card.name)
     adapt_kernels(model.patch_embed.proj, plan)
     backbone = ViTBackbone(card, model, plan)
     bias = DistanceBias(card.architecture["heads"], backbone.grid)
@@ -136,7 +124,7 @@ def build(
     return backbone
 
 
-def encoder_state(state: Mapping[str, Tensor], encoder: str, patch: int) -> State:
+def encoder_state(state: State, encoder: str, patch: int) -> State:
     """One encoder of a CROMA file, s1_encoder or s2_encoder, in timm's names.
 
     The layers behind the mean over all patches (``..._GAP_FFN``) are left out.
@@ -155,61 +143,3 @@ def encoder_state(state: Mapping[str, Tensor], encoder: str, patch: int) -> Stat
         key = key.replace("linear_input.", "patch_embed.proj.")
         kept[key.replace("transformer.norm_out.", "norm.")] = tensor
     return kept
-
-
-_OPTICAL_BANDS = SENSORS["sentinel2_l2a"]  # twelve: cirrus is not among them
-_OPTICAL = [SENTINEL2.index(band) for band in _OPTICAL_BANDS]
-
-
-def _stretched(
-    scale: float, mean: tuple[float, ...], std: tuple[float, ...]
-) -> Normalisation:
-    """The authors' range: mean - 2 std becomes 0, mean + 2 std becomes 1."""
-    return Normalisation(
-        scale,
-        tuple(m - 2 * s for m, s in zip(mean, std, strict=True)),
-        tuple(4 * s for s in std),
-    )
-
-
-def _card(
-    size: str, width: int, depth: int, radar: bool, parameters: int
-) -> BackboneCard:
-    file = WeightFile(torchgeo=f"CROMA{size.title()}_Weights.CROMA_VIT")
-    statistics = _stretched(
-        1e4, tuple(S2_MEAN[i] for i in _OPTICAL), tuple(S2_STD[i] for i in _OPTICAL)
-    )
-    if radar:
-        statistics = _stretched(1.0, S1_STATISTICS.mean, S1_STATISTICS.std)
-    return BackboneCard(
-        name=f"croma_{size}{'_s1' if radar else ''}",
-        family="croma",
-        bands=SENTINEL1 if radar else _OPTICAL_BANDS,
-        patch=8,
-        width=width,
-        depth=depth // 2 if radar else depth,
-        parameters=parameters,
-        image_size=120,
-        normalisation=statistics,
-        licence_weights=LICENCE,
-        licence_code="MIT (torchgeo), Apache-2.0 (timm)",
-        source="https://github.com/antofuller/CROMA",
-        weights={"default": file},
-        architecture={"heads": 16, "encoder": f"s{1 if radar else 2}_encoder"},
-        paper="arXiv 2311.00566",
-        notes=f"The {'radar' if radar else 'optical'} encoder; contrast between radar "
-        "and optical images, and masked autoencoder, on SSL4EO-S12. Statistics are "
-        "SSL4EO-S12's; the authors take those of the data at hand."
-        + (DECIBEL if radar else ""),
-        cannot="Values beyond two standard deviations are not clipped, which the "
-        "authors do. The joint encoder of both sensors is not offered. The published "
-        "file was not at hand: key names are those of torchgeo's class.",
-    )
-
-
-CARDS = (
-    _card("base", 768, 12, False, 85_618_944),
-    _card("base", 768, 12, True, 42_614_016),
-    _card("large", 1024, 24, False, 303_025_152),
-    _card("large", 1024, 24, True, 151_251_968),
-)

@@ -1,9 +1,9 @@
 """Galileo's encoder: tokens of channel groups, fixed codes, kernels that are resized.
 
-A short module for single dates of Sentinel-2, written from the formulas; tokens equal
-those of the published code. Two points of that code decide about it: kernels are
-resized with an antialiased bicubic filter, and the frequencies of all fixed codes fall
-four times more slowly than in the usual sine-cosine table.
+A short module for single dates of Sentinel-2, written from the formulas; its tokens
+equal those of the published code. Two details of that code matter: kernels are resized
+with an antialiased bicubic filter, and the frequencies of all fixed codes fall four
+times more slowly than in the usual sine-cosine table.
 
 Sources: Tseng et al., Galileo, arXiv 2502.09356 and github.com/nasaharvest/galileo;
 patch resizing from Beyer et al., FlexiViT, arXiv 2212.08013, section 3.4.
@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
+
+from geopeft_kit.backbones.vit import sines_and_cosines
 
 # In the order of the rows of the channel embedding.
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -146,8 +148,7 @@ class Galileo(nn.Module):
 def fixed_code(size: int, places: Tensor) -> Tensor:
     """Sines, then cosines (n, size), at frequencies 10000^(-i / (2 size))."""
     steps = torch.arange(size // 2, device=places.device, dtype=torch.float32)
-    angles = torch.outer(places.float(), 10000 ** (-steps / (2 * size)))
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
+    return sines_and_cosines(places.float(), 10000 ** (-steps / (2 * size)))
 
 
 def _month_table(size: int) -> Tensor:

@@ -1,9 +1,8 @@
 """ViTs that make several tokens of a patch: one for each group of bands.
 
-Galileo, SatMAE's multispectral models and SpectralGPT share everything behind their
-patch embeddings: the tokens of all groups go through the blocks as one sequence, and
-the maps are the mean over the groups of a patch. Groups of which the image has no band
-are not in the sequence.
+Galileo, SatMAE's multispectral models and SpectralGPT share everything after their
+patch embeddings: the tokens of all groups are one sequence, and the maps are the mean
+over the groups of a patch. Groups of which the image has no band are left out.
 
 Taught in notebook 01 (load a geospatial foundation model).
 """
@@ -12,20 +11,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from geopeft_kit.backbones.band_plan import BandPlan
 from geopeft_kit.backbones.base import Backbone, Meta, tap_points, tapped_tokens
 from geopeft_kit.backbones.card import BackboneCard
+from geopeft_kit.backbones.vit import prepended
 
 
 class GroupedViTBackbone(Backbone):
     """Four maps at patch stride: the mean over the groups of each patch.
 
-    The sequence is prefix, then row, column, group, as `TokenGrid` says. Attention does
-    not depend on the order of its tokens, so this equals upstreams that put the groups
-    first.
+    The sequence is prefix, then row, column, group. Attention does not depend on the
+    order of its tokens, so this equals upstreams that put the groups first.
     """
 
     layout = "vit"
@@ -44,11 +42,6 @@ class GroupedViTBackbone(Backbone):
         self.strides = [patch] * 4
         self.taps = tap_points(len(model.blocks))
 
-    @property
-    def block_paths(self) -> list[str]:
-        """``blocks.0`` ... in order."""
-        return [f"blocks.{i}" for i in range(len(self.model.blocks))]
-
     def embed(self, image: Tensor, meta: Meta | None) -> Tensor:
         """Normalised image (B, C, H, W) -> tokens with positions (B, h, w, N, D)."""
         raise NotImplementedError
@@ -65,8 +58,7 @@ class GroupedViTBackbone(Backbone):
         tokens = tokens.flatten(1, 3)  # (B, h*w*N, D)
         first = self.prefix()
         if first is not None:
-            first = first.expand(len(tokens), -1, -1).to(tokens.dtype)
-            tokens = torch.cat([first, tokens], dim=1)  # (B, P + h*w*N, D)
+            tokens = prepended(first, tokens)  # (B, P + h*w*N, D)
         maps = []
         for tapped in tapped_tokens(self.model, tokens, self.taps):
             own = tapped[:, -grid.numel() :].unflatten(1, grid)  # (B, h, w, N, D)
@@ -79,9 +71,9 @@ def group_slots(
 ) -> list[list[tuple[int, int]]]:
     """For each group, its pairs (channel among those read, kernel of the group).
 
-    `groups` holds indices of the card's bands. A band that is missing is a kernel that
-    is left out; under a nearest policy two channels may share a kernel.
-    Raises ValueError for a random kernel, which belongs to no group.
+    `groups` holds indices of the card's bands. A missing band leaves its kernel out;
+    under a nearest policy two channels may share one. Raises ValueError for a random
+    kernel, which belongs to no group.
     """
     if None in plan.kernels:
         raise ValueError(

@@ -1,7 +1,7 @@
 """Hierarchical networks of timm: ConvNeXt, ResNet, Swin, MambaOut, EfficientViM.
 
-Their four stages give four maps of growing stride. The network stays timm's own, with
-timm's names, less its classifier. EfficientViM is the state-space model among them, and
+Their four stages give four maps of growing stride. The network is timm's, under timm's
+names, without its classifier. EfficientViM is the state-space model among them, and
 MambaOut its control: the same kind of block without a state space.
 
 Source: timm; Lee et al. 2024, EfficientViM, arXiv 2411.15241; Yu & Wang 2024, MambaOut,
@@ -11,30 +11,21 @@ Taught in notebook 01 (load a geospatial foundation model).
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
-from torch import Tensor, nn
+import timm
+from torch import Tensor
 
 from geopeft_kit.backbones.band_plan import BandPlan
 from geopeft_kit.backbones.base import Backbone, Meta
 from geopeft_kit.backbones.card import BackboneCard
 
-# What a block is called, per layout.
-_BLOCKS = {
-    "vit": re.compile(r"blocks\.\d+"),
-    "convnext": re.compile(r"stages\.\d+\.blocks\.\d+"),
-    "resnet": re.compile(r"layer\d+\.\d+"),
-    "swin": re.compile(r"layers\.\d+\.blocks\.\d+"),
-    "mambaout": re.compile(r"stages\.\d+\.blocks\.\d+"),
-    "efficientvim": re.compile(r"stages\.\d+\.blocks\.\d+"),
-}
 
-
-def block_names(model: nn.Module, layout: str) -> list[str]:
-    """Dotted paths of a network's blocks, in order."""
-    names = (name for name, _ in model.named_modules())
-    return [name for name in names if _BLOCKS[layout].fullmatch(name)]
+def resnet50(bands: int) -> Any:
+    """Timm's ResNet-50 with random weights and without its classifier."""
+    return timm.create_model(
+        "resnet50", pretrained=False, num_classes=0, in_chans=bands
+    )
 
 
 class HierarchicalBackbone(Backbone):
@@ -54,11 +45,6 @@ class HierarchicalBackbone(Backbone):
         stages = model.feature_info[-4:]
         self.channels = [stage["num_chs"] for stage in stages]
         self.strides = [stage["reduction"] for stage in stages]
-
-    @property
-    def block_paths(self) -> list[str]:
-        """As ``stages.0.blocks.0``, ``layer1.0`` or ``layers.0.blocks.0``."""
-        return block_names(self.model, self.layout)
 
     def forward_maps(self, image: Tensor, meta: Meta | None) -> list[Tensor]:
         """Normalised image (B, C, H, W) -> four maps (B, C_i, H_i, W_i)."""

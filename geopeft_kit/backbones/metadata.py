@@ -1,4 +1,4 @@
-"""Date and place of an image, as `meta` brings them: checked once, for every backbone.
+"""Date and place of an image in `meta`, checked in one place for every backbone.
 
 A batch has ``date`` (B, T, 2): the year, and the day of the year counted from 0; and
 ``lonlat`` (B, 2): longitude and latitude of the chip's centre in degrees. Latitude
@@ -9,6 +9,7 @@ Taught in notebook 07 (decoders and metadata).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -23,8 +24,8 @@ def dates_of(
 ) -> Tensor | None:
     """Year and day of the year (B, T, 2) float32; None where `meta` has no date.
 
-    The image (B * T, ...) gives device and batch size. Raises ValueError for another
-    shape, a year outside 1900 to 2100, or a day outside 0 to 365.
+    The image is (B * T, ...). Raises ValueError for another shape or a value out of
+    range.
     """
     if meta is None or meta.get("date") is None:
         return None
@@ -37,17 +38,20 @@ def dates_of(
 def lonlat_of(
     meta: Mapping[str, Tensor] | None, image: Tensor, dates: int = 1
 ) -> Tensor | None:
-    """Longitude and latitude (B, 2) float32 in degrees; None where `meta` has none.
-
-    The image (B * T, ...) gives device and batch size. Raises ValueError for another
-    shape or a value out of range.
-    """
+    """Longitude and latitude (B, 2) float32 in degrees, likewise."""
     if meta is None or meta.get("lonlat") is None:
         return None
     wanted = (len(image) // dates, 2)
     words = "(B, 2): longitude, then latitude, in degrees"
     _check("lonlat", meta["lonlat"], wanted, words, (_LONGITUDES, _LATITUDES))
     return meta["lonlat"].to(image.device, torch.float32)
+
+
+def ground_size(resolution: float) -> float:
+    """The ground size of a pixel in metres; ValueError if it is not above 0."""
+    if type(resolution) not in (int, float) or not 0 < resolution < math.inf:
+        raise ValueError(f"resolution={resolution!r}: metres per pixel, above 0")
+    return float(resolution)
 
 
 def _check(
@@ -71,5 +75,5 @@ def _check(
         limits = ", ".join(f"{low} to {high}" for low, high in ranges)
         raise ValueError(
             f"meta[{key!r}] holds {wrong:g}; it is {words}, within {limits}. Leave it "
-            "out where it is not known"
+            "out where it is unknown"
         )

@@ -1,17 +1,28 @@
-"""PhilEO's Geo-Aware U-Net as a network: blocks with a norm for every pixel.
+"""PhilEO's Geo-Aware U-Net: a convolutional network that is locked to 128 px.
 
+Its layer norms have a gain and a shift for every channel *and every pixel*: of the
+44 million parameters 55 % are such maps, 39 % the dense bottleneck, 6.5 % convolutions.
+So it takes images of one size only, and norm tuning trains 24 million parameters here.
 Written from the formulas, with the upstream's names.
 
 Source: "Scaling Laws for Geospatial Foundation Models" (PhilEO on MajorTOM), arXiv
 2506.14765, and its public code (github.com/ESA-PhiLab/PhilEO-MajorTOM).
+Taught in notebook 11 (architectures and few labels).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+
+from geopeft_kit.backbones.band_plan import BandPlan
+from geopeft_kit.backbones.base import Backbone, Meta, adapt_kernels
+from geopeft_kit.backbones.card import BackboneCard
+from geopeft_kit.backbones.registry import register
+from geopeft_kit.backbones.weights import State, filled, strip_prefixes
 
 _REDUCTION = 16
 
@@ -114,7 +125,7 @@ class Encoder(nn.Module):
         self.linear_encode = nn.Sequential(
             act, nn.Linear(dims[-1] * sizes[-1] ** 2, latent), nn.LayerNorm(latent)
         )
-        # The answers of pretraining, which no map passes through.
+        # The heads of pretraining, which no map passes through.
         self.head_clouds = nn.Sequential(nn.Linear(latent, 4))
         self.head_landcover = nn.Sequential(nn.Linear(latent, 11))
         self.head_buildings = nn.Sequential(nn.Linear(latent, 1), nn.Sigmoid())
@@ -132,7 +143,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The way up from the vector, joined by the encoder's maps; same arguments."""
+    """The expanding path from the vector, joined by the encoder's maps."""
 
     def __init__(
         self,
@@ -177,7 +188,7 @@ class Decoder(nn.Module):
 
 
 class GeoAwareUNet(nn.Module):
-    """Stem, encoder, decoder, and the head that paints the image anew."""
+    """Stem, encoder, decoder, and the head that reconstructs the image."""
 
     def __init__(
         self,
@@ -208,4 +219,67 @@ def _border_conv(inputs: int, outputs: int) -> nn.Conv2d:
     """3x3, padded with the values at the border."""
     return nn.Conv2d(
         inputs, outputs, 3, padding=1, bias=False, padding_mode="replicate"
+    )
+
+
+class PhilEOUNetBackbone(Backbone):
+    """The four finest maps of the decoder, at strides 1, 2, 4 and 8."""
+
+    layout = "unet"
+    model: GeoAwareUNet
+
+    def __init__(self, card: BackboneCard, model: GeoAwareUNet, plan: BandPlan) -> None:
+        super().__init__(card, model, plan)
+        self.channels = list(card.architecture["dims"][:4])
+        self.strides = [1, 2, 4, 8]
+
+    @property
+    def block_paths(self) -> list[str]:
+        """``encoder.blocks_down.0.0`` ... then ``decoder.blocks_up.0.0`` ..."""
+        return [
+            name for name, m in self.model.named_modules() if isinstance(m, CNNBlock)
+        ][1:-1]  # without stem and head
+
+    def forward_maps(self, image: Tensor, meta: Meta | None) -> list[Tensor]:
+        """Normalised image (B, C, H, W) -> four maps (B, C_i, H_i, W_i)."""
+        check_locked(self.card, image)
+        vector, skips = self.model.encoder(self.model.stem(image))
+        return self.model.decoder(vector, skips)[:4]
+
+
+@register("phileo_unet")
+def build(
+    card: BackboneCard,
+    plan: BandPlan,
+    state: State | None,
+    image_size: int | None = None,
+) -> PhilEOUNetBackbone:
+    """Build the whole Geo-Aware U-Net; it takes the card's image size only."""
+    if image_size not in (None, card.image_size):
+        raise ValueError(locked(card, f"image_size={image_size}"))
+    kept = None if state is None else strip_prefixes(state, ("module.",))
+    sizes = card.architecture
+    arguments = sizes["dims"], sizes["depths"], card.image_size, sizes["latent"]
+    network = partial(GeoAwareUNet, len(card.bands), *arguments)
+    model = filled(network, kept, card.name)
+    adapt_kernels(model.stem.conv1, plan)
+    if model.stem.matcher is not None:
+        adapt_kernels(model.stem.matcher, plan)
+    return PhilEOUNetBackbone(card, model, plan)
+
+
+def check_locked(card: BackboneCard, image: Tensor) -> None:
+    """Refuse images (B, C, H, W) of another size than the card's."""
+    height, width = image.shape[-2:]
+    if (height, width) != (card.image_size, card.image_size):
+        raise ValueError(locked(card, f"image is {height} x {width} px"))
+
+
+def locked(card: BackboneCard, what: str) -> str:
+    """The message about another image size."""
+    size = card.image_size
+    return (
+        f"{what}: {card.name} is locked to {size} x {size} px, since its layer norms "
+        "have a gain and a shift for every pixel. Cut your images to that size "
+        f"(predict_scene: window={size}), or take another backbone"
     )

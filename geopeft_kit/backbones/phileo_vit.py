@@ -10,12 +10,10 @@ Taught in notebook 11 (architectures and few labels).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from geopeft_kit.backbones.band_plan import BandPlan
@@ -27,19 +25,15 @@ from geopeft_kit.backbones.base import (
     tapped_tokens,
 )
 from geopeft_kit.backbones.card import BackboneCard
-from geopeft_kit.backbones.phileo import (
-    BANDS,
-    LICENCE,
-    OBTAIN,
-    REFLECTANCE,
-    SOURCE,
-    check_locked,
-    locked,
+from geopeft_kit.backbones.phileo_unet import CNNBlock, check_locked, locked
+from geopeft_kit.backbones.registry import register
+from geopeft_kit.backbones.vit import (
+    fixed_table,
+    tokens_to_map,
+    vit_network,
+    with_class_row,
 )
-from geopeft_kit.backbones.phileo_unet import CNNBlock
-from geopeft_kit.backbones.rgb_vits import fixed_table
-from geopeft_kit.backbones.vit import tokens_to_map
-from geopeft_kit.backbones.weights import State, load_strictly, strip_prefixes
+from geopeft_kit.backbones.weights import State, check_patch, filled, strip_prefixes
 
 _PATCHES = (4, 16)
 _POOLS = (1, 2, 3, 6)
@@ -51,7 +45,7 @@ _DROPPED = (
     "decoder.decoder_upernet.conv_seg.",
     "head.",
 )
-_PREFIXES = {  # the upstream's -> ours
+_PREFIXES = {  # the upstream's -> here
     "encoder.vit_encoder.": "vit.",
     "decoder.decoder_upernet.": "head.",
     "decoder.": "",
@@ -112,19 +106,8 @@ class ViTUPerNet(nn.Module):
         self.stem: nn.Module = nn.Identity()
         if stem:
             self.stem = CNNBlock(bands, bands, size, nn.LeakyReLU())
-        self.vit = VisionTransformer(
-            img_size=size,
-            patch_size=patch,
-            in_chans=bands,
-            num_classes=0,
-            embed_dim=width,
-            depth=card.depth,
-            num_heads=card.architecture["heads"],
-            norm_layer=partial(nn.LayerNorm, eps=1e-5),  # PyTorch's, not timm's
-            dynamic_img_size=True,
-        )
-        table = fixed_table(width, size // patch, size // patch)
-        table = torch.cat([torch.zeros(1, width), table])[None]  # (1, 1 + N, D)
+        self.vit = vit_network(card, epsilon=1e-5, patch_size=patch)
+        table = with_class_row(fixed_table(width, size // patch, size // patch))
         self.vit.pos_embed = nn.Parameter(table, requires_grad=False)
         half, quarter = width // 2, width // 4
         self.fpn1 = nn.Sequential(
@@ -160,11 +143,6 @@ class PhilEOViTBackbone(Backbone):
         self.strides = [patch // 4, patch // 2, patch, 2 * patch]
         self.taps = tap_points(card.depth)
 
-    @property
-    def block_paths(self) -> list[str]:
-        """``vit.blocks.0`` ... in order."""
-        return [f"vit.blocks.{i}" for i in range(len(self.model.vit.blocks))]
-
     def forward_maps(self, image: Tensor, meta: Meta | None) -> list[Tensor]:
         """Normalised image (B, C, H, W) -> four maps (B, 256, H_i, W_i)."""
         model, vit = self.model, self.model.vit
@@ -180,10 +158,11 @@ class PhilEOViTBackbone(Backbone):
         return model.head([model.fpn1(maps[0]), model.fpn2(maps[1]), maps[2], pooled])
 
 
+@register("phileo_vit")
 def build(
     card: BackboneCard,
     plan: BandPlan,
-    state: Mapping[str, Tensor] | None,
+    state: State | None,
     image_size: int | None = None,
     patch: int = 4,
     stem: bool | None = None,
@@ -191,18 +170,12 @@ def build(
     """Build ViT, neck and UPerNet head.
 
     Args:
-        card: sizes and bands.
-        plan: the bands of the user's images.
-        state: checkpoint of the pretraining code, or None for random weights.
+        card, plan, state: as for every builder.
         image_size: the card's own where there is a stem; else any.
         patch: 4 or 16 pixels: equal in size, 19 times apart in computation.
         stem: the convolutional block before the ViT, which ties the network to one
             image size and needs all bands. None: as the checkpoint has it, and none
             without a checkpoint, as in the counts of the card.
-
-    Raises:
-        ValueError: for another patch size, a band set or image size that the stem does
-            not take, or a checkpoint that does not fit.
     """
     if patch not in _PATCHES:
         raise ValueError(f"patch={patch!r}: {card.name} takes 4 or 16")
@@ -211,19 +184,15 @@ def build(
         stem = kept is not None and any(key.startswith("stem.") for key in kept)
     if stem:
         _check_stem(card, plan, image_size)
-    if kept is None:
-        model = ViTUPerNet(card, patch, stem)
-    else:
-        _check_patch(card, kept, patch)
-        with torch.device("meta"):  # no memory and no time for random numbers
-            model = ViTUPerNet(card, patch, stem)
-        load_strictly(model, kept, card.name)
+    if kept is not None:
+        check_patch(card.name, kept.get("vit.patch_embed.proj.weight"), patch)
+    model = filled(lambda: ViTUPerNet(card, patch, bool(stem)), kept, card.name)
     adapt_kernels(model.vit.patch_embed.proj, plan)
     return PhilEOViTBackbone(card, model, plan, patch)
 
 
-def _own_names(state: Mapping[str, Tensor]) -> State:
-    """The upstream's keys as ours; the heads of pretraining dropped."""
+def _own_names(state: State) -> State:
+    """The checkpoint in the names used here, without the heads of pretraining."""
     kept = {}
     for key, tensor in strip_prefixes(state, ("module.",)).items():
         if key.startswith(_DROPPED):
@@ -233,15 +202,6 @@ def _own_names(state: Mapping[str, Tensor]) -> State:
             key = key.replace(prefix, _PREFIXES[prefix], 1)
         kept[key] = tensor
     return kept
-
-
-def _check_patch(card: BackboneCard, state: Mapping[str, Tensor], patch: int) -> None:
-    kernel = state.get("vit.patch_embed.proj.weight")
-    if kernel is not None and kernel.shape[-1] != patch:
-        raise ValueError(
-            f"this checkpoint of {card.name} has patches of {kernel.shape[-1]} px and "
-            f"patch={patch}. Load it with patch={kernel.shape[-1]}"
-        )
 
 
 def _check_stem(card: BackboneCard, plan: BandPlan, image_size: int | None) -> None:
@@ -258,41 +218,3 @@ def _check_stem(card: BackboneCard, plan: BandPlan, image_size: int | None) -> N
 def _like(x: Tensor, other: Tensor) -> Tensor:
     """A map in the height and width of another."""
     return F.interpolate(x, other.shape[-2:], mode="bilinear", align_corners=False)
-
-
-def _card(
-    size: str, width: int, depth: int, parameters: int, sixteen: str
-) -> BackboneCard:
-    return BackboneCard(
-        name=f"phileo_vit_{size}",
-        family="phileo_vit",
-        bands=BANDS,
-        patch=4,
-        width=width,
-        depth=depth,
-        parameters=parameters,
-        image_size=128,
-        normalisation=REFLECTANCE,
-        licence_weights=LICENCE,
-        licence_code="Apache-2.0",
-        source=SOURCE,
-        architecture={"heads": 16, "head_width": 256},
-        paper="arXiv 2506.14765",
-        notes="ViT-UPerNet, reconstruction plus geographic labels on MajorTOM. "
-        "patch=4 (default) or 16, as many numbers and a 19th of the computation "
-        f"({sixteen} with patch=16). parameters counts ViT with its fixed position "
-        "table, neck and UPerNet head. The maps are the head's, 256 channels at patch "
-        "/ 4, patch / 2, patch and 2 patch: the first is its fusion, the last its "
-        "pooled map.",
-        cannot="Checkpoints of the released pretraining code have a convolutional stem "
-        "before the ViT (0.66 M more): it comes with them, and locks the network to "
-        "128 x 128 px and to all ten bands. No published file was at hand: key names "
-        "are those of the authors' code.",
-        obtain=OBTAIN,
-    )
-
-
-CARDS = (
-    _card("100m", 512, 32, 111_093_888, "111.83 M"),
-    _card("300m", 1024, 24, 318_609_664, "320.08 M"),
-)

@@ -19,15 +19,22 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from geopeft_kit.backbones.band_plan import BandPlan
 from geopeft_kit.backbones.base import Meta, adapt_kernels
 from geopeft_kit.backbones.card import BackboneCard
 from geopeft_kit.backbones.metadata import dates_of, lonlat_of
-from geopeft_kit.backbones.vit import ViTBackbone
-from geopeft_kit.backbones.weights import State, load_strictly, strip_prefixes
+from geopeft_kit.backbones.registry import register
+from geopeft_kit.backbones.vit import (
+    ViTBackbone,
+    fix_positions,
+    prepended,
+    sines_and_cosines,
+    vit_network,
+    with_class_row,
+)
+from geopeft_kit.backbones.weights import State, filled, strip_prefixes
 
 # Learned by the TL ("time and location") models: weight of date and of place.
 METADATA_SCALES = ("temporal_embed_enc.scale", "location_embed_enc.scale")
@@ -77,9 +84,7 @@ class PrithviBackbone(ViTBackbone):
         for term in self.metadata_terms(image, meta):
             patches = patches + term.to(patches.dtype)
         tokens = patches.flatten(1, 3)  # (B, h*w*T, D)
-        first = self.model.cls_token.expand(len(tokens), -1, -1)  # (B, 1, D)
-        tokens = torch.cat([first.to(tokens.dtype), tokens], dim=1)
-        return self.read_blocks(tokens, *size)
+        return self.read_blocks(prepended(self.model.cls_token, tokens), *size)
 
     def positions(self, size: tuple[int, int]) -> Tensor:
         """The position table for h x w patches, (h, w, T, D)."""
@@ -153,8 +158,7 @@ def _code(size: int, count: int) -> Tensor:
     """Positions 0 .. count-1 as sines and cosines, (count, size)."""
     half = size // 2
     rates = 10000 ** -(torch.arange(half, dtype=torch.float64) / half)
-    angles = torch.outer(torch.arange(count, dtype=torch.float64), rates)
-    return torch.cat([angles.sin(), angles.cos()], dim=1).float()
+    return sines_and_cosines(torch.arange(count, dtype=torch.float64), rates).float()
 
 
 def resize_table(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
@@ -164,26 +168,22 @@ def resize_table(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> T
     return grid.flatten(2).transpose(1, 2)  # (T, h'*w', D)
 
 
+@register("prithvi")
 def build(
     card: BackboneCard,
     plan: BandPlan,
-    state: Mapping[str, Tensor] | None,
+    state: State | None,
     dates: int = 1,
     metadata: bool | None = None,
 ) -> PrithviBackbone:
     """Build a Prithvi-like ViT.
 
     Args:
-        card: sizes and bands.
-        plan: the bands of the user's images.
-        state: checkpoint in the upstream's key layout, or None for random weights.
+        card, plan, state: as for every builder.
         dates: dates T of an image, 1 or more, whatever the pretraining had: positions
             are computed. The maps have T times the channels.
         metadata: whether date and place of `meta` are added to the tokens; None for
             what the card says. False leaves them out of a TL model.
-
-    Raises:
-        ValueError: for an option out of range, or a checkpoint that does not fit.
     """
     if type(dates) is not int or dates < 1:
         raise ValueError(f"dates={dates!r}: a whole number of dates, 1 or more")
@@ -194,39 +194,19 @@ def build(
             "models whose names end in _tl did"
         )
     wanted = METADATA_SCALES if able else ()
+    kept, scales = None, {key: torch.full((1,), 0.1) for key in wanted}
+    if state is not None:
+        kept, scales = encoder_state(state, wanted)
+    network = partial(vit_network, card, epsilon=1e-5, pos_embed="none")
+    model = filled(network, kept, card.name)
     if state is None:
-        model = _network(card)
         _initialise(model)
-        scales = {key: torch.full((1,), 0.1) for key in wanted}
-    else:
-        with torch.device("meta"):  # no memory and no time for random numbers
-            model = _network(card)
-        weights, scales = encoder_state(state, wanted)
-        load_strictly(model, weights, card.name)
     side = card.image_size // card.patch
     table = sine_cosine_table(card.width, side, side, dates)  # (T * side * side, D)
-    table = torch.cat([torch.zeros(1, card.width), table])[None]  # (1, 1 + N, D)
-    # A buffer under timm's name: the plain model runs alone, and nothing trains it.
-    del model.pos_embed
-    model.register_buffer("pos_embed", table, persistent=False)
+    fix_positions(model, with_class_row(table))
     adapt_kernels(model.patch_embed.proj, plan)
     used = {} if metadata is False else scales
     return PrithviBackbone(card, model, plan, dates, used)
-
-
-def _network(card: BackboneCard) -> Any:
-    return VisionTransformer(
-        img_size=card.image_size,
-        patch_size=card.patch,
-        in_chans=len(card.bands),
-        num_classes=0,
-        embed_dim=card.width,
-        depth=card.depth,
-        num_heads=card.architecture["heads"],
-        norm_layer=partial(nn.LayerNorm, eps=1e-5),
-        pos_embed="none",
-        dynamic_img_size=True,
-    )
 
 
 def _initialise(model: Any) -> None:
@@ -239,9 +219,7 @@ def _initialise(model: Any) -> None:
     nn.init.normal_(model.cls_token, std=0.02)
 
 
-def encoder_state(
-    state: Mapping[str, Tensor], metadata: Sequence[str] = ()
-) -> tuple[State, State]:
+def encoder_state(state: State, metadata: Sequence[str] = ()) -> tuple[State, State]:
     """A Prithvi checkpoint as (weights in timm's names, metadata scalars).
 
     Files of 2.0 prefix ``encoder.`` and ``decoder.``, the file of 1.0 is flat, old

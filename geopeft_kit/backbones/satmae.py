@@ -1,10 +1,9 @@
 """SatMAE for Sentinel-2: a ViT that reads its ten bands in three groups.
 
 Each group (visible and near infrared; red edge; short-wave infrared) has a patch
-embedding of its own and makes one token a patch. The last 256 numbers of a token say
-which group it is, the others where it lies. Both codes are fixed sines and cosines.
-
-Ours is a short module on timm's blocks, written from the formulas.
+embedding of its own and makes one token a patch. The last 256 numbers of a token code
+its group, the others its position; both codes are fixed sines and cosines. A short
+module on timm's blocks, written from the formulas.
 
 Sources: Cong et al. 2022, SatMAE, arXiv 2207.08051, section 3.3; key names and groups
 from github.com/sustainlab-group/SatMAE (CC-BY-NC-4.0: facts only are taken).
@@ -25,10 +24,16 @@ from torch import Tensor, nn
 
 from geopeft_kit.backbones.band_plan import BandPlan
 from geopeft_kit.backbones.base import Meta, adapt_kernels
-from geopeft_kit.backbones.card import BackboneCard, Normalisation, WeightFile
+from geopeft_kit.backbones.card import BackboneCard
 from geopeft_kit.backbones.grouped import GroupedViTBackbone, group_slots
-from geopeft_kit.backbones.rgb_vits import fixed_table, mae_state
-from geopeft_kit.backbones.weights import State, load_strictly
+from geopeft_kit.backbones.registry import register
+from geopeft_kit.backbones.rgb_vits import mae_state
+from geopeft_kit.backbones.vit import (
+    fixed_table,
+    sines_and_cosines,
+    with_class_row,
+)
+from geopeft_kit.backbones.weights import State, filled
 
 # Indices of the card's bands; one patch embedding each.
 GROUPS = [(0, 1, 2, 6), (3, 4, 5, 7), (8, 9)]
@@ -80,7 +85,7 @@ class SatMAEBackbone(GroupedViTBackbone):
         tables: Mapping[str, Tensor],
     ) -> None:
         super().__init__(card, model, plan, card.patch)
-        for name in _TABLES:  # fixed: nothing trains them, and none is in the file
+        for name in _TABLES:  # nothing trains them, so they are not persistent
             self.register_buffer(name, tables[name], persistent=False)
         self.positions = {}
         for number, slots in enumerate(group_slots(card, plan, GROUPS)):
@@ -122,34 +127,29 @@ class SatMAEBackbone(GroupedViTBackbone):
         return self.model.cls_token + code
 
 
+@register("satmae_multispectral")
 def build(
     card: BackboneCard,
     plan: BandPlan,
-    state: Mapping[str, Tensor] | None,
+    state: State | None,
 ) -> SatMAEBackbone:
     """Build SatMAE for the groups of which the image has a band.
 
-    `state` is a pretraining checkpoint in the upstream's key layout, or None for random
-    weights; the codes of the file are used, whatever their grid. Raises ValueError for
-    a new band with a random kernel, or a checkpoint that does not fit.
+    The position and channel codes of the file are used, whatever their grid.
     """
     slots = group_slots(card, plan, GROUPS)
     groups = {i: len(GROUPS[i]) for i, pairs in enumerate(slots) if pairs}
     sizes = card.width, card.depth, card.architecture["heads"], card.patch
-    tables = _fixed_tables(card)
-    if state is None:
-        return SatMAEBackbone(card, GroupedViT(*sizes, groups), plan, tables)
-    kept, found = _split(state, card.name, groups)
-    with torch.device("meta"):  # no memory and no time for random numbers
-        model = GroupedViT(*sizes, groups)
-    load_strictly(model, kept, card.name)
-    return SatMAEBackbone(card, model, plan, tables | found)
+    kept, tables = None, _fixed_tables(card)
+    if state is not None:
+        kept, found = _split(state, card.name, groups)
+        tables |= found
+    model = filled(lambda: GroupedViT(*sizes, groups), kept, card.name)
+    return SatMAEBackbone(card, model, plan, tables)
 
 
-def _split(
-    state: Mapping[str, Tensor], name: str, groups: Mapping[int, int]
-) -> tuple[State, State]:
-    """The encoder's tensors without the groups that are not at hand; the codes."""
+def _split(state: State, name: str, groups: Mapping[int, int]) -> tuple[State, State]:
+    """The encoder's tensors without unused groups, and the codes."""
     kept = mae_state(state, name)
     if "fc_norm.weight" in kept:
         raise ValueError(
@@ -164,83 +164,12 @@ def _split(
 def _fixed_tables(card: BackboneCard) -> State:
     """The codes as pretraining starts with them, and keeps them."""
     channels = card.architecture["channel_code"]
-    side = card.image_size // card.patch
+    side, half = card.image_size // card.patch, channels // 2
     place = fixed_table(card.width - channels, side, side)  # (side*side, D - E)
-    first = torch.zeros(1, card.width - channels)
-    steps = torch.arange(channels // 2, dtype=torch.float64)
-    rates = 10000 ** (-steps / (channels // 2))
-    angles = torch.outer(torch.arange(len(GROUPS), dtype=torch.float64), rates)
+    rates = 10000 ** (-torch.arange(half, dtype=torch.float64) / half)
+    numbers = torch.arange(len(GROUPS), dtype=torch.float64)
     return {
-        "pos_embed": torch.cat([first, place])[None],  # (1, 1 + side*side, D - E)
-        "channel_embed": torch.cat([angles.sin(), angles.cos()], dim=1).float()[None],
+        "pos_embed": with_class_row(place),  # (1, 1 + side*side, D - E)
+        "channel_embed": sines_and_cosines(numbers, rates).float()[None],
         "channel_cls_embed": torch.zeros(1, 1, channels),
     }
-
-
-# Of the authors' loader: band, mean, standard deviation of digital numbers.
-STATISTICS = (
-    ("COASTAL_AEROSOL", 1370.19151926, 633.15169573),
-    ("BLUE", 1184.3824625, 650.2842772),
-    ("GREEN", 1120.77120066, 712.12507725),
-    ("RED", 1136.26026392, 965.23119807),
-    ("RED_EDGE_1", 1263.73947144, 948.9819932),
-    ("RED_EDGE_2", 1645.40315151, 1108.06650639),
-    ("RED_EDGE_3", 1846.87040806, 1258.36394548),
-    ("NIR_BROAD", 1762.59530783, 1233.1492281),
-    ("NIR_NARROW", 1972.62420416, 1364.38688993),
-    ("WATER_VAPOUR", 582.72633433, 472.37967789),
-    ("SWIR_1", 1732.16362238, 1310.36996126),
-    ("SWIR_2", 1247.91870117, 1087.6020813),
-)
-_UNUSED = ("COASTAL_AEROSOL", "WATER_VAPOUR")
-_ZENODO = "https://zenodo.org/record/7338613/files"
-
-
-def two_spreads(bands: tuple[str, ...]) -> Normalisation:
-    """Mean - 2 std becomes 0, mean + 2 std becomes 1; fMoW-Sentinel's statistics.
-
-    The authors clip to that range and round to 256 steps; here neither is done.
-    """
-    rows = [row for row in STATISTICS if row[0] in bands]
-    return Normalisation(
-        1e4,
-        tuple(mean - 2 * std for _, mean, std in rows),
-        tuple(4 * std for _, _, std in rows),
-    )
-
-
-def _card(
-    size: str, width: int, depth: int, heads: int, parameters: int
-) -> BackboneCard:
-    bands = tuple(band for band, _, _ in STATISTICS if band not in _UNUSED)
-    file = f"pretrain-vit-{size}-e199.pth"
-    return BackboneCard(
-        name=f"satmae_multispectral_{size}",
-        family="satmae_multispectral",
-        bands=bands,
-        patch=8,
-        width=width,
-        depth=depth,
-        parameters=parameters,
-        image_size=96,
-        normalisation=two_spreads(bands),
-        licence_weights="CC-BY-NC-4.0",
-        licence_code="Apache-2.0",
-        source="https://github.com/sustainlab-group/SatMAE",
-        weights={"default": WeightFile(file, url=f"{_ZENODO}/{file}")},
-        architecture={"heads": heads, "channel_code": 256},
-        paper="arXiv 2207.08051",
-        notes="Masked autoencoder on fMoW-Sentinel, 200 epochs. Three groups of bands, "
-        "one token each: BLUE, GREEN, RED, NIR_BROAD; RED_EDGE_1-3, NIR_NARROW; "
-        "SWIR_1, SWIR_2. The maps are the mean over the groups of a patch. A group of "
-        "which no band is given is not in the sequence.",
-        cannot="No commercial use. No random kernel for a new band: it would belong to "
-        "no group. The published file was not at hand: key names are those of the "
-        "authors' code.",
-    )
-
-
-CARDS = (
-    _card("base", 768, 12, 12, 85_550_592),
-    _card("large", 1024, 24, 16, 302_970_880),
-)

@@ -4,12 +4,12 @@ A state h walks along a sequence and forgets at its own pace:
 
     h_t = exp(delta_t A) h_(t-1) + delta_t B_t x_t        y_t = C_t h_t + D x_t
 
-"Selective" is that delta, B and C are computed from x, so that what is kept depends on
-the content. Its cost grows with the length L, that of attention with L squared. Step by
-step it is a loop of L rounds; since two steps in a row are again one such step, log2 L
-rounds on whole sequences do as well (Hillis and Steele 1986). They do more work in
-all, but none of it waits. Neither is fast without a kernel that keeps the states in
-the GPU's near memory: to read, not to train large networks with.
+"Selective" means that delta, B and C are computed from x, so what is kept depends on
+the content. The cost grows with the length L, that of attention with L squared. Step by
+step it is a loop of L rounds. Two steps in a row are again one such step, so log2 L
+rounds on whole sequences are enough (Hillis and Steele 1986): more work, all of it
+parallel. Neither is fast without a kernel that keeps the states in the GPU's near
+memory: this code is for reading, not for training large networks.
 
 `SelectiveScanBlock` has the names of the reference implementation, so its weights
 load. For practical use take ``timm:efficientvim_m1``, whose state-space mixer is

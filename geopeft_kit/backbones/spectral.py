@@ -1,21 +1,21 @@
-"""What networks share that make their kernels from wavelengths.
+"""ViTs that make their kernels from wavelengths: DOFA and Panopticon.
 
-A plain ViT has one kernel per band, fixed by training. DOFA, Panopticon and
-Copernicus-FM look at how a band is *described*: a small network turns wavelengths into
-kernels (DOFA, Copernicus-FM), or one kernel serves all bands and an embedding of the
-wavelength tells them apart (Panopticon). So they read any band that has a wavelength,
-and radar by a number of its own. Trap: DOFA counts in micrometres, the other two in
-nanometres.
+A plain ViT has one kernel per band, fixed by training. Here a small network turns
+wavelengths into kernels (DOFA, Copernicus-FM), or one kernel serves all bands and an
+embedding of the wavelength tells them apart (Panopticon). So they read any band that
+has a wavelength, and radar by a number of its own. DOFA counts in micrometres, the
+other two in nanometres.
 
 The patch embeddings are torchgeo's own, the rest is timm's ViT, whose blocks equal
 those of torchgeo's classes. torchgeo is imported when one is built.
 
+Sources: DOFA, arXiv 2403.15356; Panopticon, arXiv 2503.10845; torchgeo (MIT); radar's
+number for DOFA from the authors' README.
 Taught in notebook 01 (load a geospatial foundation model).
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,17 +24,22 @@ from torch import Tensor, nn
 
 from geopeft_kit.backbones.band_plan import BandPlan
 from geopeft_kit.backbones.card import BackboneCard
-from geopeft_kit.backbones.rgb_vits import fixed_table, network
-from geopeft_kit.backbones.weights import State, load_strictly, strip_prefixes
+from geopeft_kit.backbones.registry import register
+from geopeft_kit.backbones.vit import (
+    ViTBackbone,
+    fix_positions,
+    fixed_table,
+    vit_network,
+    with_class_row,
+)
+from geopeft_kit.backbones.weights import State, filled, strip_prefixes
+from geopeft_kit.bands import wavelengths
 
 MICRO_TO_NANO = 1000.0
-
-NO_STATISTICS = (
-    " No statistics are published with the weights: those of SSL4EO-S12 are used."
-)
-NOT_SEEN = (
-    " The published file was not at hand: key names are those of torchgeo's class."
-)
+# DOFA takes Sentinel-1's frequency in GHz where it expects a wavelength.
+_DOFA_RADAR = {"VV": 5.405, "VH": 5.405}
+# Panopticon's transmitted and received polarisation, orbit unknown.
+_PANOPTICON_RADAR = {"VV": -1, "VH": -2, "HH": -3, "HV": -4}
 
 
 class SpectralPatches(nn.Module):
@@ -72,43 +77,39 @@ def described(
 
 def spectral_network(
     card: BackboneCard,
-    state: Mapping[str, Tensor] | None,
+    state: State | None,
     patches: Callable[[], SpectralPatches],
     dropped: tuple[str, ...],
     **options: Any,
 ) -> Any:
     """A ViT of timm with another patch embedding, filled from a checkpoint if given.
 
-    `dropped` are prefixes of keys outside the encoder; `options` are those of
-    `network`.
+    `dropped` are prefixes of keys outside the encoder; `options` are timm's.
     """
-    learnt = "side" in card.architecture
+    learned = "side" in card.architecture
     side = card.architecture.get("side", card.image_size // card.patch)
-    model = network(
-        card,
-        state,
-        card.patch,
-        side * card.patch,
-        pos_embed="learn" if learnt else "none",
-        **options,
-    )
-    place = contextlib.nullcontext() if state is None else torch.device("meta")
-    with place:
-        model.patch_embed = patches()
-    table = torch.cat([torch.zeros(1, card.width), fixed_table(card.width, side, side)])
     kept = None if state is None else _encoder_state(state, dropped)
-    if not learnt:
-        table = table[None] if kept is None else kept.pop("pos_embed", table[None])
-        # A buffer under timm's name: the plain model runs alone, nothing trains it.
-        del model.pos_embed
-        model.register_buffer("pos_embed", table.float(), persistent=False)
-    if kept is not None:
-        load_strictly(model, kept, card.name)
-    return model
+    table = with_class_row(fixed_table(card.width, side, side))  # (1, 1 + N, D)
+    if not learned and kept is not None:
+        table = kept.pop("pos_embed", table).float()
+
+    def make() -> Any:
+        model = vit_network(
+            card,
+            img_size=side * card.patch,
+            pos_embed="learn" if learned else "none",
+            **options,
+        )
+        model.patch_embed = patches()
+        if not learned:
+            fix_positions(model, table)
+        return model
+
+    return filled(make, kept, card.name)
 
 
-def _encoder_state(state: Mapping[str, Tensor], dropped: tuple[str, ...]) -> State:
-    """The encoder's keys; those of the patch embedding lie one level deeper here."""
+def _encoder_state(state: State, dropped: tuple[str, ...]) -> State:
+    """The encoder's keys; those of the patch embedding are one level deeper here."""
     kept = {}
     for key, tensor in strip_prefixes(state, ("module.", "model.")).items():
         if key.startswith(dropped):
@@ -119,3 +120,76 @@ def _encoder_state(state: Mapping[str, Tensor], dropped: tuple[str, ...]) -> Sta
                 break
         kept[key] = tensor
     return kept
+
+
+class DofaPatches(SpectralPatches):
+    """Kernels from `wavelengths` in micrometres."""
+
+    wavelengths: Sequence[float]
+
+    def tokens(self, image: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, h*w, D)."""
+        waves = torch.tensor(self.wavelengths, device=image.device)  # (C,)
+        return self.embed(image, waves)[0]
+
+
+@register("dofa")
+def build_dofa(card: BackboneCard, plan: BandPlan, state: State | None) -> ViTBackbone:
+    """Build DOFA's encoder from torchgeo's or the authors' file.
+
+    Random weights get the sine-cosine positions that torchgeo leaves at zero.
+    """
+
+    def patches() -> DofaPatches:
+        from torchgeo.models.dofa import DOFAEmbedding
+
+        embed = DOFAEmbedding(128, card.patch, card.width)
+        made = DofaPatches(embed, card.patch, card.image_size // card.patch)
+        made.wavelengths = described(plan, _DOFA_RADAR, wavelengths)
+        return made
+
+    # Published without the last norm; the authors' own file has one, and a projector.
+    dropped = ("mask_token", "norm.", "fc_norm.", "projector.", "head.")
+    model = spectral_network(card, state, patches, dropped, final_norm=False)
+    return ViTBackbone(card, model, plan)
+
+
+class PanopticonPatches(SpectralPatches):
+    """One kernel for all bands; `channels` are nanometres, or negative for radar."""
+
+    channels: Sequence[int]
+
+    def tokens(self, image: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, h*w, D)."""
+        # A new tensor every time: torchgeo writes into it.
+        ids = torch.tensor([self.channels] * len(image), device=image.device)
+        return self.embed({"imgs": image, "chn_ids": ids})
+
+
+@register("panopticon")
+def build_panopticon(
+    card: BackboneCard, plan: BandPlan, state: State | None
+) -> ViTBackbone:
+    """Build Panopticon's encoder, with the table of its file (37 x 37 patches).
+
+    The file has the authors' keys, with or without torchgeo's prefix ``model.``.
+    """
+
+    def nanometres(names: Sequence[str]) -> list[int]:
+        return [round(MICRO_TO_NANO * value) for value in wavelengths(names)]
+
+    def patches() -> PanopticonPatches:
+        from torchgeo.models.panopticon import PanopticonPE
+
+        embed = PanopticonPE(
+            attn_dim=card.architecture["attention_width"],
+            embed_dim=card.width,
+            patch_size=card.patch,
+            chnfus_cfg={"attn_cfg": {"num_heads": 16}},
+        )
+        made = PanopticonPatches(embed, card.patch, card.architecture["side"])
+        made.channels = described(plan, _PANOPTICON_RADAR, nanometres)
+        return made
+
+    model = spectral_network(card, state, patches, ("mask_token",), init_values=1e-5)
+    return ViTBackbone(card, model, plan)

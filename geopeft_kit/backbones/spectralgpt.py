@@ -1,10 +1,8 @@
 """SpectralGPT: a ViT whose patches are blocks of 8 x 8 pixels and three bands.
 
-One 3-D kernel reads three neighbouring bands at a time, so that twelve bands give four
-tokens a patch. Two learned tables say where a token lies and which three bands it is.
-
-Ours is a short module on Galileo's blocks (separate q, k, v), written from the
-formulas.
+One 3-D kernel reads three neighbouring bands at a time, so twelve bands give four
+tokens a patch. Two learned tables code the position and the three bands. A short module
+on Galileo's blocks (separate q, k, v), written from the formulas.
 
 Sources: Hong et al. 2024, SpectralGPT, arXiv 2311.07113; key names and sizes from
 github.com/danfenghong/IEEE_TPAMI_SpectralGPT (GPL-3.0: facts only are taken).
@@ -13,26 +11,21 @@ Taught in notebook 01 (load a geospatial foundation model).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from geopeft_kit.backbones.band_plan import BandPlan
 from geopeft_kit.backbones.base import Meta
-from geopeft_kit.backbones.card import BackboneCard, WeightFile
+from geopeft_kit.backbones.card import BackboneCard
 from geopeft_kit.backbones.galileo_network import Block
 from geopeft_kit.backbones.grouped import GroupedViTBackbone, group_slots
+from geopeft_kit.backbones.registry import register
 from geopeft_kit.backbones.rgb_vits import mae_state
-from geopeft_kit.backbones.satmae import STATISTICS, two_spreads
-from geopeft_kit.backbones.weights import load_strictly
+from geopeft_kit.backbones.weights import State, filled
 
 _TOGETHER = 3  # bands that one kernel reads
-_BANDS = tuple(band for band, _, _ in STATISTICS)
-GROUPS = [
-    tuple(range(first, first + _TOGETHER)) for first in range(0, len(_BANDS), _TOGETHER)
-]
+GROUPS = [tuple(range(first, first + _TOGETHER)) for first in range(0, 12, _TOGETHER)]
 
 
 class CubeEmbedding(nn.Module):
@@ -99,64 +92,17 @@ class SpectralGPTBackbone(GroupedViTBackbone):
         return patches + place[:, :, :, None] + group
 
 
+@register("spectralgpt")
 def build(
     card: BackboneCard,
     plan: BandPlan,
-    state: Mapping[str, Tensor] | None,
+    state: State | None,
 ) -> SpectralGPTBackbone:
-    """Build SpectralGPT's encoder.
-
-    `state` is a pretraining checkpoint in the upstream's key layout, or None for random
-    weights; its position table may have another grid (SpectralGPT: 96 px). Raises
-    ValueError for a new band with a random kernel, or a checkpoint that does not fit.
-    """
+    """Build SpectralGPT's encoder; the file's position table may have another grid."""
     side = card.image_size // card.patch
     kept = None if state is None else mae_state(state, card.name)
     if kept is not None and "pos_embed_spatial" in kept:
         side = round(kept["pos_embed_spatial"].shape[1] ** 0.5)
     sizes = card.width, card.depth, card.architecture["heads"], card.patch, side
-    if kept is None:
-        model = SpectralGPT(*sizes)
-    else:
-        with torch.device("meta"):  # no memory and no time for random numbers
-            model = SpectralGPT(*sizes)
-        load_strictly(model, kept, card.name)
+    model = filled(lambda: SpectralGPT(*sizes), kept, card.name)
     return SpectralGPTBackbone(card, model, plan)
-
-
-_ZENODO = "https://zenodo.org/records/8412455"
-
-SPECTRALGPT_BASE = BackboneCard(
-    name="spectralgpt_base",
-    family="spectralgpt",
-    bands=_BANDS,
-    patch=8,
-    width=768,
-    depth=12,
-    parameters=85_403_904,
-    image_size=128,
-    normalisation=two_spreads(_BANDS),
-    licence_weights="not confirmed: the Zenodo record was not read, see the source",
-    licence_code="Apache-2.0",
-    source="https://github.com/danfenghong/IEEE_TPAMI_SpectralGPT",
-    weights={
-        "default": WeightFile(
-            "SpectralGPT+.pth", url=f"{_ZENODO}/files/SpectralGPT+.pth"
-        ),
-        "fmow": WeightFile("SpectralGPT.pth", url=f"{_ZENODO}/files/SpectralGPT.pth"),
-    },
-    architecture={"heads": 12},
-    paper="arXiv 2311.07113",
-    notes="Masked autoencoder on fMoW-Sentinel at 96 px (tag fmow), continued on "
-    "BigEarthNet at 128 px (default, SpectralGPT+). Three neighbouring bands make one "
-    "token, so a patch has four; the maps are their mean (ours: the authors' decoders "
-    "weight or stack them). A group of three of which no band is given is not in the "
-    "sequence. The upstream's README puts its code under GPL-3.0.",
-    cannot="Pretraining scaled each band of each image from its own minimum to its own "
-    "maximum; here the fixed statistics of the authors' fine-tuning stand in for that. "
-    "1,024 tokens at 128 px make it slow on a CPU. No random kernel for a new band: "
-    "one kernel serves all groups. The published files were not at hand: key names are "
-    "those of the authors' code.",
-)
-
-CARDS = (SPECTRALGPT_BASE,)

@@ -1,11 +1,10 @@
 """TerraMind 1.0: one sensor at a time, on timm's VisionTransformer.
 
-TerraMind reads several sensors through patch embeddings of their own into one ViT.
-With one of them it is a plain ViT without a class token, and its modality embedding,
-which every patch token gets, is the bias of the patch convolution. Two points raise no
-error when missed: base and large have gated MLPs (SwiGLU) with SiLU, and the position
-table, whose two axes stand in another order than MAE's, is resized without the
-antialiasing that timm applies.
+TerraMind has a patch embedding for each sensor and one ViT for all. With one sensor it
+is a plain ViT without a class token, and its modality embedding is the bias of the
+patch convolution. Two mistakes raise no error: base and large have gated MLPs (SwiGLU)
+with SiLU; the position table has rows first, unlike MAE's, and is resized without
+timm's antialiasing.
 
 Sources: TerraMind, arXiv 2504.11171; key names, sizes and statistics from TerraTorch
 (Apache-2.0), `terramind_register.py`.
@@ -16,23 +15,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from timm.layers import SwiGLU
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from geopeft_kit.backbones.band_plan import BandPlan
 from geopeft_kit.backbones.base import adapt_kernels
-from geopeft_kit.backbones.card import BackboneCard, Normalisation, WeightFile
-from geopeft_kit.backbones.rgb_vits import fixed_table
-from geopeft_kit.backbones.vit import ViTBackbone
-from geopeft_kit.backbones.weights import State, load_strictly
+from geopeft_kit.backbones.card import BackboneCard
+from geopeft_kit.backbones.registry import register
+from geopeft_kit.backbones.vit import ViTBackbone, fixed_table, vit_network
+from geopeft_kit.backbones.weights import State, filled
 from geopeft_kit.bands import SENSORS
 
 RADAR = SENSORS["sentinel1"]
@@ -42,7 +38,7 @@ _RADAR_PRODUCTS = {
     "grd": ("untok_sen1grd@224", (-12.599, -20.293), (5.195, 5.890)),
     "rtc": ("untok_sen1rtc@224", (-10.930, -17.329), (4.391, 4.459)),
 }
-# What the published file has besides the encoder.
+# Parts of the published file outside the encoder.
 _NOT_ENCODER = ("decoder", "mask_token", "encoder_embeddings.")
 
 
@@ -62,24 +58,19 @@ class TerraMindBackbone(ViTBackbone):
         return patches.flatten(1, 2) + table.to(patches.dtype)
 
 
+@register("terramind")
 def build(
     card: BackboneCard,
     plan: BandPlan,
-    state: Mapping[str, Tensor] | None,
+    state: State | None,
     radar: str = "grd",
 ) -> TerraMindBackbone:
     """Build TerraMind's encoder for Sentinel-2 L2A, or for Sentinel-1 alone.
 
     Args:
-        card: sizes and bands.
-        plan: the bands of the user's images: of Sentinel-2, or VV and VH alone.
-        state: checkpoint in the upstream's key layout, or None for random weights.
+        card, plan, state: as for every builder; bands of Sentinel-2, or VV and VH.
         radar: which patch embedding reads VV and VH: ``"grd"`` (ground range detected)
             or ``"rtc"`` (radiometrically terrain corrected), both in decibels.
-
-    Raises:
-        ValueError: for another product, bands of both sensors, or a checkpoint that
-            does not fit.
     """
     if radar not in _RADAR_PRODUCTS:
         raise ValueError(f"radar={radar!r}: 'grd' and 'rtc' are allowed")
@@ -93,16 +84,10 @@ def build(
             )
         modality, known = _RADAR_PRODUCTS[radar][0], RADAR
         plan = _radar_plan(card, plan, radar)
-    table = _position_table(card)
+    kept = None if state is None else encoder_state(state, card, modality)
+    model = filled(lambda: _network(card, len(known)), kept, card.name)
     if state is None:
-        model = _network(card, len(known))
         nn.init.normal_(model.patch_embed.proj.bias, std=0.02)
-        model.register_buffer("pos_embed", table)
-    else:
-        with torch.device("meta"):  # no memory and no time for random numbers
-            model = _network(card, len(known))
-        model.register_buffer("pos_embed", torch.empty_like(table, device="meta"))
-        load_strictly(model, encoder_state(state, card, modality), card.name)
     adapt_kernels(model.patch_embed.proj, plan)
     return TerraMindBackbone(card, model, plan)
 
@@ -125,24 +110,19 @@ def _network(card: BackboneCard, channels: int) -> Any:
     options: dict[str, Any] = {}
     if gated:  # two thirds of the usual width, times three matrices; no biases
         options = {"mlp_layer": SwiGLU, "act_layer": nn.SiLU, "mlp_ratio": 8 / 3}
-    model = VisionTransformer(
-        img_size=card.image_size,
-        patch_size=card.patch,
+    model = vit_network(
+        card,
         in_chans=channels,
-        num_classes=0,
         global_pool="",
-        embed_dim=card.width,
-        depth=card.depth,
-        num_heads=card.architecture["heads"],
         qkv_bias=not gated,
         proj_bias=not gated,  # of attention and MLP
         class_token=False,
         pos_embed="none",
         norm_layer=partial(nn.LayerNorm, eps=1e-6, bias=False),
-        dynamic_img_size=True,
         **options,
     )
-    del model.pos_embed  # a fixed table takes its place
+    del model.pos_embed
+    model.register_buffer("pos_embed", _position_table(card))  # it is in the file
     return model
 
 
@@ -156,9 +136,7 @@ def _position_table(card: BackboneCard) -> Tensor:
     return table.transpose(0, 1).flatten(0, 1)[None]  # (1, side*side, D)
 
 
-def encoder_state(
-    state: Mapping[str, Tensor], card: BackboneCard, modality: str
-) -> State:
+def encoder_state(state: State, card: BackboneCard, modality: str) -> State:
     """A TerraMind checkpoint in timm's names, for the sensor with key `modality`.
 
     Other sensors and the decoder are dropped; the position table is kept. Raises
@@ -196,53 +174,3 @@ def _timm_key(key: str, gated: bool) -> str:
     if gated:
         name = name.replace("mlp.fc1.", "mlp.fc1_g.").replace("mlp.fc3.", "mlp.fc1_x.")
     return name
-
-
-_NORMALISATION = Normalisation(
-    1e4,
-    (1390.458, 1503.317, 1718.197, 1853.910, 2199.100, 2779.975,
-     2987.011, 3083.234, 3132.220, 3162.988, 2424.884, 1857.648),
-    (2106.761, 2141.107, 2038.973, 2134.138, 2085.321, 1889.926,
-     1820.257, 1871.918, 1753.829, 1797.379, 1434.261, 1334.311),
-)  # fmt: skip
-# size, width, depth, heads, gated MLP, parameters
-_PUBLISHED = (
-    ("tiny", 192, 12, 3, False, 5_923_968),
-    ("small", 384, 12, 6, False, 22_464_768),
-    ("base", 768, 12, 12, True, 87_313_920),
-    ("large", 1024, 24, 16, True, 305_137_664),
-)
-
-
-def _terramind_card(
-    size: str, width: int, depth: int, heads: int, gated: bool, parameters: int
-) -> BackboneCard:
-    repo = f"ibm-esa-geospatial/TerraMind-1.0-{size}"
-    scale, (_, mean, std) = _NORMALISATION.scale, _RADAR_PRODUCTS["grd"]
-    return BackboneCard(
-        name=f"terramind_v1_{size}",
-        family="terramind",
-        bands=SENSORS["sentinel2_l2a"],
-        patch=16,
-        width=width,
-        depth=depth,
-        parameters=parameters,
-        image_size=224,
-        normalisation=_NORMALISATION,
-        licence_weights="Apache-2.0",
-        licence_code="Apache-2.0",
-        source=f"https://huggingface.co/{repo}",
-        weights={"default": WeightFile(f"TerraMind_v1_{size}.pt", repo=repo)},
-        architecture={"heads": heads, "gated": gated},
-        paper="arXiv 2504.11171",
-        notes="Encoder of a generative model for nine kinds of map, 10 m. Reads "
-        "Sentinel-2 L2A, or VV and VH alone, in decibels (radar='grd' or 'rtc').",
-        cannot="One sensor at a time: no fusion, no generation, no date and no place. "
-        "Key names come from TerraTorch's code; no published file was at hand.",
-        also_reads={
-            band: (mean[i] * scale, std[i] * scale) for i, band in enumerate(RADAR)
-        },
-    )
-
-
-CARDS = tuple(_terramind_card(*row) for row in _PUBLISHED)

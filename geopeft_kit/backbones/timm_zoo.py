@@ -1,11 +1,8 @@
 """Networks of timm, by the name ``timm:<name>``, and a ResNet-50 from scratch.
 
 Any ViT, DINOv3, ConvNeXt, ResNet, Swin, MambaOut or EfficientViM (the state-space
-model).
-
-The card is made on the fly from what timm knows: statistics, licence, address. The
-networks were trained on RGB photographs; other bands meet them by the `new_bands`
-policy.
+model). The card is made from what timm knows: statistics, licence, address. The
+networks were trained on RGB photographs; `new_bands` says what other bands do.
 
 Source: timm.
 Taught in notebook 01 (load a geospatial foundation model).
@@ -31,16 +28,16 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from geopeft_kit.backbones.band_plan import BandPlan
-from geopeft_kit.backbones.base import Backbone, adapt_kernels
+from geopeft_kit.backbones.base import Backbone, adapt_kernels, block_names
 from geopeft_kit.backbones.card import BackboneCard, Normalisation, WeightFile
 from geopeft_kit.backbones.hierarchical import (
     EfficientViMBackbone,
     HierarchicalBackbone,
-    block_names,
+    resnet50,
 )
+from geopeft_kit.backbones.registry import register
 from geopeft_kit.backbones.vit import RotaryViTBackbone, ViTBackbone
 from geopeft_kit.backbones.weights import State, load_strictly, strip_prefixes
-from geopeft_kit.bands import SENSORS
 
 PREFIX = "timm:"
 _LAYOUTS: dict[type[nn.Module], str] = {
@@ -92,7 +89,7 @@ def make_card(name: str) -> BackboneCard:
     if _SATELLITE in name:
         notes = (
             "DINOv3, self-distillation on 493 million satellite images (8-bit RGB); "
-            "statistics are those of display brightness, and reflectance is darker."
+            "statistics are those of display brightness; reflectance is darker."
         )
     return BackboneCard(
         name=name,
@@ -111,19 +108,19 @@ def make_card(name: str) -> BackboneCard:
         architecture={"layout": layout},
         paper=str(config.paper_ids or ""),
         notes=notes,
-        cannot="Knows red, green and blue only.",
+        cannot="Reads red, green and blue only.",
     )
 
 
+@register("timm")
 def build(
     card: BackboneCard,
     plan: BandPlan,
-    state: Mapping[str, Tensor] | None,
+    state: State | None,
     image_size: int | None = None,
 ) -> Backbone:
-    """Build a timm network without its classifier.
+    """Build a timm network without its classifier, from timm's or the authors' keys.
 
-    `state` is in timm's or the authors' key layout, or None for random weights.
     `image_size` sets the windows of a Swin; a ViT takes any size.
     """
     layout = str(card.architecture["layout"])
@@ -148,21 +145,18 @@ def build(
     return HierarchicalBackbone(card, model, plan, layout)
 
 
+@register("from_scratch")
 def build_from_scratch(
-    card: BackboneCard,
-    plan: BandPlan,
-    state: Mapping[str, Tensor] | None,
+    card: BackboneCard, plan: BandPlan, state: State | None
 ) -> HierarchicalBackbone:
     """Build a ResNet-50 with random weights: the encoder of the from-scratch UNet.
 
-    `state` is weights that you trained yourself, in timm's key layout, or None.
+    `state` is weights that you trained yourself, in timm's keys.
     """
-    model = timm.create_model(
-        "resnet50", pretrained=False, num_classes=0, in_chans=len(card.bands)
-    )
+    model = resnet50(len(card.bands))
     if state is not None:
         load_strictly(model, _timm_state(model, state), card.name)
-    adapt_kernels(model.get_submodule("conv1"), plan)
+    adapt_kernels(model.conv1, plan)
     return HierarchicalBackbone(card, model, plan, "resnet")
 
 
@@ -236,7 +230,7 @@ def _layout(name: str, model: nn.Module) -> str:
     )
 
 
-def _timm_state(model: nn.Module, state: Mapping[str, Tensor]) -> State:
+def _timm_state(model: nn.Module, state: State) -> State:
     """Authors' keys to timm's, with timm's own converter; classifier dropped."""
     module = sys.modules[type(model).__module__]
     convert: Callable[..., State] | None = getattr(module, "checkpoint_filter_fn", None)
@@ -245,30 +239,3 @@ def _timm_state(model: nn.Module, state: Mapping[str, Tensor]) -> State:
         clean = convert(dict(clean), model)
     parts = _classifier(model)
     return {k: v for k, v in clean.items() if k.split(".")[0] not in parts}
-
-
-UNET_RESNET50 = BackboneCard(
-    name="unet_resnet50",
-    family="from_scratch",
-    bands=SENSORS["sentinel2_l1c"],
-    patch=4,
-    width=2048,
-    depth=16,
-    parameters=23_539_392,
-    image_size=224,
-    # The batch norm behind the first convolution makes any fixed scale immaterial.
-    normalisation=Normalisation(1.0, (0.0,) * 13, (1.0,) * 13),
-    licence_weights="none: random weights",
-    licence_code="Apache-2.0",
-    source="random weights; network of timm",
-    architecture={"layout": "resnet", "from_scratch": True},
-    notes="ResNet-50 with random weights and, by decoder='unet', the from-scratch "
-    "UNet: in the PEFT study (arXiv 2504.17397) it is the best of all on Sen1Floods11 "
-    "(90.75, ahead of each Prithvi), so no comparison should go without it. Use it "
-    "with method 'full'. Any other band takes new_bands='random', like all of its own.",
-    cannot="Has no published weights: 'default' is random. Frozen, or with a PEFT "
-    "method, it is a random feature extractor. The kit's UNet reads four maps; that of "
-    "the study reads the one at stride 2 as well.",
-)
-
-CARDS = (UNET_RESNET50,)

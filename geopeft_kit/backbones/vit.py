@@ -1,7 +1,7 @@
 """Plain vision transformers on timm's `VisionTransformer`.
 
-What all of them share: patches, positions, blocks one by one, four maps. A family
-with its own positions (Prithvi) overrides one method.
+They share patches, positions, blocks one by one, and four maps. A family with positions
+of its own overrides `add_positions` or `forward_maps`.
 
 Source: Dosovitskiy et al., arXiv 2010.11929; timm.
 Taught in notebook 01 (load a geospatial foundation model).
@@ -9,15 +9,86 @@ Taught in notebook 01 (load a geospatial foundation model).
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from geopeft_kit.backbones.band_plan import BandPlan
 from geopeft_kit.backbones.base import Backbone, Meta, tap_points, tapped_tokens
 from geopeft_kit.backbones.card import BackboneCard
+
+
+def vit_network(
+    card: BackboneCard,
+    kind: type[VisionTransformer] = VisionTransformer,
+    epsilon: float = 1e-6,
+    **options: Any,
+) -> Any:
+    """A ViT with the sizes of its card and without a head; `options` are timm's."""
+    sizes: dict[str, Any] = {
+        "img_size": card.image_size,
+        "patch_size": card.patch,
+        "in_chans": len(card.bands),
+        "num_classes": 0,
+        "embed_dim": card.width,
+        "depth": card.depth,
+        "num_heads": card.architecture["heads"],
+        "norm_layer": partial(nn.LayerNorm, eps=epsilon),
+        "dynamic_img_size": True,
+    }
+    return kind(**(sizes | options))
+
+
+def sines_and_cosines(places: Tensor, rates: Tensor) -> Tensor:
+    """Code of (n,) places at (k,) rates, (n, 2k): all sines, then all cosines."""
+    angles = torch.outer(places, rates)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def fixed_table(
+    width: int,
+    height: int,
+    breadth: int,
+    spacing: float = 1.0,
+    device: torch.device | None = None,
+) -> Tensor:
+    """MAE's position table (height * breadth, D): half columns, half rows; base 10000.
+
+    `spacing` is the distance of two patches in units of the code.
+    """
+    quarter = width // 4
+    steps = torch.arange(quarter, dtype=torch.float64, device=device)
+
+    def code(count: int) -> Tensor:
+        places = torch.arange(count, dtype=torch.float64, device=device) * spacing
+        return sines_and_cosines(places, 10000 ** (-steps / quarter)).float()
+
+    columns = code(breadth).expand(height, -1, -1)  # (h, w, D/2)
+    rows = code(height)[:, None].expand(-1, breadth, -1)  # (h, w, D/2)
+    return torch.cat([columns, rows], dim=2).flatten(0, 1)
+
+
+def with_class_row(table: Tensor) -> Tensor:
+    """A position table (N, D) as (1, 1 + N, D), with zeros for the class token."""
+    return torch.cat([torch.zeros(1, table.shape[1]), table])[None]
+
+
+def fix_positions(model: nn.Module, table: Tensor) -> None:
+    """Replace timm's learned position table with a fixed one (1, N, D).
+
+    It is a buffer under timm's name: the plain model runs alone, and nothing trains it.
+    """
+    del model.pos_embed
+    model.register_buffer("pos_embed", table, persistent=False)
+
+
+def prepended(token: Tensor, tokens: Tensor) -> Tensor:
+    """Tokens (1, P, D) in front of each sequence (B, N, D), (B, P + N, D)."""
+    first = token.expand(len(tokens), -1, -1).to(tokens.dtype)
+    return torch.cat([first, tokens], dim=1)
 
 
 def tokens_to_map(tokens: Tensor, height: int, width: int) -> Tensor:
@@ -29,9 +100,8 @@ def tokens_to_map(tokens: Tensor, height: int, width: int) -> Tensor:
 class ViTBackbone(Backbone):
     """A plain ViT: four maps at patch stride, from four depths.
 
-    The blocks are called one by one, so a method may replace any of them. The patch
-    tokens are the last h*w tokens of a block's output: whatever a method adds
-    (prompts) stands before them.
+    The patch tokens are the last h*w tokens of a block's output: what a method adds
+    (prompts) comes before them.
     """
 
     layout = "vit"
@@ -47,11 +117,6 @@ class ViTBackbone(Backbone):
         self.strides = [model.patch_embed.patch_size[0]] * 4
         self.taps = tap_points(len(model.blocks))
 
-    @property
-    def block_paths(self) -> list[str]:
-        """``blocks.0`` ... in order."""
-        return [f"blocks.{i}" for i in range(len(self.model.blocks))]
-
     def forward_maps(self, image: Tensor, meta: Meta | None) -> list[Tensor]:
         """Normalised image (B, C, H, W) -> four maps (B, D, h, w)."""
         patches = self.model.patch_embed(image)  # (B, h, w, D)
@@ -59,10 +124,7 @@ class ViTBackbone(Backbone):
         return self.read_blocks(tokens, *patches.shape[1:3])
 
     def read_blocks(self, tokens: Tensor, height: int, width: int) -> list[Tensor]:
-        """Run the blocks on tokens (B, prefix + h*w, D); four maps (B, D, h, w).
-
-        The last map is normed.
-        """
+        """Tokens (B, prefix + h*w, D) -> four maps (B, D, h, w), the last normed."""
         self.grid.height, self.grid.width = height, width
         tokens = self.model.norm_pre(tokens)
         tapped = tapped_tokens(self.model, tokens, self.taps)
@@ -78,31 +140,26 @@ class ViTBackbone(Backbone):
 
 
 class RotaryPositions:
-    """Passes the rotations of DINOv3's positions to an attention when it is called.
+    """A hook that passes DINOv3's rotations to an attention; blocks can be wrapped.
 
-    A hook does it, not an argument of the block, so that a method may wrap the block.
-    Tokens that a method adds before the patches (prompts) are not rotated, like the
-    class and register tokens. `turns` (N, 2 * head width) holds sines, then cosines, of
-    the last image.
+    Prompts are not rotated, like the class and register tokens. `rotations`
+    (N, 2 * head width) holds sines, then cosines, for the grid of the last image.
     """
 
-    turns: Tensor
+    rotations: Tensor
 
     def __call__(
         self, attention: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         """The arguments of `attention` with its rotations among them."""
-        added = args[0].shape[1] - attention.num_prefix_tokens - len(self.turns)
-        still = torch.zeros_like(self.turns[:1]).expand(added, -1).clone()
+        added = args[0].shape[1] - attention.num_prefix_tokens - len(self.rotations)
+        still = torch.zeros_like(self.rotations[:1]).expand(added, -1).clone()
         still[:, still.shape[1] // 2 :] = 1  # sine 0, cosine 1
-        return args, kwargs | {"rope": torch.cat([still, self.turns])}
+        return args, kwargs | {"rope": torch.cat([still, self.rotations])}
 
 
 class RotaryViTBackbone(ViTBackbone):
-    """A ViT that turns queries and keys by their positions (DINOv3).
-
-    There is no position table: the rotations are computed for the grid of each image.
-    """
+    """DINOv3: queries and keys are rotated by their positions; there is no table."""
 
     model: Any
 
@@ -114,5 +171,5 @@ class RotaryViTBackbone(ViTBackbone):
 
     def add_positions(self, patches: Tensor) -> Tensor:
         """(B, h, w, D) -> (B, prefix + h*w, D), and the rotations for the blocks."""
-        tokens, self.rotary.turns = self.model._pos_embed(patches)
+        tokens, self.rotary.rotations = self.model._pos_embed(patches)
         return tokens

@@ -1,7 +1,6 @@
 """Weights: find the file, read it without trusting it, load it strictly.
 
-A checkpoint from the internet is untrusted input. Nothing here runs code from a
-file: safetensors hold no code, and PyTorch files are read with ``weights_only``.
+A checkpoint from the internet is untrusted: nothing here runs code from a file.
 Loading is strict, since a model with half of its weights still gives numbers.
 
 Taught in notebook 01 (load a geospatial foundation model).
@@ -15,7 +14,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 import torch
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from geopeft_kit.backbones.base import Backbone
 
 State = dict[str, Tensor]
+Network = TypeVar("Network", bound=nn.Module)
 _SHOWN = 5
 _PACKAGED = Path(__file__).resolve().parents[1] / "weights"
 # Where training scripts put the network inside a checkpoint.
@@ -59,9 +59,8 @@ def find_weights(card: BackboneCard, weights: str | Path | None) -> Path | None:
     """The local file of a card's weights, downloaded if needed; None for random.
 
     `weights` is a tag of ``card.weights``, a checkpoint file, or a folder in the
-    upstream's layout. Raises ValueError for an unknown tag or a folder without the
-    file, FileNotFoundError if packaged weights are missing, RuntimeError if a download
-    fails.
+    upstream's layout. Raises ValueError, FileNotFoundError (packaged weights missing)
+    or RuntimeError (a download failed).
     """
     # A card from scratch has random weights by definition, and says so.
     from_scratch = weights == "default" and card.architecture.get("from_scratch")
@@ -96,7 +95,7 @@ def find_weights(card: BackboneCard, weights: str | Path | None) -> Path | None:
 
 
 def is_tag(card: BackboneCard, weights: str | Path | None) -> bool:
-    """Whether this is a word of `load_backbone`, and no place on this machine."""
+    """Whether this is a tag (or None, random weights) and not a path."""
     return weights is None or weights in ("default", *card.weights)
 
 
@@ -117,9 +116,9 @@ def _find_tagged(card: BackboneCard, tag: str) -> Path:
 
 
 def published(file: WeightFile) -> WeightFile:
-    """The same file with its name and address, which the installed torchgeo may hold.
+    """The file with its name and address, looked up in torchgeo where that has them.
 
-    Its address is ``https://hf.co/OWNER/NAME/resolve/REVISION/FILE``.
+    Its address there is ``https://hf.co/OWNER/NAME/resolve/REVISION/FILE``.
     """
     if file.torchgeo is None:
         return file
@@ -144,9 +143,8 @@ def weight_url(file: WeightFile) -> str:
 def read_checkpoint(path: str | Path) -> State:
     """Read the tensors of a ``.safetensors`` file or a file of `torch.save`.
 
-    Nothing in it is executed. Nests such as ``model`` or ``state_dict`` are opened.
-    Tensors are mapped from the file where its format allows it. Raises ValueError for a
-    truncated file, one without tensors, or a class that is not known to be inert.
+    Nothing in it is executed; tensors are mapped from the file where its format allows.
+    Raises ValueError for a truncated file, one without tensors, or an unknown class.
     """
     path = Path(path)
     if not path.is_file():
@@ -189,7 +187,7 @@ def _read_torch(path: Path) -> object:
 def _unreadable(path: Path, error: Exception) -> str:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return (
-        f"{path} ({path.stat().st_size:,} bytes) is truncated or no checkpoint: "
+        f"{path} ({path.stat().st_size:,} bytes) is truncated or not a checkpoint: "
         f"{reason}. Delete it and download it again"
     )
 
@@ -232,20 +230,17 @@ def saved_bands(path: str | Path) -> tuple[str, ...] | None:
 def save_weights(backbone: Backbone, path: str | Path, half: bool = True) -> Path:
     """Write the backbone's plain weights as safetensors that `load_backbone` reads.
 
-    The file knows its bands: load it with the same `bands` and options. One for all
+    The file records its bands: load it with the same `bands` and options. One for all
     bands of the card serves any subset where the network keeps its upstream's names
     (Prithvi, Swin, timm's), else it is refused.
 
     Args:
-        backbone: Any backbone; no adapter may be active.
-        path: The file; written whole or not at all.
-        half: Store as float16, half the size; else each in its own type.
+        backbone: any backbone; an active adapter raises ValueError.
+        path: the file; written whole or not at all.
+        half: store as float16, half the size; else each in its own type.
 
     Returns:
         The path written.
-
-    Raises:
-        ValueError: An adapter is active.
     """
     adapter: Any = getattr(backbone, "adapter", None)
     if adapter is not None:
@@ -265,7 +260,7 @@ def save_weights(backbone: Backbone, path: str | Path, half: bool = True) -> Pat
 
 
 def strip_prefixes(state: Mapping[str, Tensor], prefixes: Sequence[str]) -> State:
-    """Remove wrappers' prefixes (``"module."``) from keys, as often as they occur.
+    """Remove wrappers' prefixes (``"module."``), as often as they occur, from keys.
 
     Raises ValueError if two keys would become one.
     """
@@ -283,17 +278,38 @@ def strip_prefixes(state: Mapping[str, Tensor], prefixes: Sequence[str]) -> Stat
     return clean
 
 
-def load_strictly(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
-    """Load every tensor of a model, and nothing else.
+def filled(make: Callable[[], Network], state: State | None, name: str) -> Network:
+    """The network that `make` makes, with the tensors of `state`, or random if None.
 
-    The tensors become the model's own (none is copied), so a model built on the meta
-    device costs its size once. Half precision is widened to the model's own type.
-    Raises ValueError naming missing and unexpected keys and wrong shapes.
+    With a state it is made on the meta device, which needs no memory or random numbers.
+    """
+    if state is None:
+        return make()
+    with torch.device("meta"):
+        model = make()
+    load_strictly(model, state, name)
+    return model
+
+
+def load_strictly(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
+    """Load every tensor of a model, and nothing else, widened to the model's own type.
+
+    The tensors become the model's own without a copy. Raises ValueError that names
+    missing and unexpected keys and wrong shapes.
     """
     own = model.state_dict()
     check_fit(own, state, name)
     cast = {key: state[key].to(own[key].dtype) for key in own}
     model.load_state_dict(cast, strict=True, assign=True)
+
+
+def check_patch(name: str, kernel: Tensor | None, patch: int) -> None:
+    """An error where the kernels (D, C, p, p) of a file have another patch size."""
+    if kernel is not None and kernel.shape[-1] != patch:
+        raise ValueError(
+            f"this checkpoint of {name} has patches of {kernel.shape[-1]} px and "
+            f"patch={patch}. Load it with patch={kernel.shape[-1]}"
+        )
 
 
 def check_fit(

@@ -1,12 +1,12 @@
-"""SatlasPretrain's Swin V2: windows, four stages, nine bands of Sentinel-2.
+"""Swin transformers with four stages: GFM's Swin-B and SatlasPretrain's Swin V2.
 
-The layers are torchvision's, as in torchgeo; stages and MLPs carry timm's names, which
-the methods know. torchvision pads a map that its windows do not fill, so that any image
-size works, and equals torchgeo's result.
+GFM's is timm's network; SatlasPretrain's layers are torchvision's, as in torchgeo, with
+timm's names for stages and MLPs, which the methods know. Both pad a map that their
+windows do not fill, so any image size works.
 
-Sources: Bastani et al. 2023, SatlasPretrain, arXiv 2211.15660; torchgeo (MIT);
-torchvision (BSD-3-Clause); pixel values from the authors' Normalization.md and, for the
-true-colour image, ESA's Sentinel-2 user guide (saturation at reflectance 0.3558).
+Sources: GFM: Mendieta et al., arXiv 2302.04476; key names from github.com/mmendiet/GFM
+(Apache-2.0), which are those of SimMIM around Microsoft's Swin. SatlasPretrain: Bastani
+et al., arXiv 2211.15660; torchgeo (MIT); torchvision (BSD-3-Clause).
 Taught in notebook 01 (load a geospatial foundation model).
 """
 
@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-import torch
+import timm.models.swin_transformer as timm_swin
 from timm.layers import Mlp
 from torch import Tensor, nn
 from torchvision.models.swin_transformer import (
@@ -28,10 +28,82 @@ from torchvision.models.swin_transformer import (
 
 from geopeft_kit.backbones.band_plan import BandPlan
 from geopeft_kit.backbones.base import Meta, adapt_kernels
-from geopeft_kit.backbones.card import BackboneCard, Normalisation, WeightFile
+from geopeft_kit.backbones.card import BackboneCard
 from geopeft_kit.backbones.hierarchical import HierarchicalBackbone
-from geopeft_kit.backbones.torchgeo_facts import LICENCE
-from geopeft_kit.backbones.weights import State, load_strictly, strip_prefixes
+from geopeft_kit.backbones.registry import register
+from geopeft_kit.backbones.weights import State, filled, load_strictly, strip_prefixes
+
+_PRETRAINED_WINDOW = 6
+# Sizes between which the authors fine-tune with windows of a 32nd of the image.
+_SMALLEST, _LARGEST = 128, 256
+_MASK_TOKEN = "encoder.mask_token"
+
+
+class GFMBackbone(HierarchicalBackbone):
+    """GFM's Swin-B; the four maps are the stages' outputs, before each merging.
+
+    Attributes:
+        mask_token: (1, 1, 128), what stood for hidden patches in pretraining; not used
+            by `forward`. None without a checkpoint that has it.
+    """
+
+    mask_token: Tensor | None
+
+
+@register("gfm")
+def build_gfm(
+    card: BackboneCard,
+    plan: BandPlan,
+    state: State | None,
+    image_size: int | None = None,
+    window: int | None = None,
+) -> GFMBackbone:
+    """Build GFM's student encoder.
+
+    Args:
+        card, plan, state: as for every builder.
+        image_size: determines the windows, see `window`. Other sizes run, padded.
+        window: side of the attention windows in cells; the bias tables are resized.
+            None: a 32nd of the image from 128 to 256 px, as the authors fine-tune (no
+            padding), else that of pretraining, 6.
+    """
+    size = image_size or card.image_size
+    if window is None:
+        fits = _SMALLEST <= size <= _LARGEST and size % 32 == 0
+        window = size // 32 if fits else _PRETRAINED_WINDOW
+    if type(window) is not int or window < 1:
+        raise ValueError(f"window={window!r}: a whole number of cells, 1 or more")
+    sizes = card.architecture
+    model = timm_swin.SwinTransformer(
+        img_size=max(size, 32),
+        window_size=window,
+        embed_dim=sizes["embed_dim"],
+        depths=sizes["depths"],
+        num_heads=sizes["heads"],
+        num_classes=0,
+        drop_path_rate=0.0,
+        strict_img_size=False,
+    )
+    mask_token = None
+    if state is not None:
+        kept, mask_token = _student(state)
+        # Microsoft's names as timm's, which has each merging in the next stage.
+        load_strictly(model, timm_swin.checkpoint_filter_fn(kept, model), card.name)
+    adapt_kernels(model.get_submodule("patch_embed.proj"), plan)
+    backbone = GFMBackbone(card, model, plan, "swin")
+    backbone.register_buffer("mask_token", mask_token, persistent=False)
+    return backbone
+
+
+def _student(state: State) -> tuple[State, Tensor | None]:
+    """The student's encoder without its prefix, and its mask token."""
+    kept = {
+        key.removeprefix("encoder."): tensor
+        for key, tensor in state.items()
+        if key.startswith("encoder.") and key != _MASK_TOKEN
+    }
+    return kept or dict(state), state.get(_MASK_TOKEN)
+
 
 _WINDOW = 8
 _EMBEDDING = {"0": "proj", "2": "norm"}  # places in torchvision's first layer
@@ -112,34 +184,26 @@ class SatlasBackbone(HierarchicalBackbone):
         return [found.permute(0, 3, 1, 2).contiguous() for found in maps]
 
 
-def build(
-    card: BackboneCard,
-    plan: BandPlan,
-    state: Mapping[str, Tensor] | None,
+@register("satlas")
+def build_satlas(
+    card: BackboneCard, plan: BandPlan, state: State | None
 ) -> SatlasBackbone:
-    """Build SatlasPretrain's Swin V2; maps are padded to its windows of 8 cells.
-
-    `state` is in torchvision's key layout, as in torchgeo's files, with or without the
-    prefix ``backbone.``; None gives random weights.
-    """
+    """Build SatlasPretrain's Swin V2 from torchvision's keys, which torchgeo's have."""
+    kept = None if state is None else stage_state(state)
     sizes = card.architecture
-    made: dict[str, Any] = {
-        "bands": len(card.bands),
-        "width": sizes["width"],
-        "depths": list(sizes["depths"]),
-        "heads": list(sizes["heads"]),
-    }
-    if state is None:
-        model = SwinV2(**made)
-    else:
-        with torch.device("meta"):  # no memory and no time for random numbers
-            model = SwinV2(**made)
-        load_strictly(model, stage_state(state), card.name)
+    network = partial(
+        SwinV2,
+        len(card.bands),
+        sizes["width"],
+        list(sizes["depths"]),
+        list(sizes["heads"]),
+    )
+    model = filled(network, kept, card.name)
     adapt_kernels(model.get_submodule("patch_embed.proj"), plan)
     return SatlasBackbone(card, model, plan, "swin")
 
 
-def stage_state(state: Mapping[str, Tensor]) -> State:
+def stage_state(state: State) -> State:
     """Keys by stage: torchvision's ``features.3.0.mlp.3`` is an MLP's second layer.
 
     The classifier is dropped.
@@ -160,56 +224,3 @@ def _stage_key(found: re.Match[str]) -> str:
         return f"patch_embed.{_EMBEDDING.get(part, part)}"
     kind = "blocks" if number % 2 else "downsample"
     return f"layers.{number // 2}.{kind}.{part}"
-
-
-_TRUE_COLOUR = 3558.0  # reflectance x 10000 that the 8-bit image shows as 255
-_OTHERS = 8160.0
-_S2_BANDS = (
-    "RED", "GREEN", "BLUE", "RED_EDGE_1", "RED_EDGE_2", "RED_EDGE_3",
-    "NIR_BROAD", "SWIR_1", "SWIR_2",
-)  # fmt: skip
-_S2 = Normalisation(1e4, (0.0,) * 9, (_TRUE_COLOUR,) * 3 + (_OTHERS,) * 6)
-_SIZES: dict[str, dict[str, Any]] = {
-    "t": {"width": 96, "depths": (2, 2, 6, 2), "heads": (3, 6, 12, 24)},
-    "b": {"width": 128, "depths": (2, 2, 18, 2), "heads": (4, 8, 16, 32)},
-}
-
-
-def _card(size: str, parameters: int) -> BackboneCard:
-    sizes = _SIZES[size]
-    weights = f"Swin_V2_{size.upper()}_Weights"
-    files = [
-        WeightFile(torchgeo=f"{weights}.SENTINEL2_{tag}_MS_SATLAS")
-        for tag in ("SI", "MI")
-    ]
-    return BackboneCard(
-        name=f"satlas_swin_v2_{size}",
-        family="satlas",
-        bands=_S2_BANDS,
-        patch=4,
-        width=8 * sizes["width"],
-        depth=sum(sizes["depths"]),
-        parameters=parameters,
-        image_size=256,
-        normalisation=_S2,
-        licence_weights=LICENCE,
-        licence_code="BSD-3-Clause (torchvision), Apache-2.0 (timm)",
-        source="https://github.com/allenai/satlas",
-        weights={"default": files[0], "si": files[0], "mi": files[1]},
-        architecture=sizes,
-        paper="arXiv 2211.15660",
-        notes="Supervised on SatlasPretrain's labels. Tags: si was trained on single "
-        "images, mi on several of one place. Red, green and blue are those of the "
-        "8-bit true-colour image of L1C: reflectance 0.3558 is 1.",
-        cannot="Values above 1 after scaling are not clipped, which the authors do. "
-        "The files for RGB, NAIP, Landsat and Sentinel-1 are not offered. LoRA and its "
-        "relatives serve the MLPs: torchvision reads the attention's weights without "
-        "calling its layers. The published files were not at hand: key names are those "
-        "of torchvision's class.",
-    )
-
-
-CARDS = (
-    _card("t", 27_591_786),
-    _card("b", 86_918_136),
-)
