@@ -13,7 +13,8 @@ import torch
 from rasterio.transform import Affine
 from torch import nn
 
-from geopeft_kit.scenes.inference import blend_weight, predict_scene, window_starts
+from geopeft_kit.scenes.blending import blend_weight, window_starts
+from geopeft_kit.scenes.inference import predict_scene
 
 BANDS = ("BLUE", "GREEN", "RED")
 TRANSFORM = Affine(10.0, 0.0, 500_000.0, 0.0, -10.0, 4_100_000.0)
@@ -184,7 +185,7 @@ def test_bands_of_another_number_have_no_names_and_no_classes(tmp_path):
         assert raster.descriptions == ("band 1", "band 2")
     for wrong, text in (
         ({"probabilities": True}, "needs task 'segmentation'"),
-        ({"classes": ["a", "b"]}, "no place in the task 'super_resolution'"),
+        ({"classes": ["a", "b"]}, "not apply to the task 'super_resolution'"),
     ):
         with pytest.raises(ValueError, match=text):
             predict_scene(finer(2), source, two, **options, **wrong)
@@ -315,7 +316,7 @@ def test_model_is_left_in_the_mode_it_was_in(tmp_path):
     ({"bands": ["RED"]}, "names 1 bands.*has 3"),
     ({"bands": ["RED", "GREEN", "NIR_NARROW"]}, "model wants BLUE"),
     ({"classes": ["one", "two"]}, "2 names.*3 classes"),
-    ({"colours": ["red", "#000000", "#ffffff"]}, "'red' is no colour"),
+    ({"colours": ["red", "#000000", "#ffffff"]}, "'red' is not a colour"),
     ({"offset": 0.1}, "needs scale"),
 ])  # fmt: skip
 def test_bad_arguments_say_what_to_do(tmp_path, arguments, text):
@@ -337,7 +338,7 @@ def test_bad_scenes_and_models_say_what_to_do(tmp_path):
         predict_scene(pixelwise(), tmp_path / "nowhere.tif", target)
     with pytest.raises(FileNotFoundError, match="no_folder"):
         predict_scene(pixelwise(), source, tmp_path / "no_folder" / "out.tif")
-    with pytest.raises(ValueError, match="cannot be opened"):
+    with pytest.raises(ValueError, match="cannot be read"):
         predict_scene(pixelwise(), broken, target)
     with pytest.raises(ValueError, match="no descriptions"):
         predict_scene(pixelwise(), nameless, target)

@@ -85,7 +85,7 @@ def test_colours_of_classes():
         class_colours([str(i) for i in range(9)])
     with pytest.raises(ValueError, match="Class 'b'"):
         class_colours(["a", "b"], ["#010203"])
-    with pytest.raises(ValueError, match="'blue' is no colour"):
+    with pytest.raises(ValueError, match="'blue' is not a colour"):
         class_colours(["a"], ["blue"])
     with pytest.raises(ValueError, match="'magic'.*Known: full"):
         plots.method_colour("magic")

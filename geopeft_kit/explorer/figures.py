@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from geopeft_kit import plots
 from geopeft_kit.data.chips import ChipData
 from geopeft_kit.explorer.bench import Bench, KeptRun, pareto_front
-from geopeft_kit.maps.layers import MapLayer, Raster, chip_layers, chip_raster
+from geopeft_kit.maps.layers import MapLayer, chip_layers, chip_rasters
 from geopeft_kit.maps.scene_map import SceneMap, show_map
 from geopeft_kit.model import WHOLE_IMAGE_TASKS
 from geopeft_kit.pictures import as_numpy, picture_bands, stretch, stretch_limits
@@ -249,12 +249,8 @@ def _value_layers(
     show: Any,
 ) -> list[MapLayer]:
     """The image, and values on one scale: finer images, or those of a regression."""
-
-    def rasters(arrays: Sequence[Any]) -> list[Raster]:
-        return [chip_raster(s, array) for s, array in zip(samples, arrays, strict=True)]
-
     truth = [sample["mask"] for sample in samples]
-    images = rasters([sample["image"] for sample in samples])
+    images = chip_rasters(samples, [sample["image"] for sample in samples])
     picture: dict[str, Any] = {"bands": data.bands, "show": show}
     look = picture
     if data.task == "regression":
@@ -263,5 +259,5 @@ def _value_layers(
         look = {"kind": "values", "limits": limits}
     layers = [MapLayer("image", images, **picture)]
     for name, arrays in {"truth": truth, **found}.items():
-        layers.append(MapLayer(name, rasters(arrays), **look))
+        layers.append(MapLayer(name, chip_rasters(samples, arrays), **look))
     return layers

@@ -1,28 +1,25 @@
-"""What every layer of a map says at one place: the numbers behind a click.
+"""The values of all layers of a map at one pixel, as a click shows them.
 
-Values are read from the sources, never from the warped and coloured pictures, so they
-are the model's and the sensor's own. Notebook 09.
+They are read from the sources, not from the warped and coloured pictures.
 """
 
 from __future__ import annotations
 
-import base64
 import html
-import io
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import rasterio
 from rasterio.transform import Affine
 from rasterio.warp import transform as to_crs
 from rasterio.windows import Window
 
 from geopeft_kit.bands import resolve_bands
-from geopeft_kit.maps.layers import MapLayer, Raster, Source, class_names, sources_of
-from geopeft_kit.pictures import as_numpy
+from geopeft_kit.maps.layers import MapLayer, Raster, Source, classes_of, sources_of
+from geopeft_kit.pictures import png_url
 from geopeft_kit.plots import plot_spectrum
+from geopeft_kit.plots.drawing import figure_png
+from geopeft_kit.raster_files import open_raster
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ def _read_layer(layer: MapLayer, lon: float, lat: float) -> Reading | None:
             return None
         text = f"{value:.3g} {layer.unit}".strip()
         return Reading(layer.name, "values", (), (value,), text)
-    names = tuple(class_names(layer))
+    names = tuple(classes_of(layer)[0])
     if not np.isfinite(value) or not 0 <= value < len(names):
         return None
     chances: tuple[float, ...] = ()
@@ -93,11 +90,10 @@ def _first(
 
 def _pixel(source: Source, lon: float, lat: float) -> np.ndarray | None:
     if isinstance(source, Raster):
-        array = as_numpy(source.array)
-        array = array[None] if array.ndim == 2 else array
-        place = _place(source.transform, source.crs, array.shape[-2:], lon, lat)
-        return None if place is None else array[:, place[0], place[1]]
-    with rasterio.open(source) as raster:
+        shape = source.stack.shape[1:]
+        place = _place(source.transform, source.crs, shape, lon, lat)
+        return None if place is None else source.stack[:, place[0], place[1]]
+    with open_raster(source) as raster:
         shape = (raster.height, raster.width)
         place = _place(raster.transform, raster.crs, shape, lon, lat)
         if place is None:
@@ -120,10 +116,10 @@ def _place(
 
 def _descriptions(layer: MapLayer) -> Sequence[str]:
     first = sources_of(layer.source)[0]
-    if isinstance(first, str | os.PathLike):
-        with rasterio.open(first) as raster:
-            return [name or f"band {i}" for i, name in enumerate(raster.descriptions)]
-    return [f"band {i}" for i in range(np.shape(first.array)[0])]
+    if isinstance(first, Raster):
+        return [f"band {i}" for i in range(len(first.array))]
+    with open_raster(first) as raster:
+        return [name or f"band {i}" for i, name in enumerate(raster.descriptions)]
 
 
 def pixel_html(readings: Sequence[Reading], lon: float, lat: float) -> str:
@@ -143,10 +139,7 @@ def pixel_html(readings: Sequence[Reading], lon: float, lat: float) -> str:
             pairs = zip(reading.names, reading.values, strict=True)
             parts += [_bar(name, chance) for name, chance in pairs]
     for names, reading in images.items():
-        buffer = io.BytesIO()
-        figure = plot_spectrum({reading.layer: reading.values}, names)
-        figure.savefig(buffer, format="png")
-        url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        url = png_url(figure_png(plot_spectrum({reading.layer: reading.values}, names)))
         pairs = zip(names, reading.values, strict=True)
         text = html.escape(", ".join(f"{name} {value:.3f}" for name, value in pairs))
         parts.append(

@@ -13,6 +13,7 @@ from geopeft_kit.pictures import (
     Colours,
     as_numpy,
     picture_bands,
+    rgb_of,
     stretch,
     stretch_limits,
     token_picture,
@@ -139,9 +140,7 @@ def plot_errors(
     counted = truth != ignore_index
     wrong = (truth != guess) & counted
     grey = picture.mean(axis=2, keepdims=True).repeat(3, axis=2) * 0.6 + 0.4
-    grey[wrong] = tuple(
-        int(OKABE_ITO["vermillion"][i : i + 2], 16) / 255 for i in (1, 3, 5)
-    )
+    grey[wrong] = rgb_of([OKABE_ITO["vermillion"]]) / 255
     share = wrong.sum() / max(counted.sum(), 1)
     draw_picture(axes[3], grey, place, f"wrong (orange): {share:.1%}")
     figure.suptitle(plain_text(sample.get("region", "")))
