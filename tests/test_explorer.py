@@ -322,7 +322,7 @@ def test_each_task_trains_and_shows_what_it_found(task: str, tmp_path: Path):
         pictures.append(explorer.page.picture.value)
     assert pictures[0] and pictures[1]
     explorer.show("Map")
-    (shown,) = explorer.page.stage.children
+    (shown,) = explorer.page.map_box.children
     if task == "classification":
         assert "no map to draw" in shown.value
     else:
@@ -390,7 +390,7 @@ def test_chips_without_a_place_say_so_where_the_map_would_be(task, tmp_path: Pat
     write_chip_folder(tmp_path / "nowhere", iter(chips), info)
     data = gk.ChipData(tmp_path / "nowhere", split="index", batch_size=2)
     explorer = gk.Explorer(data, methods=["bias"]).show("Map")
-    shown = explorer.page.stage.children[0].value
+    shown = explorer.page.map_box.children[0].value
     assert "no place on a map" in shown
     assert "chip_1" in shown  # which one, whatever the task
     assert "Traceback" not in explorer.page.notes.value
@@ -477,7 +477,7 @@ def test_a_run_is_saved_by_a_click_and_its_code_says_so(
     assert "save_model" not in explored.code
     assert page.folder.placeholder == "runs/lora_fcn"
     page.save_button.click()
-    assert "gk.load_model(&#x27;runs/lora_fcn&#x27;)" in page.notes.value
+    assert "gk.load_model(&#39;runs/lora_fcn&#39;)" in page.notes.value
     assert 'gk.save_model(model, "runs/lora_fcn")' in explored.code
     assert "save_model" in page.code.value
     assert page.folder.placeholder == "runs/lora_fcn_2"  # nothing is overwritten
@@ -555,12 +555,12 @@ def test_names_from_data_are_text(tmp_path: Path):
         explorer.page.tabs.selected_index = number
     page = explorer.page
     shown = [page.as_html(), page.table.value, page.code.value, page.progress.value]
-    shown += [child.value for child in page.stage.children]
+    shown += [child.value for child in page.map_box.children]
     for text in shown:
         assert EVIL not in text
         assert "<img src=x" not in text
     assert "&lt;img src=x" in page.table.value
-    assert "no place on a map" in page.stage.children[0].value
+    assert "no place on a map" in page.map_box.children[0].value
 
 
 def test_the_mailbox_calls_in_the_thread_that_made_it():

@@ -1,15 +1,14 @@
-"""The explorer's page: where the panels stand, and when each is drawn.
+"""The explorer's page: its widgets, and when each is drawn.
 
-Only the tab in view is drawn. Pictures and maps are kept, so that going back to a run
-costs no more than showing them again.
+Only the visible tab is drawn. Pictures and maps are cached, so that a run is shown
+again at once.
 """
 
 from __future__ import annotations
 
-import base64
 import importlib.util
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ipywidgets as widgets
@@ -20,10 +19,13 @@ from geopeft_kit.explorer.bench import Bench, KeptRun, Preview, machine_memory
 from geopeft_kit.explorer.choice import Choice
 from geopeft_kit.explorer.controls import Controls, control
 from geopeft_kit.maps.scene_map import SceneMap
-from geopeft_kit.plots import METHOD_COLOURS
+from geopeft_kit.maps.widget import set_options
+from geopeft_kit.pictures import png_url
 
 TABS = ("Picture", "Map", "Runs", "Code")
 NOT_TRAINED = "not trained yet"
+FILL = {"flex": "1 1 0", "min_width": "0"}  # share the room that is left
+AUTO = {"width": "auto"}  # less the margins that every widget has
 
 
 class Page:
@@ -56,93 +58,86 @@ class Page:
         )
         top = widgets.HBox(
             [self.parameters, self.memory, self.progress],
-            layout={"width": "auto", "min_height": "186px"},  # no jump on a toggle
+            layout={**AUTO, "min_height": "186px"},  # no jump on a toggle
         )
-        main = widgets.VBox(
-            [top, self.picks, self.tabs], layout={"flex": "1 1 0", "min_width": "0"}
+        main = widgets.VBox([top, self.picks, self.tabs], layout=FILL)
+        self.box = _named(
+            widgets.HBox([side, main], layout={"width": "100%"}), "explorer"
         )
-        self.box = widgets.HBox([side, main], layout={"width": "100%"})
-        self.box.add_class("gpk-explorer")
 
     def _make_panels(self) -> None:
         third = {"min_width": "0", "margin": "0 14px 6px 0"}
         self.parameters, self.memory, self.progress = (
-            widgets.HTML(layout={**third, "flex": grow})
-            for grow in ("1 1 0", "1 1 0", "1.3 1 0")
+            _named(widgets.HTML(layout={**third, "flex": grow}), name)
+            for name, grow in (("parameters", "1 1 0"), ("memory", "1 1 0"),
+                               ("progress", "1.3 1 0"))
+        )  # fmt: skip
+        self.notes = _named(widgets.HTML(layout=AUTO), "notes")
+        self.train_button = _named(
+            widgets.Button(
+                description="Train", button_style="primary", layout={"width": "96px"}
+            ),
+            "train",
         )
-        self.notes = widgets.HTML(layout={"width": "auto"})
-        for name in ("parameters", "memory", "progress", "notes"):
-            getattr(self, name).add_class(f"gpk-{name}")
-        self.train_button = widgets.Button(
-            description="Train", button_style="primary", layout={"width": "96px"}
+        self.cancel_button = _named(
+            widgets.Button(
+                description="Cancel", disabled=True, layout={"width": "80px"}
+            ),
+            "cancel",
         )
-        self.cancel_button = widgets.Button(
-            description="Cancel", disabled=True, layout={"width": "80px"}
-        )
-        self.bar = widgets.FloatProgress(
-            max=1.0, layout={"flex": "1 1 0", "min_width": "0"}
-        )
-        self.train_button.add_class("gpk-train")
-        self.cancel_button.add_class("gpk-cancel")
+        self.bar = widgets.FloatProgress(max=1.0, layout=FILL)
         self.buttons = widgets.HBox(
             [self.train_button, self.cancel_button, self.bar],
-            layout={"width": "auto", "margin": "4px 0"},
+            layout={**AUTO, "margin": "4px 0"},
         )
-
-        self.save_button = widgets.Button(
-            description="Save this run", disabled=True, layout={"width": "110px"}
+        self.save_button = _named(
+            widgets.Button(
+                description="Save this run", disabled=True, layout={"width": "110px"}
+            ),
+            "save",
         )
-        self.folder = widgets.Text(layout={"flex": "1 1 0", "min_width": "0"})
-        self.save_button.add_class("gpk-save")
-        self.folder.add_class("gpk-folder")
-        self.saving = widgets.HBox(
-            [self.save_button, self.folder], layout={"width": "auto"}
-        )
+        self.folder = _named(widgets.Text(layout=FILL), "folder")
+        self.saving = widgets.HBox([self.save_button, self.folder], layout=AUTO)
 
     def _make_tabs(self) -> None:
-        self.run = control(widgets.Dropdown, "run", "run", options=[(NOT_TRAINED, "")])
-        self.other = control(
-            widgets.Dropdown, "swipe against", "other", options=[("truth", "")]
+        self.run, self.other, self.place = (
+            control(widgets.Dropdown, label, name, options=[first])
+            for label, name, first in (
+                ("run", "run", (NOT_TRAINED, "")),
+                ("swipe against", "other", ("truth", "")),
+                ("chip", "place", ("", 0)),
+            )
         )
-        self.place = control(widgets.Dropdown, "chip", "place", options=[("", 0)])
         for one in (self.run, self.other, self.place):
-            one.layout = {"flex": "1 1 0", "min_width": "0"}
+            one.layout = FILL
             one.style.description_width = "initial"
-        self.picks = widgets.HBox(
-            [self.run, self.other, self.place], layout={"width": "auto"}
-        )
-        whole = "calc(100% - 4px)"  # less the margins that every widget has
-        self.picture = widgets.Image(format="png", layout={"max_width": whole})
-        self.picture.add_class("gpk-picture")
-        self.table = widgets.HTML(layout={"width": "auto"})
-        self.table.add_class("gpk-table")
-        self.trade_off = widgets.Image(
-            format="png",
-            layout={"max_width": whole, "width": "684px", "display": "none"},
-        )
-        self.trade_off.add_class("gpk-trade-off")
-        self.code = widgets.HTML(layout={"width": "auto"})
-        self.stage = widgets.VBox(layout={"width": "auto"})
+        self.picks = widgets.HBox([self.run, self.other, self.place], layout=AUTO)
+        picture = {"max_width": "calc(100% - 4px)"}
+        self.picture = _named(widgets.Image(format="png", layout=picture), "picture")
+        self.table = _named(widgets.HTML(layout=AUTO), "table")
+        hidden = {**picture, "width": "684px", "display": "none"}
+        self.trade_off = _named(widgets.Image(format="png", layout=hidden), "trade-off")
+        self.code = widgets.HTML(layout=AUTO)
+        self.map_box = widgets.VBox(layout=AUTO)
+        left = {"align_items": "flex-start"}
         self.tabs = widgets.Tab(
             [
-                widgets.VBox([self.picture], layout={"align_items": "flex-start"}),
-                self.stage,
-                widgets.VBox(
-                    [self.table, self.trade_off], layout={"align_items": "flex-start"}
-                ),
+                widgets.VBox([self.picture], layout=left),
+                self.map_box,
+                widgets.VBox([self.table, self.trade_off], layout=left),
                 self.code,
             ],
-            layout={"width": "auto"},
+            layout=AUTO,
         )
         for number, title in enumerate(TABS):
             self.tabs.set_title(number, title)
         self.tabs.observe(lambda _: self._guarded(self._draw_tab), "selected_index")
-        self.run.observe(self._go_to, names="value")
+        self.run.observe(self._show_run, names="value")
         for one in (self.other, self.place):
-            one.observe(self._look_again, "value")
+            one.observe(self._redraw_tab, "value")
 
     def on_train(self, action: Callable[[], Any]) -> None:
-        """What the Train button does; an error is shown, the widget lives on."""
+        """What the Train button does; an error is shown, and the widget still works."""
         self.train_button.on_click(lambda _: self._guarded(action))
 
     def on_cancel(self, action: Callable[[], Any]) -> None:
@@ -156,14 +151,13 @@ class Page:
             try:
                 action(self.folder.value.strip() or None)
             except (OSError, ValueError, RuntimeError) as error:
-                text = f"The run was not saved: {error}"
-                self.notes.value = panels.message_html(text, "refused")
+                self._note(f"The run was not saved: {error}", "refused")
             else:
                 self.folder.value = ""
 
         self.save_button.on_click(lambda _: self._guarded(save))
 
-    def _look_again(self, change: Mapping[str, Any]) -> None:
+    def _redraw_tab(self, change: Mapping[str, Any]) -> None:
         if not self._quiet:
             self._guarded(self._draw_tab)
 
@@ -172,19 +166,16 @@ class Page:
         try:
             action()
         except Exception:
-            text = traceback.format_exc()
-            self.notes.value = panels.message_html(text, "error", full=True)
+            self._note(traceback.format_exc(), "error", full=True)
+
+    def _note(self, text: str, state: str = "message", full: bool = False) -> None:
+        """A sentence or, in full, a traceback under the buttons."""
+        self.notes.value = panels.render("message", text, state, full)
 
     # --- drawing ----------------------------------------------------------------------
 
     def draw(self, training: bool, news: Mapping[str, Any], error: str) -> None:
-        """Draw everything for the choice.
-
-        Args:
-            training: Whether a training is under way.
-            news: What it told last.
-            error: Traceback of the last training, or empty.
-        """
+        """Draw everything; `news` and `error` (a traceback) are the last training's."""
         try:
             choice = self.controls.choice()
             self.bench.data_of(choice)
@@ -203,7 +194,13 @@ class Page:
         self.cancel_button.disabled = not training
         self.save_button.disabled = training or run is None
         self.folder.placeholder = "" if run is None else run.free_folder
-        self._draw_notes(preview, error)
+        if error:
+            self._note(error, "error", full=True)
+        elif preview.reason:
+            self._note(preview.reason, "refused")
+        else:
+            self._note(self.message)
+        self.message = ""
         if training:
             self.draw_progress(news)
         else:
@@ -212,42 +209,34 @@ class Page:
             self._offer(choice, run)
             self._draw_tab()
 
-    def _draw_notes(self, preview: Preview, error: str) -> None:
-        if error:
-            self.notes.value = panels.message_html(error, "error", full=True)
-        else:
-            text, state = preview.reason or self.message, "message"
-            state = "refused" if preview.reason else state
-            self.notes.value = panels.message_html(text, state)
-        self.message = ""
-
     def draw_progress(self, news: Mapping[str, Any]) -> None:
         """The training under way, whatever the controls say meanwhile."""
         choice: Choice = news["choice"]
         step, steps = news.get("step", 0), news.get("steps", 0)
-        facts = f"{choice.title}: "
+        facts = f"{choice.title}: the decoder's head start ..."
         if steps:
-            share = f"step {step}/{steps}, {news['step_ms']:.0f} ms a step"
-            facts += f"{share}, {news['memory']:,.0f} MiB in this process"
-        else:
-            facts += "the decoder's head start ..."
+            facts = (
+                f"{choice.title}: step {step}/{steps}, {news['step_ms']:.0f} ms a "
+                f"step, {news['memory']:,.0f} MiB in this process"
+            )
         self.bar.value = step / steps if steps else 0.0
         self.bar.bar_style = "info"
-        self._draw_curves(choice, news, panels.escape(facts), "training")
+        self._draw_curves(choice, news, facts, "training")
 
     def _draw_result(self, run: KeptRun | None) -> None:
         self.bar.value = 1.0 if run else 0.0
         self.bar.bar_style = "success" if run else ""
         if run is None:
-            text = "<small>Not trained yet.</small>"
-            self.progress.value = panels.panel("Training", text, "untrained")
+            self.progress.value = panels.render(
+                "nothing", "Training", "Not trained yet.", "untrained"
+            )
             return
         facts = (
             f"{run.name}: {run.resources['step_ms']:.0f} ms a step, "
             f"{run.memory:,.0f} MiB measured; held out {run.score():.3f}"
         )
         news = {"losses": run.losses, "rows": run.rows}
-        self._draw_curves(run.choice, news, panels.escape(facts), f"run:{run.number}")
+        self._draw_curves(run.choice, news, facts, f"run:{run.number}")
 
     def _draw_curves(
         self, choice: Choice, news: Mapping[str, Any], facts: str, state: str
@@ -257,24 +246,24 @@ class Page:
             news.get("rows", []),
             self.bench.data[choice.data].task,
             choice.epochs,
-            METHOD_COLOURS.get(choice.method, panels.GREY),
+            choice.method,
             facts,
             state,
         )
 
     def _offer(self, choice: Choice, run: KeptRun | None) -> None:
-        """Runs to go to, runs to swipe against, chips to look at."""
+        """Fill the dropdowns: runs to show, runs to swipe against, chips."""
         self._quiet = True
         try:
             kept = [(r.name, key) for key, r in self.bench.runs.items()]
             first = [] if run else [(NOT_TRAINED, "")]
-            _offer(self.run, first + kept, choice.key if run else "")
+            set_options(self.run, first + kept, choice.key if run else "")
             rivals = [
                 (r.name, key)
                 for key, r in self.bench.runs.items()
                 if r is not run and self._same_data(r.choice, choice)
             ]
-            _offer(self.other, [("truth", ""), *rivals], self.other.value)
+            set_options(self.other, [("truth", ""), *rivals], self.other.value)
             data = self.bench.data_of(choice)
             chips = data.dataset("test")
             table = chips.table
@@ -283,7 +272,7 @@ class Page:
                 for position in figures.positions_of(data)
                 for row in [chips.rows[position]]
             ]
-            _offer(self.place, places, self.place.value)
+            set_options(self.place, places, self.place.value)
         finally:
             self._quiet = False
 
@@ -291,8 +280,8 @@ class Page:
     def _same_data(one: Choice, other: Choice) -> bool:
         return (one.data, one.held_out) == (other.data, other.held_out)
 
-    def _go_to(self, change: Mapping[str, Any]) -> None:
-        """Show a kept run: the controls say its choice."""
+    def _show_run(self, change: Mapping[str, Any]) -> None:
+        """Set the controls to the choice of a kept run."""
         if not self._quiet and change["new"]:
             self.controls.set(self.bench.runs[change["new"]].choice)
 
@@ -306,13 +295,13 @@ class Page:
         if tab == "Picture":
             self.picture.value = self._picture(data, choice, run)
         elif tab == "Map":
-            self.stage.children = (self._map(data, choice, run),)
+            self.map_box.children = (self._map(data, choice, run),)
         elif tab == "Runs":
             self.table.value = self._runs_table(run)
             self.trade_off.value = self._trade_off(choice, run)
             self.trade_off.layout.display = "" if self.bench.runs else "none"
         else:
-            self.code.value = panels.code_html(self.bench.code(choice))
+            self.code.value = panels.render("code", self.bench.code(choice))
 
     def _runs_table(self, run: KeptRun | None) -> str:
         everything = list(self.bench.runs.values())
@@ -344,35 +333,30 @@ class Page:
                     self.bench, data, runs, self.show, self.height
                 )
         except ValueError as reason:
-            return widgets.HTML(panels.message_html(str(reason), "no-map"))
+            return widgets.HTML(panels.render("message", str(reason), "no-map"))
         if importlib.util.find_spec("ipyleaflet") is None:
             text = "ipyleaflet is not installed, so this is the map's page, no widget."
             bundle = self._maps[key]._repr_mimebundle_()["text/html"]
-            return widgets.HTML(panels.message_html(text) + bundle)
+            return widgets.HTML(panels.render("message", text) + bundle)
         return self._maps[key].widget
 
     def as_html(self) -> str:
-        """The page as it stands, for where no widget can live."""
-        parts = [self.parameters, self.memory, self.progress, self.notes]
-        text = "".join(part.value for part in parts)
+        """The page as it is now, for places without widgets."""
+        shown = [self.parameters, self.memory, self.progress, self.notes]
+        parts, pictures, code = [part.value for part in shown], [], ""
         if self.choice is not None:
-            choice = self.choice
-            run = self.bench.runs.get(choice.key)
-            text += _image(self._picture(self.bench.data_of(choice), choice, run))
-            text += self._runs_table(run) + _image(self._trade_off(choice, run))
-            text += panels.panel("Code", panels.listing(self.bench.code(choice)))
-        return f"<div style='max-width:900px'>{text}</div>"
+            choice, run = self.choice, self.bench.runs.get(self.choice.key)
+            parts.append(self._runs_table(run))
+            pngs = (
+                self._picture(self.bench.data_of(choice), choice, run),
+                self._trade_off(choice, run),
+            )
+            pictures = [png_url(png) for png in pngs if png]
+            code = self.bench.code(choice)
+        return panels.render("whole_page", parts, pictures, code)
 
 
-def _image(png: bytes) -> str:
-    """A picture inside the page; nothing where there is none."""
-    data = base64.b64encode(png).decode()
-    return f"<img alt='' src='data:image/png;base64,{data}'>" if png else ""
-
-
-def _offer(widget: Any, options: Sequence[tuple[str, Any]], value: Any) -> None:
-    """Set options and value of a dropdown, touching it only where they change."""
-    if list(widget.options) != list(options):
-        widget.options = options
-    values = [option[1] for option in options]
-    widget.value = value if value in values else values[0]
+def _named(widget: Any, name: str) -> Any:
+    """A widget with the CSS class `gpk-` and a name."""
+    widget.add_class(f"gpk-{name}")
+    return widget

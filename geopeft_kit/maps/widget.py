@@ -1,7 +1,6 @@
 """The map as a widget: ipyleaflet for the pictures, core ipywidgets for the controls.
 
-Used by `maps`. Everything that is text on it came from data and is escaped, or goes in
-as text.
+All text on it comes from data and is escaped.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ if TYPE_CHECKING:
     import ipywidgets
 
 VIEW = "application/vnd.jupyter.widget-view+json"
-SPARE_PANES = 60  # a map has no more panes than it was born with
+SPARE_PANES = 60  # for layers added later; a map cannot get more panes
 
 
 class Scene(Protocol):
-    """What the widget shows; `maps.SceneMap` is one."""
+    """What the widget shows, for instance a `SceneMap`."""
 
     drawing: Drawing
     height: int
@@ -50,15 +49,15 @@ def leaflet_map(scene: Scene) -> ipyleaflet.Map:
     import ipyleaflet
     import ipywidgets
 
-    ground = []
+    tiles = []
     if scene.basemap:
-        ground.append(ipyleaflet.TileLayer(**scene.basemap, base=True))
-    elif scene.tools:  # leafmap wants a ground; one without a URL asks for nothing
-        ground.append(ipyleaflet.TileLayer(url="", name="no basemap", base=True))
+        tiles.append(ipyleaflet.TileLayer(**scene.basemap, base=True))
+    elif scene.tools:  # leafmap needs a base layer; one without a URL fetches nothing
+        tiles.append(ipyleaflet.TileLayer(url="", name="no basemap", base=True))
     bounds = scene.drawing.places[0][1]
     settings = {
-        # Without layers of its own a map asks for no tiles at all.
-        "layers": tuple(ground),
+        # An empty list, so that no default basemap is fetched.
+        "layers": tuple(tiles),
         "panes": {
             f"layer-{n}": {"zIndex": 401 + n}
             for n in range(len(scene.drawing.layers) + SPARE_PANES)
@@ -141,8 +140,8 @@ class MapControls:
         first = self.scene.swipe or (max(len(names) - 2, 0), len(names) - 1)
         self.busy = True  # new options reset a choice: that moves nothing
         for choice, default in zip(self.pair, first, strict=True):
-            _offer(choice, names, default)
-        _offer(self.choice, places, 0)
+            _number(choice, names, default)
+        _number(self.choice, places, 0)
         self.busy = False
         self.legend.value = legend_html(drawing)
         self.side.children = [
@@ -245,7 +244,7 @@ class MapControls:
         if self.split is not None:
             self.map.remove(self.split)
             self.split = None
-        ground = [one for one in self.map.layers if one not in sum(self.overlays, [])]
+        tiles = [one for one in self.map.layers if one not in sum(self.overlays, [])]
         shown = []
         for number, group in enumerate(self.overlays):
             # What lies over one of the two sides would hide the comparison.
@@ -255,7 +254,7 @@ class MapControls:
                 overlay.visible = on or number in swiped
             if number not in swiped:
                 shown += group
-        self.map.layers = tuple(ground + shown)
+        self.map.layers = tuple(tiles + shown)
         if swiped:
             left, right = (self.overlays[number] for number in swiped)
             self.split = ipyleaflet.SplitMapControl(left_layer=left, right_layer=right)
@@ -274,11 +273,21 @@ def _overlays(layer: DrawnLayer, number: int) -> list[ipyleaflet.ImageOverlay]:
     ]  # fmt: skip
 
 
-def _offer(choice: Any, names: list[str], default: int) -> None:
-    """Give a dropdown names to choose from; what was chosen stays chosen."""
-    value = choice.value
-    choice.options = [(name, number) for number, name in enumerate(names)]
-    choice.value = default if value is None else value
+def set_options(choice: Any, options: Sequence[tuple[str, Any]], value: Any) -> None:
+    """Options of a dropdown, and the chosen one; the first if there is no such value.
+
+    Nothing is touched that does not change: each change is a message to the browser.
+    """
+    if list(choice.options) != list(options):
+        choice.options = options
+    values = [option[1] for option in options]
+    choice.value = value if value in values else values[0]
+
+
+def _number(choice: Any, names: list[str], default: int) -> None:
+    """Offer names, whose values are their positions; the chosen one stays chosen."""
+    value = default if choice.value is None else choice.value
+    set_options(choice, [(name, number) for number, name in enumerate(names)], value)
 
 
 def _narrow(kind: type, **settings: Any) -> Any:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,9 @@ from rasterio.transform import Affine
 from torch import nn
 
 from geopeft_kit.devices import device_of, moved
-from geopeft_kit.files import content_key
+from geopeft_kit.files import content_key, whole_file
 from geopeft_kit.pictures import Colours, class_colours
 from geopeft_kit.scenes.blending import blended_rows
-from geopeft_kit.scenes.finished_rows import FinishedRows
 from geopeft_kit.scenes.rasters import RowWriter, SceneReader
 
 CLASS_NODATA = 255
@@ -353,3 +353,49 @@ def _value_names(reader: SceneReader, channels: int, task: str) -> list[str]:
         return ["prediction"]
     names = reader.names if channels == len(reader.names) else [None] * channels
     return [name or f"band {number}" for number, name in enumerate(names, start=1)]
+
+
+class FinishedRows:
+    """The strips of rows of one prediction, in order, each written whole or not at all.
+
+    Args:
+        folder: Holds them; rows of another key are deleted, and a line says so.
+        key: Changes with whatever the rows are computed from, see `content_key`.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder = folder
+        note = folder / "key.txt"
+        if folder.exists() and not (note.exists() and note.read_text() == key):
+            print(f"predict: {folder.name} holds rows of another job; it starts anew.")
+            shutil.rmtree(folder)
+        folder.mkdir(exist_ok=True)
+        for unfinished in folder.glob("*.part*"):  # left by a run that was killed
+            unfinished.unlink()
+        with whole_file(note) as part:
+            part.write_text(key)
+
+    def __len__(self) -> int:
+        """Strips that are finished, counted from the first without a gap."""
+        count = 0
+        while self._path(count).exists():
+            count += 1
+        return count
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"rows_{number:06d}.npz"
+
+    def continued(self, strips: Iterable[list[np.ndarray]]) -> Iterator[list]:
+        """Yield the finished strips, then the new ones, which are kept as they pass."""
+        count = len(self)
+        for number in range(count):
+            with np.load(self._path(number)) as kept:
+                yield [kept[name] for name in kept.files]
+        for number, strip in enumerate(strips, start=count):
+            with whole_file(self._path(number)) as part:
+                np.savez_compressed(part, *strip)
+            yield strip
+
+    def discard(self) -> None:
+        """Remove the folder: the prediction is complete."""
+        shutil.rmtree(self.folder)
