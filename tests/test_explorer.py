@@ -18,9 +18,9 @@ from toy import BANDS, change_data, toy_data
 
 import geopeft_kit as gk
 from geopeft_kit.data import Chip, write_chip_folder
-from geopeft_kit.explorer.bench import Bench, pareto_front
 from geopeft_kit.explorer.choice import Choice, defaults_of
-from geopeft_kit.explorer.turns import Mailbox
+from geopeft_kit.explorer.session import Session, pareto_front
+from geopeft_kit.explorer.threads import MainThreadQueue
 from geopeft_kit.training.evaluate import HEADLINE
 
 EVIL = "<img src=x onerror=alert(1)>"
@@ -33,8 +33,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> gk.ChipData:
 
 
 @pytest.fixture
-def bench(data: gk.ChipData) -> Bench:
-    return Bench({"toy": data}, TINY)
+def session(data: gk.ChipData) -> Session:
+    return Session({"toy": data}, TINY)
 
 
 def choice_of(method: str = "lora", **fields) -> Choice:
@@ -74,7 +74,7 @@ def test_unknown_options_never_reach_the_code(name: str):
 def test_the_controls_say_each_choice_and_read_it_back(explored, card):
     from geopeft_kit.explorer.controls import Controls
 
-    controls = Controls(explored.bench, [card.name])
+    controls = Controls(explored.session, [card.name])
     first = controls.choice()
     assert first.method == card.name
     assert first.options == {}, "the controls of defaults change something"
@@ -107,8 +107,8 @@ def test_texts_become_lists_numbers_and_words(explored):
 
 
 @pytest.mark.parametrize("method", ["frozen", "full", "lora", "vpt", "vit_adapter"])
-def test_the_preview_counts_what_is_built(bench, data, method):
-    preview = bench.preview(choice_of(method, decoder="fcn"))
+def test_the_preview_counts_what_is_built(session, data, method):
+    preview = session.preview(choice_of(method, decoder="fcn"))
     backbone = gk.load_backbone("geopeft_tiny", bands=data.bands)
     plain = sum(p.numel() for p in backbone.parameters())
     adapter = gk.attach(backbone, method)
@@ -119,19 +119,19 @@ def test_the_preview_counts_what_is_built(bench, data, method):
     assert preview.adapter + preview.decoder == sum(trained.values())
 
 
-def test_a_preview_leaves_the_backbone_as_it_was(bench):
-    backbone = bench.backbone_of(choice_of())
+def test_a_preview_leaves_the_backbone_as_it_was(session):
+    backbone = session.backbone_of(choice_of())
     before, state = backbone.weights_hash(), torch.get_rng_state()
     for method in ("lora", "full", "deflect"):
-        assert bench.preview(choice_of(method)).reason is None
+        assert session.preview(choice_of(method)).reason is None
     assert backbone.weights_hash() == before
     assert backbone.adapter is None
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_the_predicted_memory_is_what_training_takes(explored):
-    for run in explored.bench.runs.values():
-        predicted = explored.bench.preview(run.choice).memory
+    for run in explored.session.runs.values():
+        predicted = explored.session.preview(run.choice).memory
         for part, size in predicted.items():
             measured = run.resources[f"{part}_mib"]
             assert size == pytest.approx(measured, rel=0.05, abs=0.02), part
@@ -145,9 +145,9 @@ def test_what_does_not_fit_says_why(explored, data):
     assert explored.page.train_button.disabled
     with pytest.raises(ValueError, match="ConvNeXt"):
         explored.train()
-    strange = Bench({"toy": data}, {"tiny": {"name": "geopeft_tiny_rgb"}})
+    strange = Session({"toy": data}, {"tiny": {"name": "geopeft_tiny_rgb"}})
     assert "does not know NIR_NARROW" in strange.preview(choice_of()).reason
-    bad = explored.bench.preview(
+    bad = explored.session.preview(
         Choice(data.name, "", "geopeft_tiny", "lora", {"rank": 0})
     )
     assert "rank" in bad.reason
@@ -177,10 +177,10 @@ def test_going_back_swaps_the_adapter_and_trains_nothing(explored, data):
 
 
 def test_the_kept_prediction_is_that_of_the_swapped_model(explored, data):
-    run = next(r for r in explored.bench.runs.values() if r.choice.method == "bias")
+    run = next(r for r in explored.session.runs.values() if r.choice.method == "bias")
     explored.choose(method="lora", epochs=1)
     explored.model  # noqa: B018  (the other adapter is active now)
-    guess = explored.bench.predict(run, 1)
+    guess = explored.session.predict(run, 1)
     explored.choose(method="bias", epochs=1)
     with torch.inference_mode():
         output = explored.model(data.dataset("test")[1]["image"][None])
@@ -192,8 +192,8 @@ def test_a_run_repeats_although_the_page_was_used_meanwhile(data):
     """Dropout, order and weights of a training do not notice the previews."""
     options = {"tokens": 4, "dropout": 0.3}
     wanted = choice_of("vpt", options=options, decoder="fcn", epochs=2)
-    alone = Bench({"toy": data}, TINY).train(wanted, lambda news: None)
-    busy = Bench({"toy": data}, TINY)
+    alone = Session({"toy": data}, TINY).train(wanted, lambda news: None)
+    busy = Session({"toy": data}, TINY)
     found = []
     thread = threading.Thread(
         target=lambda: found.append(busy.train(wanted, lambda news: None))
@@ -213,10 +213,10 @@ def test_a_run_repeats_although_the_page_was_used_meanwhile(data):
 
 def test_a_backbone_is_loaded_once_and_never_beside_a_training(data):
     """Loading draws random numbers, and all threads draw from the same ones."""
-    bench, found = Bench({"toy": data}, TINY), []
-    ask = lambda: found.append(bench.backbone_of(choice_of("lora")))  # noqa: E731
+    session, found = Session({"toy": data}, TINY), []
+    ask = lambda: found.append(session.backbone_of(choice_of("lora")))  # noqa: E731
     threads = [threading.Thread(target=ask) for _ in range(2)]
-    with bench.turns.work():
+    with session.lock.training():
         state = torch.get_rng_state()
         for thread in threads:
             thread.start()
@@ -232,7 +232,7 @@ def test_a_backbone_is_loaded_once_and_never_beside_a_training(data):
 @pytest.mark.slow
 def test_cancel_leaves_everything_as_it_was(data):
     explorer = gk.Explorer(data, methods=["lora", "bias"])
-    backbone = explorer.bench.backbone_of(explorer.choice)
+    backbone = explorer.session.backbone_of(explorer.choice)
     before = backbone.weights_hash()
     explorer.choose(method="bias", decoder="fcn", epochs=1).train().wait()
     explorer.choose(method="lora", epochs=500).train()
@@ -241,11 +241,11 @@ def test_cancel_leaves_everything_as_it_was(data):
     explorer.cancel().wait()
     assert "Cancelled" in explorer.page.notes.value
     assert explorer.shown is None
-    assert [run.choice.method for run in explorer.bench.runs.values()] == ["bias"]
+    assert [run.choice.method for run in explorer.session.runs.values()] == ["bias"]
     backbone.adapter.deactivate() if backbone.adapter else None
     assert backbone.weights_hash() == before
     explorer.choose(epochs=1).train().wait()
-    again = Bench(explorer.bench.data, explorer.bench.backbones)
+    again = Session(explorer.session.data, explorer.session.backbones)
     assert (
         explorer.shown.scores == again.train(explorer.choice, lambda news: None).scores
     )
@@ -269,7 +269,7 @@ def test_an_error_is_shown_in_full_and_the_widget_lives_on(tmp_path: Path):
 
 
 def test_the_front_is_what_no_run_beats(explored):
-    run = next(iter(explored.bench.runs.values()))
+    run = next(iter(explored.session.runs.values()))
     random = np.random.default_rng(0)
 
     class Fake:
@@ -300,7 +300,7 @@ def test_another_region_is_held_out(data):
         gk.ChipData(data.folder, test_regions=["far"], batch_size=4), methods=["bias"]
     )
     explorer.choose(held_out="near")
-    held = explorer.bench.data_of(explorer.choice)
+    held = explorer.session.data_of(explorer.choice)
     regions = held.index.loc[held.index["split"] == "test", "region"].unique()
     assert list(regions) == ["near"]
     assert 'test_regions=["near"]' in explorer.code
@@ -329,7 +329,7 @@ def test_each_task_trains_and_shows_what_it_found(task: str, tmp_path: Path):
         assert type(shown).__module__.startswith("ipyleaflet") or shown.children
     explorer.show("Runs")
     head, _ = HEADLINE[task]
-    for run in explorer.bench.runs.values():
+    for run in explorer.session.runs.values():
         assert run.score() == run.scores["test"]["overall"][head]
         assert f"{run.score():.3f}" in explorer.page.table.value
     assert "Traceback" not in explorer.page.notes.value
@@ -346,7 +346,7 @@ def test_super_resolution_is_trained_shown_written_down_and_kept(
     empty = explorer.page.picture.value
     run = explorer.train().wait().shown
     assert explorer.page.picture.value != empty
-    assert explorer.bench.predict(run, 0).shape == (6, 32, 32)
+    assert explorer.session.predict(run, 0).shape == (6, 32, 32)
     assert set(run.scores["test"]["overall"]) == {"psnr", "ssim"}
     explorer.show("Map")
     layers = next(iter(explorer.page._maps.values())).layers
@@ -366,7 +366,7 @@ def test_super_resolution_is_trained_shown_written_down_and_kept(
     with pytest.raises(ValueError, match="other chips, splits or bands"):
         gk.Explorer.load(folder, data.for_super_resolution(4))
     explorer.choose(held_out="near")
-    assert explorer.bench.data_of(explorer.choice).factor == 2
+    assert explorer.session.data_of(explorer.choice).factor == 2
     assert explorer.preview.reason is None
 
 
@@ -463,7 +463,9 @@ def test_a_saved_explorer_comes_back_without_training(explored, data, tmp_path):
         with torch.inference_mode():
             assert torch.equal(loaded.model(image), explored.model(image))
         assert loaded.page.picture.value == explored.page.picture.value
-    assert explored.bench.backbone_of(explored.choice).adapter is explored.shown.adapter
+    assert (
+        explored.session.backbone_of(explored.choice).adapter is explored.shown.adapter
+    )
     explored.save(folder)  # replaces the one that is there
     assert len(gk.Explorer.load(folder, data).runs) == 2
 
@@ -510,7 +512,7 @@ def test_a_saved_explorer_is_checked(explored, data, tmp_path):
     with pytest.raises(FileNotFoundError, match="explorer.json"):
         gk.Explorer.load(tmp_path, data)
     (tmp_path / "mine.txt").write_text("keep me")
-    with pytest.raises(FileExistsError, match="no explorer"):
+    with pytest.raises(FileExistsError, match="not an explorer"):
         explored.save(tmp_path)
     folder = explored.save(tmp_path / "prepared")
     with pytest.raises(ValueError, match="other chips, splits or bands"):
@@ -563,11 +565,11 @@ def test_names_from_data_are_text(tmp_path: Path):
     assert "no place on a map" in page.map_box.children[0].value
 
 
-def test_the_mailbox_calls_in_the_thread_that_made_it():
+def test_the_queue_calls_in_the_thread_that_made_it():
     async def main() -> list[int]:
-        box, seen = Mailbox(), []
+        box, seen = MainThreadQueue(), []
         thread = threading.Thread(
-            target=lambda: box.post(lambda: seen.append(threading.get_ident()))
+            target=lambda: box.put(lambda: seen.append(threading.get_ident()))
         )
         thread.start()
         await asyncio.sleep(0.05)

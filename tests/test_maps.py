@@ -19,18 +19,11 @@ from PIL import Image
 from rasterio.transform import Affine, from_bounds
 from rasterio.warp import transform as to_crs
 
-from geopeft_kit.maps import overlays
+from geopeft_kit.maps import MapLayer, Raster, chip_layers, overlays, save_map, show_map
 from geopeft_kit.maps.overlays import draw, ramp_colours
 from geopeft_kit.maps.pixel_values import pixel_html, read_pixel
-from geopeft_kit.maps.scene_map import (
-    MapLayer,
-    Raster,
-    chip_layers,
-    map_html,
-    save_map,
-    show_map,
-)
-from geopeft_kit.maps.widget import tooltip
+from geopeft_kit.maps.scene_map import map_html
+from geopeft_kit.maps.widget import legend_html, tooltip
 
 EVIL = '<img src=x onerror="window.hacked=1">'
 CLASSES = [EVIL, "water </script> & ice"]
@@ -256,8 +249,6 @@ def test_names_are_text_everywhere():
     assert EVIL not in unescape(map_html(scene))
     bundle = scene._repr_mimebundle_()
     assert EVIL not in bundle["text/html"]
-    from geopeft_kit.maps.scene_map import legend_html
-
     legend = legend_html(scene.drawing)
     assert EVIL not in legend and "&lt;img src=x" in legend
 

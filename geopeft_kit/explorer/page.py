@@ -15,9 +15,9 @@ import ipywidgets as widgets
 
 from geopeft_kit.data.chips import ChipData
 from geopeft_kit.explorer import figures, panels
-from geopeft_kit.explorer.bench import Bench, KeptRun, Preview, machine_memory
 from geopeft_kit.explorer.choice import Choice
 from geopeft_kit.explorer.controls import Controls, control
+from geopeft_kit.explorer.session import KeptRun, Preview, Session, machine_memory
 from geopeft_kit.maps.scene_map import SceneMap
 from geopeft_kit.maps.widget import set_options
 from geopeft_kit.pictures import png_url
@@ -32,7 +32,7 @@ class Page:
     """Widgets and what they show.
 
     Args:
-        bench: Previews, runs, predictions.
+        session: Previews, runs, predictions.
         controls: The choice.
         show: Which three bands a picture shows.
         height: Of the map, in pixels.
@@ -43,9 +43,9 @@ class Page:
     """
 
     def __init__(
-        self, bench: Bench, controls: Controls, show: Any, height: int
+        self, session: Session, controls: Controls, show: Any, height: int
     ) -> None:
-        self.bench, self.controls = bench, controls
+        self.session, self.controls = session, controls
         self.show, self.height, self.message = show, height, ""
         self._quiet = False
         self._pictures: dict[tuple, bytes] = {}
@@ -178,16 +178,16 @@ class Page:
         """Draw everything; `news` and `error` (a traceback) are the last training's."""
         try:
             choice = self.controls.choice()
-            self.bench.data_of(choice)
-            preview = self.bench.preview(choice)
+            self.session.data_of(choice)
+            preview = self.session.preview(choice)
         except (ValueError, TypeError) as mistake:
             choice, preview = None, Preview(reason=str(mistake))
         self.choice = choice
-        run = None if choice is None else self.bench.runs.get(choice.key)
+        run = None if choice is None else self.session.runs.get(choice.key)
         method = self.controls.method.value
         self.parameters.value = panels.parameters_html(preview, method)
-        machine = machine_memory(self.bench.device)
-        device = "this machine" if self.bench.device.type == "cpu" else "the GPU"
+        machine = machine_memory(self.session.device)
+        device = "this machine" if self.session.device.type == "cpu" else "the GPU"
         self.memory.value = panels.memory_html(preview, machine, device)
         self.train_button.disabled = bool(training or run or preview.reason)
         self.train_button.description = "Train" if run is None else "Trained"
@@ -244,7 +244,7 @@ class Page:
         self.progress.value = panels.progress_html(
             news.get("losses", []),
             news.get("rows", []),
-            self.bench.data[choice.data].task,
+            self.session.data[choice.data].task,
             choice.epochs,
             choice.method,
             facts,
@@ -255,16 +255,16 @@ class Page:
         """Fill the dropdowns: runs to show, runs to swipe against, chips."""
         self._quiet = True
         try:
-            kept = [(r.name, key) for key, r in self.bench.runs.items()]
+            kept = [(r.name, key) for key, r in self.session.runs.items()]
             first = [] if run else [(NOT_TRAINED, "")]
             set_options(self.run, first + kept, choice.key if run else "")
             rivals = [
                 (r.name, key)
-                for key, r in self.bench.runs.items()
+                for key, r in self.session.runs.items()
                 if r is not run and self._same_data(r.choice, choice)
             ]
             set_options(self.other, [("truth", ""), *rivals], self.other.value)
-            data = self.bench.data_of(choice)
+            data = self.session.data_of(choice)
             chips = data.dataset("test")
             table = chips.table
             places = [
@@ -283,14 +283,14 @@ class Page:
     def _show_run(self, change: Mapping[str, Any]) -> None:
         """Set the controls to the choice of a kept run."""
         if not self._quiet and change["new"]:
-            self.controls.set(self.bench.runs[change["new"]].choice)
+            self.controls.set(self.session.runs[change["new"]].choice)
 
     def _draw_tab(self) -> None:
         """Draw the tab in view."""
         choice = self.choice
         if choice is None:
             return
-        data, run = self.bench.data_of(choice), self.bench.runs.get(choice.key)
+        data, run = self.session.data_of(choice), self.session.runs.get(choice.key)
         tab = TABS[self.tabs.selected_index or 0]
         if tab == "Picture":
             self.picture.value = self._picture(data, choice, run)
@@ -299,17 +299,17 @@ class Page:
         elif tab == "Runs":
             self.table.value = self._runs_table(run)
             self.trade_off.value = self._trade_off(choice, run)
-            self.trade_off.layout.display = "" if self.bench.runs else "none"
+            self.trade_off.layout.display = "" if self.session.runs else "none"
         else:
-            self.code.value = panels.render("code", self.bench.code(choice))
+            self.code.value = panels.render("code", self.session.code(choice))
 
     def _runs_table(self, run: KeptRun | None) -> str:
-        everything = list(self.bench.runs.values())
-        return panels.runs_html(everything, run, len(self.bench.data) > 1)
+        everything = list(self.session.runs.values())
+        return panels.runs_html(everything, run, len(self.session.data) > 1)
 
     def _trade_off(self, choice: Choice, run: KeptRun | None) -> bytes:
         """Score against memory, of the runs that are scored on the same chips."""
-        runs = self.bench.runs.values()
+        runs = self.session.runs.values()
         same = [one for one in runs if self._same_data(one.choice, choice)]
         return figures.trade_off_png(same, run)
 
@@ -318,19 +318,19 @@ class Page:
         key = (choice.data, choice.held_out, number, self.place.value)
         if key not in self._pictures:
             self._pictures[key] = figures.chip_png(
-                self.bench, data, run, self.place.value, self.show
+                self.session, data, run, self.place.value, self.show
             )
         return self._pictures[key]
 
     def _map(self, data: ChipData, choice: Choice, run: KeptRun | None) -> Any:
         """The map as a widget; its page where ipyleaflet is not installed."""
-        rival = self.bench.runs.get(self.other.value)
+        rival = self.session.runs.get(self.other.value)
         runs = [one for one in (run, rival) if one is not None]
         key = (choice.data, choice.held_out, *(one.number for one in runs))
         try:
             if key not in self._maps:
                 self._maps[key] = figures.map_of(
-                    self.bench, data, runs, self.show, self.height
+                    self.session, data, runs, self.show, self.height
                 )
         except ValueError as reason:
             return widgets.HTML(panels.render("message", str(reason), "no-map"))
@@ -345,14 +345,14 @@ class Page:
         shown = [self.parameters, self.memory, self.progress, self.notes]
         parts, pictures, code = [part.value for part in shown], [], ""
         if self.choice is not None:
-            choice, run = self.choice, self.bench.runs.get(self.choice.key)
+            choice, run = self.choice, self.session.runs.get(self.choice.key)
             parts.append(self._runs_table(run))
             pngs = (
-                self._picture(self.bench.data_of(choice), choice, run),
+                self._picture(self.session.data_of(choice), choice, run),
                 self._trade_off(choice, run),
             )
             pictures = [png_url(png) for png in pngs if png]
-            code = self.bench.code(choice)
+            code = self.session.code(choice)
         return panels.render("whole_page", parts, pictures, code)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-from geopeft_kit.explorer.bench import KeptRun, Preview
+from geopeft_kit.explorer.session import KeptRun, Preview
 from geopeft_kit.pictures import OKABE_ITO
 from geopeft_kit.plots import METHOD_COLOURS
 from geopeft_kit.training.evaluate import HEADLINE

@@ -5,7 +5,6 @@ They are read from the sources, not from the warped and coloured pictures.
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from rasterio.windows import Window
 
 from geopeft_kit.bands import resolve_bands
 from geopeft_kit.maps.layers import MapLayer, Raster, Source, classes_of, sources_of
+from geopeft_kit.maps.page import markup
 from geopeft_kit.pictures import png_url
 from geopeft_kit.plots import plot_spectrum
 from geopeft_kit.plots.drawing import figure_png
@@ -24,11 +24,9 @@ from geopeft_kit.raster_files import open_raster
 
 @dataclass(frozen=True)
 class Reading:
-    """What one layer holds at a place.
+    """The content of one layer at a pixel.
 
     Attributes:
-        layer: Name of the layer.
-        kind: "image", "classes" or "values".
         names: Band names, class names, or nothing.
         values: Reflectance per band, probability per class (none where the layer has
             no probabilities), or the one value.
@@ -124,36 +122,23 @@ def _descriptions(layer: MapLayer) -> Sequence[str]:
 
 def pixel_html(readings: Sequence[Reading], lon: float, lat: float) -> str:
     """Readings as HTML: bars for probabilities, a spectrum for bands; names escaped."""
-    ns, ew = "NS"[lat < 0], "EW"[lon < 0]
-    parts = [f"<b>{abs(lat):.6f}° {ns}, {abs(lon):.6f}° {ew}</b>"]
-    if not readings:
-        parts.append("<div>no data here</div>")
+    lines: list[tuple] = []
     images: dict[tuple[str, ...], Reading] = {}
     for reading in readings:
         if reading.kind == "image":  # true and false colour are one spectrum
             images.setdefault(reading.names, reading)
             continue
-        layer, text = html.escape(reading.layer), html.escape(reading.text)
-        parts.append(f"<div><i>{layer}</i>: {text}</div>")
+        bars = []
         if reading.kind == "classes" and reading.values:
-            pairs = zip(reading.names, reading.values, strict=True)
-            parts += [_bar(name, chance) for name, chance in pairs]
+            shares = np.clip(reading.values, 0, 1).tolist()
+            bars = list(zip(reading.names, shares, strict=True))
+        lines.append((reading.layer, reading.text, bars))
+    spectra = []
     for names, reading in images.items():
-        url = png_url(figure_png(plot_spectrum({reading.layer: reading.values}, names)))
+        figure = plot_spectrum({reading.layer: reading.values}, names)
         pairs = zip(names, reading.values, strict=True)
-        text = html.escape(", ".join(f"{name} {value:.3f}" for name, value in pairs))
-        parts.append(
-            f"<img class='gpk-spectrum' alt='{text}' title='{text}' "
-            f"style='width:100%' src='{url}'>"
-        )
-    return "<div style='line-height:1.4'>" + "".join(parts) + "</div>"
-
-
-def _bar(name: str, chance: float) -> str:
-    width = round(100 * min(max(chance, 0.0), 1.0))
-    return (
-        "<div style='position:relative;margin:1px 0;background:#eee'>"
-        f"<div style='position:absolute;width:{width}%;height:100%;"
-        "background:#9ecae1'></div><span style='position:relative;padding:0 4px'>"
-        f"{html.escape(name)} {chance:.0%}</span></div>"
-    )
+        text = ", ".join(f"{name} {value:.3f}" for name, value in pairs)
+        spectra.append((png_url(figure_png(figure)), text))
+    ns, ew = "NS"[lat < 0], "EW"[lon < 0]
+    place = f"{abs(lat):.6f}° {ns}, {abs(lon):.6f}° {ew}"
+    return markup("pixel", place, lines, spectra)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from geopeft_kit.maps.layers import MapLayer
 from geopeft_kit.maps.overlays import Drawing, DrawnLayer
-from geopeft_kit.maps.page import legends
+from geopeft_kit.maps.page import legends, markup
 from geopeft_kit.maps.pixel_values import Reading, pixel_html
 
 if TYPE_CHECKING:
@@ -301,24 +301,7 @@ def _narrow(kind: type, **settings: Any) -> Any:
 
 def legend_html(drawing: Drawing) -> str:
     """The legends as HTML, every name escaped."""
-    parts = []
-    for legend in legends(drawing):
-        entries = legend["entries"]
-        parts.append(f"<i>{html.escape(', '.join(legend['layers']))}</i>")
-        if legend["limits"] is not None:
-            colours = ",".join(colour for colour, _ in entries)
-            parts.append(
-                f"<div style='height:12px;background:linear-gradient(90deg,{colours})'>"
-                f"</div>{html.escape(entries[0][1])} to {html.escape(entries[-1][1])}"
-            )
-            continue
-        parts += [
-            f"<div><span style='display:inline-block;width:14px;height:14px;"
-            f"vertical-align:-2px;border:1px solid #0005;background:{colour}'></span> "
-            f"{html.escape(text)}</div>"
-            for colour, text in entries
-        ]
-    return "<div style='line-height:1.5'>" + "".join(parts) + "</div>"
+    return markup("legend", legends(drawing))
 
 
 # --- ipywidgets 7, which Colab ships, and ipywidgets 8 --------------------------------
