@@ -42,8 +42,7 @@ def class_colours(classes: Sequence[str], colours: Colours | None = None) -> lis
     """One "#rrggbb" per class; by default Okabe and Ito's, in their order.
 
     `colours` is a list, or a dict by class name or number, of "#rrggbb" or three
-    numbers from 0 to 255. Raises ValueError for too few, a missing one, or one that is
-    not a colour.
+    numbers from 0 to 255. Raises ValueError for a missing or malformed one.
     """
     if colours is None:
         own = [*list(OKABE_ITO.values())[1:], OKABE_ITO["black"]]

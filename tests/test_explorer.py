@@ -19,6 +19,7 @@ from toy import BANDS, change_data, toy_data
 import geopeft_kit as gk
 from geopeft_kit.data import Chip, write_chip_folder
 from geopeft_kit.explorer.choice import Choice, defaults_of
+from geopeft_kit.explorer.figures import positions_in
 from geopeft_kit.explorer.session import Session, pareto_front
 from geopeft_kit.explorer.threads import MainThreadQueue
 from geopeft_kit.training.evaluate import HEADLINE
@@ -308,6 +309,23 @@ def test_another_region_is_held_out(data):
     assert all(label.startswith("near: ") for label in places)
 
 
+def test_the_map_compares_two_runs_and_takes_boxes(explored, data):
+    bias, lora = explored.session.runs.values()
+    explored.choose(method="lora", epochs=1).show("Map")
+    explored.page.other.value = bias.choice.key
+    scene = list(explored.page._maps.values())[-1]
+    names = [layer.name for layer in scene.layers]
+    assert [names[i] for i in scene.swipe] == [lora.name, bias.name]
+    west, south, east, north = data.index[data.index["split"] == "test"].total_bounds
+    assert positions_in(data, (west, south, east, north))
+    added = scene.on_box((west, south, east, north))
+    assert f"box 1: {lora.name}" in [layer.name for layer in added]
+    with pytest.raises(ValueError, match="touches 0 of"):
+        scene.on_box((west - 2, south, west - 1, north))
+    explored.page.other.value = ""
+    explored.show("Picture")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["regression", "classification", "change"])
 def test_each_task_trains_and_shows_what_it_found(task: str, tmp_path: Path):
@@ -370,25 +388,29 @@ def test_super_resolution_is_trained_shown_written_down_and_kept(
     assert explorer.preview.reason is None
 
 
-@pytest.mark.parametrize("task", ["segmentation", "regression"])
-def test_chips_without_a_place_say_so_where_the_map_would_be(task, tmp_path: Path):
+def placeless(folder, task, classes, region="", name="Nowhere") -> gk.ChipData:
+    """Six chips of random numbers without a place on Earth."""
     random = np.random.default_rng(0)
-    chips = [
+    kind = np.uint8 if task == "segmentation" else np.float32
+    chips = (
         Chip(
             name=f"chip_{n}",
-            image=random.integers(0, 3000, (len(BANDS), 16, 16)).astype(np.uint16),
-            mask=random.integers(0, 2, (16, 16)).astype(
-                np.uint8 if task == "segmentation" else np.float32
-            ),
-            region="ab"[n % 2],
+            image=random.integers(0, 3000, (len(BANDS), 32, 32)).astype(np.uint16),
+            mask=random.integers(0, 2, (32, 32)).astype(kind),
+            region=f"{region}{'ab'[n % 2]}",
             split=["train", "test"][n % 2],
         )
-        for n in range(4)
-    ]
-    info = {"name": "Nowhere", "task": task, "bands": BANDS, "scale": 1e-4}
-    info["classes"] = ("one", "two") if task == "segmentation" else ()
-    write_chip_folder(tmp_path / "nowhere", iter(chips), info)
-    data = gk.ChipData(tmp_path / "nowhere", split="index", batch_size=2)
+        for n in range(6)
+    )
+    info = {"name": name, "task": task, "bands": BANDS, "scale": 1e-4}
+    write_chip_folder(folder, chips, {**info, "classes": classes})
+    return gk.ChipData(folder, split="index", batch_size=3)
+
+
+@pytest.mark.parametrize("task", ["segmentation", "regression"])
+def test_chips_without_a_place_say_so_where_the_map_would_be(task, tmp_path: Path):
+    classes = ("one", "two") if task == "segmentation" else ()
+    data = placeless(tmp_path / "nowhere", task, classes)
     explorer = gk.Explorer(data, methods=["bias"]).show("Map")
     shown = explorer.page.map_box.children[0].value
     assert "no place on a map" in shown
@@ -404,44 +426,37 @@ def numbers(text: str) -> list[dict[str, float]]:
     return [ast.literal_eval(line[line.index("{") :]) for line in lines]
 
 
-def run_alone(code: str, folder: Path) -> list[dict[str, float]]:
-    """What a cell prints in an empty process."""
-    script = folder / "cell.py"
-    script.write_text(code)
-    done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, cwd=folder
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return numbers(done.stdout)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)  # importing torch anew takes minutes on a busy machine
-def test_the_code_gives_the_same_numbers_in_an_empty_process(tmp_path, data):
-    explorer = gk.Explorer(data, TINY, methods=["lora"])
-    explorer.choose(
-        options={"rank": 4, "targets": ["q", "fc1"]}, decoder="fcn", epochs=2, seed=5
-    )
-    explorer.train().wait()
-    scores = explorer.shown.scores
-    found = run_alone(explorer.code, tmp_path)
-    assert found == [scores["val"]["overall"], scores["test"]["overall"]]
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)  # importing torch anew takes minutes on a busy machine
-def test_the_code_makes_simulated_data_and_random_weights_again(tmp_path):
-    data = gk.simulated_data(
+def simulated() -> gk.ChipData:
+    return gk.simulated_data(
         "burn", chips_per_region=6, size=32, scene_size=64, seed=3, batch_size=4,
         train_regions=["temperate", "boreal"], val_fraction=0.4,
     ).subset(6, seed=2)  # fmt: skip
-    backbones = {"random": {"name": "geopeft_tiny", "weights": None}}
-    explorer = gk.Explorer(data, backbones, methods=["full"])
-    explorer.choose(epochs=1, learning_rate=1e-3).train().wait()
-    assert str(data.folder) not in explorer.code
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # importing torch anew takes minutes on a busy machine
+@pytest.mark.parametrize(("source", "weights", "choice"), [
+    ("folder", "default",
+     {"method": "lora", "options": {"rank": 4, "targets": ["q", "fc1"]},
+      "decoder": "fcn", "epochs": 2, "seed": 5}),
+    ("simulated", None, {"method": "full", "epochs": 1, "learning_rate": 1e-3}),
+])  # fmt: skip
+def test_the_code_gives_the_same_numbers_in_an_empty_process(
+    tmp_path, data, source, weights, choice
+):
+    data = simulated() if source == "simulated" else data
+    backbones = {"tiny": {"name": "geopeft_tiny", "weights": weights}}
+    explorer = gk.Explorer(data, backbones, methods=["lora", "full"])
+    explorer.choose(**choice).train().wait()
+    assert (str(data.folder) in explorer.code) == (source == "folder")
+    script = tmp_path / "cell.py"
+    script.write_text(explorer.code)
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path
+    )
     scores = explorer.shown.scores
-    found = run_alone(explorer.code, tmp_path)
-    assert found == [scores["val"]["overall"], scores["test"]["overall"]]
+    expected = [scores["val"]["overall"], scores["test"]["overall"]]
+    assert numbers(done.stdout) == expected, done.stderr[-2000:]
 
 
 # --- on disk --------------------------------------------------------------------------
@@ -534,23 +549,7 @@ def test_a_saved_explorer_is_checked(explored, data, tmp_path):
 
 
 def test_names_from_data_are_text(tmp_path: Path):
-    random = np.random.default_rng(0)
-    chips = [
-        Chip(
-            name=f"chip_{n}",
-            image=random.integers(0, 3000, (len(BANDS), 32, 32)).astype(np.uint16),
-            mask=random.integers(0, 2, (32, 32)).astype(np.uint8),
-            region=f"{EVIL} {'ab'[n % 2]}",
-            split=["train", "test"][n % 2],
-        )
-        for n in range(6)
-    ]
-    info = {
-        "name": EVIL, "task": "segmentation", "bands": BANDS, "scale": 1e-4,
-        "classes": (EVIL, "two"),
-    }  # fmt: skip
-    write_chip_folder(tmp_path / "evil", iter(chips), info)
-    data = gk.ChipData(tmp_path / "evil", split="index", batch_size=3)
+    data = placeless(tmp_path, "segmentation", (EVIL, "two"), f"{EVIL} ", EVIL)
     explorer = gk.Explorer(data, {EVIL: {"name": "geopeft_tiny"}}, methods=["bias"])
     explorer.choose(decoder="fcn", epochs=1).train().wait()
     for number in range(4):

@@ -359,14 +359,15 @@ def test_truncated_scene_leaves_no_prediction(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["scene.tif"]
 
 
-def run_alone(script: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", script]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def run_alone(script: str, **values) -> subprocess.CompletedProcess[str]:
+    """Run a script that imports from this folder in an empty process."""
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})"
+    code += script.format(**values)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
 
 FULL_DISK = """
-import resource, signal, sys
-sys.path.insert(0, {tests!r})
+import resource, signal
 from test_inference import pixelwise, predict_scene
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
@@ -382,20 +383,14 @@ def test_full_disk_leaves_the_old_prediction_and_nothing_else(tmp_path):
     source = write_scene(tmp_path / "scene.tif", reflectance(600, 600))
     target = tmp_path / "out.tif"
     target.write_text("the old one")
-    script = FULL_DISK.format(
-        tests=str(Path(__file__).parent), source=str(source), target=str(target)
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True
-    )
+    done = run_alone(FULL_DISK, source=str(source), target=str(target))
     assert "RuntimeError" in done.stdout and "disk full" in done.stdout, done.stderr
     assert target.read_text() == "the old one"
     assert {path.name for path in tmp_path.iterdir()} == {"scene.tif", "out.tif"}
 
 
 MEMORY = """
-import resource, sys
-sys.path.insert(0, {tests!r})
+import resource
 from test_inference import pixelwise, predict_scene
 predict_scene(pixelwise(), {small!r}, {target!r}, window=128, progress=False)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -424,13 +419,8 @@ def test_memory_does_not_grow_with_the_height_of_the_scene(tmp_path):
             for row in range(0, height, 1024):
                 block = np.full((3, 1024, 1024), row % 9000, np.uint16)
                 raster.write(block, window=((row, row + 1024), (0, 1024)))
-    script = MEMORY.format(
-        tests=str(Path(__file__).parent), target=str(tmp_path / "out.tif"),
-        small=str(paths["small"]), big=str(paths["big"]),
-    )  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True
-    )
+    files = {name: str(path) for name, path in paths.items()}
+    done = run_alone(MEMORY, target=str(tmp_path / "out.tif"), **files)
     before, after = map(int, done.stdout.split())
     # The scene alone is 96 MiB, its reflectance 192 MiB, its probabilities as much.
     assert after - before < 140 * 1024, f"{before} -> {after} KiB"
