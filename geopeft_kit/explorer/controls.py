@@ -15,6 +15,7 @@ import ipywidgets as widgets
 from geopeft_kit.decoders import DECODERS
 from geopeft_kit.explorer.choice import AS_GIVEN, Choice, defaults_of, find_method
 from geopeft_kit.explorer.session import Session
+from geopeft_kit.maps.widget import named
 from geopeft_kit.model import WHOLE_IMAGE_TASKS
 
 
@@ -26,8 +27,7 @@ def control(kind: Callable[..., Any], label: str, name: str, **settings: Any) ->
         style={"description_width": "92px"},
         **settings,
     )
-    made.add_class(f"gpk-{name}")
-    return made
+    return named(made, name)
 
 
 class Controls:
@@ -57,7 +57,7 @@ class Controls:
             style={"button_width": "auto", "description_width": "92px"},
             layout={"width": "auto", "margin": "2px 0"},
         )
-        self.decoder.add_class("gpk-decoder")
+        named(self.decoder, "decoder")
         self.epochs = control(
             widgets.BoundedIntText, "epochs", "epochs", value=4, min=1, max=10_000
         )

@@ -81,8 +81,8 @@ class Explorer:
         self._news: dict[str, Any] = {}
         self.controls = Controls(self.session, chosen)
         self.page = Page(self.session, self.controls, show, height)
-        self.page.on_train(self.train)
-        self.page.on_cancel(self.cancel)
+        self.page.on_click(self.page.train_button, self.train)
+        self.page.on_click(self.page.cancel_button, self.cancel)
         self.page.on_save(self.save_run)
         self.controls.listen(self._refresh)
         self._refresh()

@@ -19,7 +19,7 @@ from geopeft_kit.explorer.choice import Choice
 from geopeft_kit.explorer.controls import Controls, control
 from geopeft_kit.explorer.session import KeptRun, Preview, Session, machine_memory
 from geopeft_kit.maps.scene_map import SceneMap
-from geopeft_kit.maps.widget import set_options
+from geopeft_kit.maps.widget import named, set_options
 from geopeft_kit.pictures import png_url
 
 TABS = ("Picture", "Map", "Runs", "Code")
@@ -61,25 +61,25 @@ class Page:
             layout={**AUTO, "min_height": "186px"},  # no jump on a toggle
         )
         main = widgets.VBox([top, self.picks, self.tabs], layout=FILL)
-        self.box = _named(
+        self.box = named(
             widgets.HBox([side, main], layout={"width": "100%"}), "explorer"
         )
 
     def _make_panels(self) -> None:
         third = {"min_width": "0", "margin": "0 14px 6px 0"}
         self.parameters, self.memory, self.progress = (
-            _named(widgets.HTML(layout={**third, "flex": grow}), name)
+            named(widgets.HTML(layout={**third, "flex": grow}), name)
             for name, grow in (("parameters", "1 1 0"), ("memory", "1 1 0"),
                                ("progress", "1.3 1 0"))
         )  # fmt: skip
-        self.notes = _named(widgets.HTML(layout=AUTO), "notes")
-        self.train_button = _named(
+        self.notes = named(widgets.HTML(layout=AUTO), "notes")
+        self.train_button = named(
             widgets.Button(
                 description="Train", button_style="primary", layout={"width": "96px"}
             ),
             "train",
         )
-        self.cancel_button = _named(
+        self.cancel_button = named(
             widgets.Button(
                 description="Cancel", disabled=True, layout={"width": "80px"}
             ),
@@ -90,13 +90,13 @@ class Page:
             [self.train_button, self.cancel_button, self.bar],
             layout={**AUTO, "margin": "4px 0"},
         )
-        self.save_button = _named(
+        self.save_button = named(
             widgets.Button(
                 description="Save this run", disabled=True, layout={"width": "110px"}
             ),
             "save",
         )
-        self.folder = _named(widgets.Text(layout=FILL), "folder")
+        self.folder = named(widgets.Text(layout=FILL), "folder")
         self.saving = widgets.HBox([self.save_button, self.folder], layout=AUTO)
 
     def _make_tabs(self) -> None:
@@ -113,10 +113,10 @@ class Page:
             one.style.description_width = "initial"
         self.picks = widgets.HBox([self.run, self.other, self.place], layout=AUTO)
         picture = {"max_width": "calc(100% - 4px)"}
-        self.picture = _named(widgets.Image(format="png", layout=picture), "picture")
-        self.table = _named(widgets.HTML(layout=AUTO), "table")
+        self.picture = named(widgets.Image(format="png", layout=picture), "picture")
+        self.table = named(widgets.HTML(layout=AUTO), "table")
         hidden = {**picture, "width": "684px", "display": "none"}
-        self.trade_off = _named(widgets.Image(format="png", layout=hidden), "trade-off")
+        self.trade_off = named(widgets.Image(format="png", layout=hidden), "trade-off")
         self.code = widgets.HTML(layout=AUTO)
         self.map_box = widgets.VBox(layout=AUTO)
         left = {"align_items": "flex-start"}
@@ -136,13 +136,9 @@ class Page:
         for one in (self.other, self.place):
             one.observe(self._redraw_tab, "value")
 
-    def on_train(self, action: Callable[[], Any]) -> None:
-        """What the Train button does; an error is shown, and the widget still works."""
-        self.train_button.on_click(lambda _: self._guarded(action))
-
-    def on_cancel(self, action: Callable[[], Any]) -> None:
-        """What the Cancel button does."""
-        self.cancel_button.on_click(lambda _: self._guarded(action))
+    def on_click(self, button: widgets.Button, action: Callable[[], Any]) -> None:
+        """What a button does; an error is shown, and the widget still works."""
+        button.on_click(lambda _: self._guarded(action))
 
     def on_save(self, action: Callable[[str | None], Any]) -> None:
         """What "Save this run" does with the folder beside it; None if it is empty."""
@@ -155,7 +151,7 @@ class Page:
             else:
                 self.folder.value = ""
 
-        self.save_button.on_click(lambda _: self._guarded(save))
+        self.on_click(self.save_button, save)
 
     def _redraw_tab(self, change: Mapping[str, Any]) -> None:
         if not self._quiet:
@@ -354,9 +350,3 @@ class Page:
             pictures = [png_url(png) for png in pngs if png]
             code = self.session.code(choice)
         return panels.render("whole_page", parts, pictures, code)
-
-
-def _named(widget: Any, name: str) -> Any:
-    """A widget with the CSS class `gpk-` and a name."""
-    widget.add_class(f"gpk-{name}")
-    return widget

@@ -140,8 +140,7 @@ class Session:
         if choice.held_out == AS_GIVEN:
             return data
         if key not in self._held_out:
-            given = {**data.hparams, "test_regions": [choice.held_out]}
-            other = ChipData(**given)
+            other = ChipData(**{**data.hparams, "test_regions": [choice.held_out]})
             if data.factor > 1:
                 other = other.for_super_resolution(data.factor)
             self._held_out[key] = other
@@ -202,25 +201,20 @@ class Session:
 
     def _build(self, choice: Choice) -> tuple[Adapter, Model]:
         """The adapter, active, and the model; an error leaves nothing attached."""
-        adapter = attach(self.backbone_of(choice), choice.method, **choice.options)
+        backbone, data = self.backbone_of(choice), self.data_of(choice)
+        adapter = attach(backbone, choice.method, **choice.options)
         try:
-            model = self.model_of(choice)
+            model = build_model(
+                backbone,
+                choice.decoder,
+                data.task,
+                data.num_classes,
+                factor=data.factor if data.factor > 1 else None,
+            )
         except BaseException:
             adapter.detach()
             raise
-        return adapter, model
-
-    def model_of(self, choice: Choice) -> Model:
-        """A fresh decoder on the backbone with its active adapter."""
-        data = self.data_of(choice)
-        model = build_model(
-            self.backbone_of(choice),
-            choice.decoder,
-            data.task,
-            data.num_classes,
-            factor=data.factor if data.factor > 1 else None,
-        )
-        return model.to(self.device)
+        return adapter, model.to(self.device)
 
     def _count(self, model: Model, adapter: Adapter) -> dict[str, int]:
         """Parameters of the plain backbone, of the adapter, and of the decoder."""

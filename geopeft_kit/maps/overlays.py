@@ -218,10 +218,15 @@ def _near(a: Box, b: Box) -> bool:
 
 def _draw_layer(layer: MapLayer, grids: Sequence[_Grid]) -> DrawnLayer:
     held = _held(sources_of(layer.source), grids)
-    paint = {"image": _paint_images, "values": _paint_values}.get(
-        layer.kind, _paint_classes
-    )
-    painted, legend = paint(layer, held)
+    smooth = Resampling.bilinear if layer.kind == "image" else Resampling.nearest
+    canvases = [_canvas(sources, grid, layer, smooth) for grid, sources in held]
+    if layer.kind == "image":
+        painted, legend = _paint_images(canvases), None
+    elif layer.kind == "values":
+        painted, legend = _paint_values(layer, [canvas[0] for canvas in canvases])
+    else:
+        numbers = [canvas[0] for canvas in canvases]
+        painted, legend = _paint_classes(layer, numbers, [grid for grid, _ in held])
     pictures = tuple(
         Picture(_png(rgba), grid.degrees())
         for (grid, _), rgba in zip(held, painted, strict=True)
@@ -232,7 +237,7 @@ def _draw_layer(layer: MapLayer, grids: Sequence[_Grid]) -> DrawnLayer:
 def _held(
     sources: Sequence[Source], grids: Sequence[_Grid]
 ) -> list[tuple[_Grid, list[Source]]]:
-    """The grids that hold sources, each with its own: their middles lie in it."""
+    """The grids that hold the centres of sources, each with these sources."""
     boxes = [_footprint(source).box for source in sources]
     middles = [((b[0] + b[2]) / 2, (b[1] + b[3]) / 2) for b in boxes]
     held = []
@@ -244,22 +249,17 @@ def _held(
     return held
 
 
-def _paint_images(layer: MapLayer, held: Sequence[tuple]) -> tuple[list, None]:
-    canvases = [
-        _canvas(inside, grid, layer, Resampling.bilinear) for grid, inside in held
-    ]
+def _paint_images(canvases: Sequence[np.ndarray]) -> list[np.ndarray]:
     limits = stretch_limits(canvases)
-    pictures = [
+    return [
         _rgba(stretch(canvas, limits), np.isfinite(canvas).all(axis=0))
         for canvas in canvases
     ]
-    return pictures, None
 
 
-def _paint_values(layer: MapLayer, held: Sequence[tuple]) -> tuple[list, Legend]:
-    canvases = [
-        _canvas(inside, grid, layer, Resampling.nearest)[0] for grid, inside in held
-    ]
+def _paint_values(
+    layer: MapLayer, canvases: Sequence[np.ndarray]
+) -> tuple[list[np.ndarray], Legend]:
     low, high = layer.limits or stretch_limits([c[None] for c in canvases])[:, 0]
     ramp = ramp_colours()
     span = max(high - low, 1e-12)
@@ -281,16 +281,15 @@ def ramp_colours() -> np.ndarray:
     return np.round(255 * colormaps["viridis"](np.arange(256))[:, :3]).astype("u1")
 
 
-def _paint_classes(layer: MapLayer, held: Sequence[tuple]) -> tuple[list, Legend]:
+def _paint_classes(
+    layer: MapLayer, canvases: Sequence[np.ndarray], grids: Sequence[_Grid]
+) -> tuple[list[np.ndarray], Legend]:
     classes, colours = classes_of(layer)
-    canvases = [
-        _canvas(inside, grid, layer, Resampling.nearest)[0] for grid, inside in held
-    ]
     _check_values(layer.name, canvases, classes)
     if layer.kind == "errors":
         assert layer.truth is not None
-        truths = dict(_held(sources_of(layer.truth), [grid for grid, _ in held]))
-        references = [_canvas(truths.get(grid, []), grid, layer)[0] for grid, _ in held]
+        truths = dict(_held(sources_of(layer.truth), grids))
+        references = [_canvas(truths.get(grid, []), grid, layer)[0] for grid in grids]
         _check_values(layer.name, references, classes)
         canvases, classes, colours = _errors(canvases, references, classes)
     table = rgb_of(colours) / 255
@@ -314,11 +313,8 @@ def _errors(
         errors.append(np.where(wrong, kind, np.nan))
     if not two:
         return errors, ["wrong"], [MISSED]
-    return (
-        errors,
-        [f"missed {classes[1]}", f"false {classes[1]}"],
-        [MISSED, FALSE_ALARM],
-    )
+    names = [f"missed {classes[1]}", f"false {classes[1]}"]
+    return errors, names, [MISSED, FALSE_ALARM]
 
 
 def _check_values(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import html
 import importlib.resources
 import re
+from dataclasses import asdict
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
@@ -48,15 +49,7 @@ def legends(drawing: Drawing) -> list[dict[str, Any]]:
     for layer in drawing.layers:
         if layer.legend is not None:
             found.setdefault(layer.legend, []).append(layer.name)
-    return [
-        {
-            "entries": legend.entries,
-            "limits": legend.limits,
-            "unit": legend.unit,
-            "layers": names,
-        }
-        for legend, names in found.items()
-    ]
+    return [{**asdict(legend), "layers": names} for legend, names in found.items()]
 
 
 def page(
@@ -71,17 +64,7 @@ def page(
     "attribution" of tiles; None fetches nothing.
     """
     data = {
-        "layers": [
-            {
-                "name": layer.name,
-                "visible": layer.visible,
-                "opacity": layer.opacity,
-                "pictures": [
-                    {"url": p.url, "bounds": p.bounds} for p in layer.pictures
-                ],
-            }
-            for layer in drawing.layers
-        ],
+        "layers": [asdict(layer) for layer in drawing.layers],
         "places": [{"name": name, "bounds": b} for name, b in drawing.places],
         "legends": legends(drawing),
         "ramp": [f"#{bytes(colour).hex()}" for colour in ramp_colours()],

@@ -109,28 +109,25 @@ class MapControls:
         self.switches: list[Any] = []
         self.rows: list[Any] = []
         self.busy = True
-        self.choice = _narrow(widgets.Dropdown, description="go to")
-        self.choice.add_class("gpk-places")
+        self.choice = named(_narrow(widgets.Dropdown, description="go to"), "places")
         self.choice.observe(self._go, names="value")
         self._make_swipe()
-        self.legend, self.pixel = widgets.HTML(), widgets.HTML()
-        self.legend.add_class("gpk-legend")
-        self.pixel.add_class("gpk-pixel")
+        self.legend = named(widgets.HTML(), "legend")
+        self.pixel = named(widgets.HTML(), "pixel")
         self.side = widgets.VBox(layout=widgets.Layout(
             width="270px", max_height=f"{scene.height}px", overflow="auto",
             padding="0 0 0 8px", flex="none",
         ))  # fmt: skip
         self.map.layout.flex = "1 1 auto"
-        self.box = widgets.HBox([self.map, self.side])
-        self.box.add_class("gpk-scene")
+        self.box = named(widgets.HBox([self.map, self.side]), "scene")
         self.map.on_interaction(self._clicked)
         self.on_box = scene.on_box
         if self.on_box is not None:
-            self._make_pencil()
+            self._add_box_tool()
         self.refresh()
 
     def refresh(self) -> None:
-        """Take in layers that the scene got since, and show what the switches say."""
+        """Show layers that were added to the scene, and what the switches say."""
         drawing = self.scene.drawing
         for number in range(len(self.rows), len(drawing.layers)):
             self.overlays.append(_overlays(drawing.layers[number], number))
@@ -167,21 +164,21 @@ class MapControls:
         lat, lon = event["coordinates"]
         self.pixel.value = pixel_html(self.scene.pixel(lon, lat), lon, lat)
 
-    def _make_pencil(self) -> None:
-        """A tool that draws boxes, and hands each to the scene's `on_box`."""
+    def _add_box_tool(self) -> None:
+        """A tool that draws boxes for the scene's `on_box`."""
         import ipyleaflet
 
         others = ("polyline", "polygon", "circlemarker", "marker", "circle")
-        pencil = ipyleaflet.DrawControl(
+        tool = ipyleaflet.DrawControl(
             **{shape: {} for shape in others},
             rectangle={"shapeOptions": {"color": "#000", "fill": False}},
             edit=False,
             remove=False,
         )
-        pencil.on_draw(self._drawn)
-        self.map.add(pencil)
+        tool.on_draw(self._drawn)
+        self.map.add(tool)
 
-    def _drawn(self, pencil: Any, action: str, geo_json: dict) -> None:
+    def _drawn(self, tool: Any, action: str, geo_json: dict) -> None:
         if action != "created" or self.on_box is None:
             return
         corners = geo_json["geometry"]["coordinates"][0]
@@ -191,9 +188,9 @@ class MapControls:
         try:
             self.scene.add(self.on_box(box))
             self.pixel.value = "<i>the box is on the map</i>"
-        except Exception as error:  # shown to whoever drew it; the map lives on
+        except Exception as error:  # shown on the map, which still works
             self.pixel.value = f"<b>no layer:</b> {html.escape(str(error))}"
-        pencil.clear()
+        tool.clear()
 
     def _layer_row(self, number: int) -> Any:
         import ipywidgets as widgets
@@ -208,16 +205,15 @@ class MapControls:
             layout={"width": "80px"},
             **tooltip(widgets.FloatSlider, f"opacity of {layer.name}"),
         )  # fmt: skip
-        switch.add_class("gpk-layer")
-        slider.add_class("gpk-opacity")
+        named(switch, "layer")
+        named(slider, "opacity")
         for overlay in self.overlays[number]:
             # In the browser, so that it moves without asking Python.
             widgets.jslink((slider, "value"), (overlay, "opacity"))
         switch.observe(lambda _: self._update(), names="value")
         self.switches.append(switch)
         row = widgets.HBox([switch, slider], layout={"flex": "none"})
-        row.add_class("gpk-row")
-        return row
+        return named(row, "row")
 
     def _make_swipe(self) -> None:
         import ipywidgets as widgets
@@ -226,7 +222,7 @@ class MapControls:
             widgets.Checkbox, value=self.scene.swipe is not None,
             description="swipe between", indent=False,
         )  # fmt: skip
-        self.on.add_class("gpk-swipe")
+        named(self.on, "swipe")
         self.pair = [
             _narrow(widgets.Dropdown, description=side) for side in ("left", "right")
         ]
@@ -234,7 +230,7 @@ class MapControls:
             control.observe(lambda _: self._update(), names="value")
 
     def _update(self) -> None:
-        """Show what the switches say; the two sides of a swipe belong to it."""
+        """Show what the switches say, and the two sides of a swipe."""
         import ipyleaflet
 
         sides = [choice.value for choice in self.pair]
@@ -271,6 +267,12 @@ def _overlays(layer: DrawnLayer, number: int) -> list[ipyleaflet.ImageOverlay]:
         )
         for picture in layer.pictures
     ]  # fmt: skip
+
+
+def named(widget: Any, name: str) -> Any:
+    """A widget with the CSS class `gpk-` and a name."""
+    widget.add_class(f"gpk-{name}")
+    return widget
 
 
 def set_options(choice: Any, options: Sequence[tuple[str, Any]], value: Any) -> None:

@@ -41,7 +41,7 @@ def show_chip(
     ignore_index: int = 255,
     title: str | None = None,
 ) -> Figure:
-    """One chip: the image, and beside it the mask if it has one.
+    """One chip: the image, and its mask if it has one.
 
     Args:
         sample: A sample dict: image (C, H, W) reflectance, perhaps mask (H, W),
@@ -174,7 +174,7 @@ def plot_spectrum(
 
     Args:
         spectra: Name -> one value per band.
-        bands: The bands. Where one has no wavelength, bands stand side by side.
+        bands: The bands. Where one has no wavelength, bands are evenly spaced.
     """
     try:
         names: Sequence[str] = resolve_bands(bands)
@@ -200,16 +200,13 @@ def plot_spectrum(
 
 
 def plot_split(index: Any, title: str = "", view: Sequence[float] | None = None) -> Any:
-    """Where the chips of each split lie.
+    """A map of the chips of each split; very small footprints get a marker.
 
     Args:
         index: GeoDataFrame with footprints in degrees and the column `split`, as
             `ChipData.index`.
         title: Above the figure.
-        view: West, south, east, north of a part to look at; by default all.
-
-    Returns:
-        The figure. Footprints too small to see carry a mark in their middle.
+        view: West, south, east, north of a part; by default everything.
     """
     placed = index[index.geometry.notna()]
     if view is not None:
