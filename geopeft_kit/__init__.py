@@ -28,12 +28,13 @@ if TYPE_CHECKING:
     from geopeft_kit.explorer import Explorer
     from geopeft_kit.geo_aware import pretrain_geo_aware
     from geopeft_kit.maps import MapLayer, Raster, chip_layers, save_map, show_map
-    from geopeft_kit.maps.exports import export_prediction
-    from geopeft_kit.maps.places import fetch_scene, predict_place
+    from geopeft_kit.maps.places import predict_place
     from geopeft_kit.methods import attach, combine, list_methods, load_adapter
     from geopeft_kit.model import build_model
     from geopeft_kit.pretraining import pretrain
     from geopeft_kit.saved_model import load_model, save_model
+    from geopeft_kit.scenes.exports import export_prediction
+    from geopeft_kit.scenes.fetch import fetch_scene
     from geopeft_kit.scenes.inference import predict_scene
     from geopeft_kit.training import (  # type: ignore[no-redef]
         MemoryEstimate,
@@ -111,12 +112,13 @@ _ROOMS = {
     "explorer": ("Explorer",),
     "geo_aware": ("pretrain_geo_aware",),
     "maps": ("MapLayer", "Raster", "chip_layers", "save_map", "show_map"),
-    "maps.exports": ("export_prediction",),
-    "maps.places": ("fetch_scene", "predict_place"),
+    "maps.places": ("predict_place",),
     "methods": ("attach", "combine", "list_methods", "load_adapter"),
     "model": ("build_model",),
     "pretraining": ("pretrain",),
     "saved_model": ("load_model", "save_model"),
+    "scenes.exports": ("export_prediction",),
+    "scenes.fetch": ("fetch_scene",),
     "scenes.inference": ("predict_scene",),
     "training": (
         "MemoryEstimate",

@@ -1,22 +1,16 @@
-"""Where a model may be believed: the area of applicability.
+"""The area of applicability: where a model can be trusted.
 
-A network answers everywhere, also on ground that resembles nothing it was trained on.
-How strange a place is can be measured: its distance, in the feature space of the
-backbone, to the nearest training patch, divided by how far training patches lie from
-each other on average. This is the dissimilarity index. The area of applicability is
-where it is no larger than between training regions.
+The dissimilarity index of a place is its distance, in the feature space of the
+backbone, to the nearest training patch, divided by the mean distance between training
+patches. The area of applicability is where it is no larger than between training folds.
 
-As in the paper: the index (minimum distance over mean distance), a threshold from the
-training data themselves, where the nearest neighbour has to be of another fold, and
-the upper whisker (largest value within 1.5 interquartile ranges above the third
-quartile) as that threshold.
-Ours: the space. The paper takes the predictors, scaled and weighted by their importance
-in a random forest; here it is the backbone's last map, adapter included, each channel
-scaled to unit variance over the training patches, unweighted. Folds are regions, and
-where there is only one, blocks of touching chips. Large training sets are thinned out
-at random.
-
-Taught in `notebooks/09_unseen_regions.ipynb`.
+As in the paper: the index, and the threshold, the upper whisker (largest value within
+1.5 interquartile ranges above the third quartile) of the training data's index with the
+nearest neighbour in another fold.
+Ours: the space. The paper uses the predictors, weighted by their importance in a
+random forest; here it is the backbone's last map, adapter included, each channel scaled
+to unit variance over the training patches. Folds are regions, or blocks of touching
+chips where there is only one region. Large training sets are subsampled.
 
 Source:
     Meyer and Pebesma 2021, "Predicting into unknown space? Estimating the area of
@@ -32,16 +26,15 @@ import torch
 from torch import Tensor, nn
 
 from geopeft_kit.data.batch import batch_meta
-
-from .data.splits import spatial_blocks
-from .decoders.neck import pad_to_multiple
-from .devices import moved
-from .training.hardware import choose_device
+from geopeft_kit.data.splits import spatial_blocks
+from geopeft_kit.decoders.neck import pad_to_multiple
+from geopeft_kit.devices import moved
+from geopeft_kit.training.hardware import choose_device
 
 if TYPE_CHECKING:
-    from .backbones.base import Backbone, Meta
-    from .data.chips import ChipData
-    from .model import Model
+    from geopeft_kit.backbones.base import Backbone, Meta
+    from geopeft_kit.data.chips import ChipData
+    from geopeft_kit.model import Model
 
 
 def area_of_applicability(
@@ -52,18 +45,18 @@ def area_of_applicability(
     seed: int = 0,
     device: str | torch.device = "auto",
 ) -> AreaOfApplicability:
-    """Learn from the training chips what is familiar to a model.
+    """The area of applicability of a model, from its training chips.
 
     Args:
-        model: A trained model; its backbone with the adapter that is active now.
+        model: A trained model, with its active adapter.
         data: The data it was trained on.
-        split: Which of its chips count as known.
+        split: The chips that count as known.
         samples: Patches of these that are kept, drawn at random.
         seed: Of the draw.
         device: Where to compute.
 
     Returns:
-        The area: call it on images for their dissimilarity, hand it to
+        A module: call it on images for their dissimilarity, or pass it to
         `gk.predict_scene` for a map of a scene.
 
     Raises:
@@ -72,12 +65,12 @@ def area_of_applicability(
     """
     if getattr(model, "task", "") == "change":
         raise ValueError(
-            "the area of applicability of a change model is not defined here: it has "
+            "the area of applicability is not defined for a change model, which has "
             "two dates. Pass a model for one date."
         )
     if samples < 2:
-        raise ValueError(f"samples is {samples}; take 2 or more, 4000 is usual.")
-    model.to(choose_device(device))  # whole: a decoder left behind could not go on
+        raise ValueError(f"samples is {samples}; take 2 or more, for instance 4000.")
+    model.to(choose_device(device))  # the decoder too, for later use
     features, folds = _training_patches(model.backbone, data, split)
     if len(features) > samples:
         generator = torch.Generator().manual_seed(seed)
@@ -126,21 +119,15 @@ def _patches(backbone: Backbone, image: Tensor, meta: Meta | None = None) -> Ten
 class AreaOfApplicability(nn.Module):
     """Dissimilarity of images to training patches; made by `area_of_applicability`.
 
-    As a module with the task "regression" it can be given to `gk.predict_scene`.
-
     Args:
         backbone: Images -> features.
         features: (N, D) of training patches.
-        folds: (N,) numbers; the nearest neighbour that sets the threshold is of
-            another fold.
+        folds: (N,) fold of each patch.
 
     Attributes:
-        threshold: Largest dissimilarity that still counts as familiar.
+        threshold: Largest dissimilarity inside the area.
         mean_distance: Mean distance between training patches, in standard deviations.
-        training_dissimilarity: (N,) the values that the threshold comes from.
-
-    Raises:
-        ValueError: All patches are alike.
+        training_dissimilarity: (N,) the values that the threshold is computed from.
     """
 
     task = "regression"
@@ -168,14 +155,9 @@ class AreaOfApplicability(nn.Module):
         self.threshold = upper_whisker(self.training_dissimilarity.numpy())
 
     def forward(self, image: Tensor, meta: Meta | None = None) -> Tensor:
-        """Dissimilarity of every pixel, on the CPU.
+        """Dissimilarity (B, 1, H, W), on the CPU, of images (B, C, H, W).
 
-        Args:
-            image: (B, C, H, W) reflectance 0-1.
-            meta: As for the model.
-
-        Returns:
-            (B, 1, H, W), 0 on a training patch; all pixels of a patch share its value.
+        It is 0 on a training patch; all pixels of a patch share its value.
         """
         maps = _patches(self.backbone, image, meta)  # (B, D, h, w)
         maps = moved(maps, self.known.device)
@@ -193,15 +175,12 @@ class AreaOfApplicability(nn.Module):
         return pixels[..., :height, :breadth].cpu()
 
     def inside(self, image: Tensor, meta: Meta | None = None) -> Tensor:
-        """Whether each pixel lies in the area of applicability, (B, H, W) bool.
-
-        On the CPU.
-        """
+        """Whether each pixel is in the area, (B, H, W) bool on the CPU."""
         return self(image, meta).squeeze(1) <= self.threshold
 
     def __repr__(self) -> str:
         return (
-            f"AreaOfApplicability({len(self.known)} training patches; familiar up to a "
+            f"AreaOfApplicability({len(self.known)} training patches; up to a "
             f"dissimilarity of {self.threshold:.2f})"
         )
 
@@ -211,7 +190,7 @@ def _distances_between(known: Tensor, folds: Tensor) -> tuple[float, Tensor]:
     total, nearest = 0.0, []
     for rows in torch.arange(len(known)).split(1024):
         distances = torch.cdist(known[rows], known)
-        distances[torch.arange(len(rows)), rows] = 0.0  # rounding leaves a little
+        distances[torch.arange(len(rows)), rows] = 0.0  # not 0 by rounding
         total += float(distances.double().sum())
         same = folds[rows][:, None] == folds[None]
         nearest.append(distances.masked_fill(same, float("inf")).amin(dim=1))

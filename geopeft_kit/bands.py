@@ -1,10 +1,9 @@
 """Band names, wavelengths and sensor aliases: one vocabulary for data and backbones.
 
-A number says little: band 5 is the red edge on Sentinel-2 and the near infrared on
-Landsat 8. The kit therefore names bands, and accepts the usual numbers as aliases.
+Band 5 is the red edge on Sentinel-2 and the near infrared on Landsat 8, so the kit
+names bands and accepts the usual numbers as aliases.
 Sources: Sentinel-2 MSI spectral responses (S2A, ESA COPE-GSEG-EOPG-TN-15-0007),
 Landsat 8 OLI/TIRS band designations (USGS), HLS v2 user guide, table 3.
-Taught in `notebooks/01_load_a_gfm.ipynb`.
 """
 
 from __future__ import annotations
@@ -173,36 +172,23 @@ def resolve_bands(bands: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def band_indices(wanted: str | Sequence[str], available: Sequence[str]) -> list[int]:
-    """Positions of bands among the bands that are there.
-
-    Args:
-        wanted: Bands as `resolve_bands` takes them.
-        available: Names of the channels that are there, in their order.
-
-    Returns:
-        For each wanted band its position in `available`, from 0.
+    """Position of each wanted band among the available ones, from 0.
 
     Raises:
-        ValueError: A band is unknown, or is not among those available.
+        ValueError: A band is unknown, or is not available.
     """
     names = resolve_bands(wanted)
     missing = [name for name in names if name not in available]
     if missing:
         raise ValueError(
-            f"bands not there: {', '.join(missing)}. Available are "
+            f"bands missing: {', '.join(missing)}. Available are "
             f"{', '.join(available)}; ask for a subset of these."
         )
     return [list(available).index(name) for name in names]
 
 
 def wavelengths(bands: str | Sequence[str]) -> list[float]:
-    """Centre wavelengths in micrometres, one a band.
-
-    Args:
-        bands: Bands as `resolve_bands` takes them.
-
-    Returns:
-        The wavelengths, in the order given.
+    """Centre wavelengths in micrometres, one per band, in the given order.
 
     Raises:
         ValueError: A band has no wavelength (radar, terrain, index) or is unknown.

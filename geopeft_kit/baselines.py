@@ -1,13 +1,10 @@
-"""Rivals without a network: constant, index threshold, pixel statistics, bicubic.
+"""Baselines without a network: constant, index threshold, pixel statistics, bicubic.
 
-A foundation model has to beat these before it is worth its memory. All are models like
-any other, so `evaluate`, `predict_scene` and the map take them. Taught in notebook 00,
-the last in notebook 10.
+A foundation model has to beat these before it is worth its memory. `evaluate`,
+`predict_scene` and the map take them like any other model.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,25 +12,21 @@ from torch import Tensor, nn
 
 from geopeft_kit.data.chips import ChipData
 from geopeft_kit.devices import on_own_device
+from geopeft_kit.indices import spectral_indices
 
-# name: (band a, band b, whether the class lies above) of (a - b) / (a + b)
-INDICES = {
-    "MNDWI": (("GREEN",), ("SWIR_1",), True),
-    "NBR": (("NIR_NARROW", "NIR_BROAD"), ("SWIR_2",), False),
-    "NDVI": (("NIR_NARROW", "NIR_BROAD"), ("RED",), True),
-}
+# Whether the index of class 1 lies above the threshold.
+ABOVE = {"MNDWI": True, "NBR": False, "NDVI": True}
 
 
 class IndexThreshold(nn.Module):
     """A normalised difference of two bands and the threshold that fits training best.
 
     The threshold maximises the intersection over union of class 1 on the training
-    split; class 1 is the one looked for (water, burn scar).
+    split; class 1 is the target (water, burn scar).
 
     Args:
         data: Two-class segmentation data.
-        index: "MNDWI" (Xu 2006, doi 10.1080/01431160600589179), "NBR" (Key & Benson
-            2006) or "NDVI" (Rouse et al. 1974).
+        index: "MNDWI", "NBR" or "NDVI", see `geopeft_kit.indices`.
 
     Raises:
         ValueError: The index is unknown, a band is missing, or there are not two
@@ -42,16 +35,15 @@ class IndexThreshold(nn.Module):
 
     def __init__(self, data: ChipData, index: str) -> None:
         super().__init__()
-        if index not in INDICES:
-            raise ValueError(f"index is {index!r}; allowed are {', '.join(INDICES)}.")
+        if index not in ABOVE:
+            raise ValueError(f"index is {index!r}; allowed are {', '.join(ABOVE)}.")
         if data.task != "segmentation" or data.num_classes != 2:
             raise ValueError(
                 f"an index threshold needs segmentation with 2 classes; the data has "
                 f"task {data.task!r} and {data.num_classes} classes."
             )
         self.task, self.num_classes, self.bands = data.task, 2, tuple(data.bands)
-        first, second, self.above = INDICES[index]
-        self.first, self.second = (_position(data.bands, b) for b in (first, second))
+        self.name, self.above = index, ABOVE[index]
         self.threshold = self._fit(data)
 
     def forward(self, image: Tensor, meta: object = None) -> Tensor:
@@ -61,8 +53,7 @@ class IndexThreshold(nn.Module):
 
     def index(self, image: Tensor) -> Tensor:
         """The normalised difference of each pixel, (B,H,W)."""
-        first, second = image[:, self.first], image[:, self.second]
-        return (first - second) / (first + second).clamp(min=1e-6)
+        return spectral_indices(image, self.bands, [self.name])[:, 0]
 
     def _fit(self, data: ChipData) -> float:
         values, labels = [], []
@@ -79,10 +70,9 @@ class IndexThreshold(nn.Module):
 
 
 class Constant(nn.Module):
-    """The same answer everywhere: the training mean, or the commonest class.
+    """The same answer everywhere: the training mean, or the most frequent class.
 
-    A curve of scores that lies on this line has learnt nothing from its labels; without
-    the line in the picture nobody sees it.
+    A model that scores no better has learnt nothing from its labels.
 
     Args:
         data: Regression, segmentation or classification data.
@@ -95,7 +85,7 @@ class Constant(nn.Module):
         super().__init__()
         if data.task not in ("regression", "segmentation", "classification"):
             raise ValueError(
-                "a constant answer is written for regression, segmentation and "
+                "a constant answer exists for regression, segmentation and "
                 f"classification; the data's task is {data.task!r}."
             )
         self.task, self.num_classes = data.task, data.num_classes
@@ -118,9 +108,9 @@ class Constant(nn.Module):
 
 
 class PixelStatistics(nn.Module):
-    """Logistic regression on plain pixel values: what colour alone can tell.
+    """Logistic regression on pixel values, without any spatial features.
 
-    Pixels are described by their bands and by mean and spread of the bands in a window;
+    Pixels are described by their bands and the bands' mean and spread in a window,
     whole images (classification) by mean, spread and quantiles of each band.
 
     Args:
@@ -140,7 +130,7 @@ class PixelStatistics(nn.Module):
         super().__init__()
         if data.task not in ("segmentation", "classification"):
             raise ValueError(
-                "pixel statistics are written for segmentation and classification; the "
+                "pixel statistics exist for segmentation and classification; the "
                 f"data's task is {data.task!r}."
             )
         if window < 1 or window % 2 != 1:
@@ -200,7 +190,7 @@ class PixelStatistics(nn.Module):
 
 
 class Bicubic(nn.Module):
-    """Cubic interpolation: what super-resolution has to beat.
+    """Cubic interpolation, the baseline of super-resolution.
 
     Args:
         data: Of task "super_resolution", see `ChipData.for_super_resolution`.
@@ -248,13 +238,3 @@ def fit_logistic(
 
     solver.step(closure)
     return layer.requires_grad_(False)
-
-
-def _position(bands: Sequence[str], wanted: Sequence[str]) -> int:
-    for name in wanted:
-        if name in bands:
-            return list(bands).index(name)
-    raise ValueError(
-        f"the index needs the band {' or '.join(wanted)}; the data has "
-        f"{', '.join(bands)}. Build the data with that band."
-    )

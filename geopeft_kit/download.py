@@ -1,10 +1,8 @@
 """Download one file, once, and know that it is the right one.
 
-Large files over thin lines: a download shows its progress, goes on after a cut where
-it stopped, is checked against a SHA-256, and appears under its name only when it is
-complete. Several processes may ask for the same file; one fetches, the others wait.
-
-Taught in notebook 01 (load a geospatial foundation model).
+A download shows its progress, resumes after an interruption, is checked against a
+SHA-256, and appears under its name only when it is complete. If several processes ask
+for the same file, one fetches it and the others wait.
 """
 
 from __future__ import annotations
@@ -54,18 +52,18 @@ def fetch(
     progress: bool = True,
     md5: str | None = None,
 ) -> Path:
-    """Return a local file, downloading it when it is not there yet.
+    """Return a local file, downloading it if it does not exist yet.
 
-    A file without a known checksum gets one at its first download, kept beside it as
-    ``<name>.sha256``; later calls compare with that.
+    The checksum of a file without a known one is recorded at its first download, next
+    to it as ``<name>.sha256``; later calls compare with that.
 
     Args:
         url: http or https address.
-        path: where the file shall lie.
+        path: of the local file.
         sha256: expected checksum, 64 hexadecimal digits, or None.
-        progress: print the size before and show a bar.
-        md5: expected MD5, 32 hexadecimal digits, where its source publishes that and
-            no SHA-256; it guards against accidents, not against malice.
+        progress: print the size and show a bar.
+        md5: expected MD5, 32 hexadecimal digits, if the source publishes no SHA-256;
+            it guards against accidents, not against malice.
 
     Returns:
         ``path``.
@@ -105,29 +103,18 @@ def _differs(path: Path, sha256: str | None, md5: str | None) -> str:
 
 def _verify(path: Path, sha256: str | None, progress: bool, md5: str | None) -> Path:
     """Compare with the known checksum, or record one; delete what differs."""
+    sidecar = path.with_name(f"{path.name}.sha256")
+    known = sha256 or md5
+    if not known and sidecar.is_file():
+        sha256 = sidecar.read_text().split()[0]
     if wrong := _differs(path, sha256, md5):
         path.unlink()
         raise RuntimeError(
             f"{path.name}: {wrong}. The file was deleted ({path}); download it again, "
             "and if it differs again, do not trust its source"
         )
-    return path if sha256 or md5 else _record(path, progress)
-
-
-def _record(path: Path, progress: bool) -> Path:
-    """Keep the checksum of a first download beside it; compare later ones with it."""
-    actual = hash_of(path)
-    sidecar = path.with_name(f"{path.name}.sha256")
-    recorded = sidecar.is_file()
-    expected = sidecar.read_text().split()[0] if recorded else actual
-    if actual != expected.lower():
-        path.unlink()
-        raise RuntimeError(
-            f"{path.name}: SHA-256 is {actual}, expected {expected}. The file was "
-            f"deleted ({path}); download it again, and if it differs again, do not "
-            "trust its source"
-        )
-    if not recorded and os.access(path.parent, os.W_OK):
+    if not known and not sidecar.is_file() and os.access(path.parent, os.W_OK):
+        actual = hash_of(path)
         _write_text(sidecar, f"{actual}  {path.name}\n")
         if progress:
             print(
@@ -153,10 +140,10 @@ class _Cut(Exception):
 
 @dataclass
 class _Part:
-    """A download that is not complete: its bytes, and which version they are of.
+    """An incomplete download and the version (ETag or Last-Modified) of its bytes.
 
-    The validator (ETag or Last-Modified) is what lets a server refuse to continue a
-    file that has changed since; without one the download starts again.
+    With it a server can refuse to continue a file that has changed; without one the
+    download starts again.
     """
 
     path: Path
@@ -166,7 +153,7 @@ class _Part:
         return self.path.with_name(f"{self.path.name}.json")
 
     def resume_from(self, url: str) -> tuple[int, str]:
-        """Bytes at hand and their validator; (0, "") if they cannot be continued."""
+        """Bytes on disk and their validator; (0, "") if they cannot be continued."""
         try:
             note = json.loads(self.note.read_text())
             size = self.path.stat().st_size
@@ -212,7 +199,7 @@ def _download(
         size = part.path.stat().st_size if part.path.exists() else 0
         raise RuntimeError(
             f"{url} could not be downloaded in {ATTEMPTS} tries ({reason}). "
-            f"{size:,} bytes are kept: call again later to go on from there, or "
+            f"{size:,} bytes are kept: call again later to continue from there, or "
             f"{_BY_HAND}"
         )
     if wrong := _differs(part.path, sha256, md5):
@@ -246,7 +233,7 @@ def _transfer(url: str, part: _Part, progress: bool) -> None:
         _check_answer(url, part.path, answer.headers, total, start)
         if progress:
             whole = f"{total / 1e6:,.1f} MB" if total else "size not given"
-            done = f", {start / 1e6:,.1f} MB at hand" if start else ""
+            done = f", {start / 1e6:,.1f} MB on disk" if start else ""
             print(f"Downloading {url} ({whole}{done})")
         with (
             open(part.path, "ab" if start else "wb") as file,
@@ -273,7 +260,7 @@ def _open(url: str, headers: dict[str, str], part: _Part) -> http.client.HTTPRes
         error.close()
         if error.code == 416:
             part.discard()
-            raise _Cut("the part at hand did not fit the server's file") from None
+            raise _Cut("the part on disk did not fit the server's file") from None
         if error.code in _BUSY:
             wait = error.headers.get("Retry-After", "")
             pause = float(wait) if wait.isdigit() else None

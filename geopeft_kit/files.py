@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, and what they hash to."""
+"""Files and folders written whole or not at all, and their hashes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,7 @@ from typing import Any
 
 @contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
-    """A path to write to; the file takes its place only when all went well.
-
-    Args:
-        target: The file; its folder has to be there.
-
-    Yields:
-        A temporary path next to it, with the same suffix.
-    """
+    """A temporary path with the same suffix, moved to `target` when all went well."""
     handle, name = tempfile.mkstemp(
         prefix=".", suffix=f".part{target.suffix}", dir=target.parent
     )
@@ -38,19 +31,11 @@ def whole_file(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(target: Path, replace: bool = True) -> Iterator[Path]:
-    """A folder to fill; it takes its place only when all went well.
+    """A temporary folder, moved to `target` when all went well.
 
-    Args:
-        target: The folder; the folders above it are made.
-        replace: Replace a folder that is there; it survives an error. False keeps it,
-            for folders that are named after their content. An empty one always goes.
-
-    Yields:
-        A temporary folder next to it.
-
-    Raises:
-        FileExistsError: The target is a file; or `replace` is False and it holds
-            something by now.
+    `replace=False` keeps an existing folder that is not empty, for folders that are
+    named after their content. Raises FileExistsError where the target is a file, or is
+    kept.
     """
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target} is a file. Choose another folder.")

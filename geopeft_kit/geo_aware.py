@@ -1,31 +1,28 @@
-"""Geo-aware pretraining: rebuild the image, say where it lies and what climate it has.
+"""Geo-aware pretraining: reconstruct the image, predict its place and its climate.
 
-Three heads on one backbone, as PhilEO's paper describes them: masked reconstruction
-(mean squared error), place (longitude and latitude as sine and cosine), and climate
-class (cross entropy). What an image shows depends on where it is, and that needs no
-labels. At teaching size: a plain loop, one device, any backbone that trains.
+Three heads on one backbone, as in PhilEO's paper: masked reconstruction (mean squared
+error), place (longitude and latitude as sine and cosine), and climate class (cross
+entropy). At teaching size: a plain loop, one device, any backbone that trains.
 
-The paper and its released code differ, and both leave things open:
+Paper and released code differ, and both leave details open:
 
-- Heads. Paper: image, place, climate. Code: image, place, clouds, buildings, land cover
-  and the likeness of two views; no climate. Here: the paper's.
-- Weights. Paper: not stated. Code: 100 for clouds and buildings, else 1. Here: 1 each,
-  yours to change.
-- What is hidden. Paper: share not stated. Code and here: one rectangle of 25 to 50 % of
-  the image, filled with random values, and the error counts over the whole image. Here
-  the values have each band's own mean and spread: in plain units of reflectance they
-  would be ten times as bright as the ground, and drown it.
-- Latitude. Code: sine and cosine with a period of 180 degrees, so that both poles are
-  one place. Here: 360.
-- Size. Theirs reads the place off the bottleneck's vector and rebuilds the image with a
+- Heads. Paper, and here: image, place, climate. Code: image, place, clouds, buildings,
+  land cover and the similarity of two views.
+- Weights. Paper: not stated. Code: 100 for clouds and buildings, else 1. Here: 1 each
+  by default.
+- Masking. Paper: share not stated. Code, and here: one rectangle of 25 to 50 % of the
+  image, filled with random values; the error counts over the whole image. Here the
+  values have the mean and spread of each band.
+- Latitude. Code: a period of 180 degrees, so that both poles are one place. Here: 360.
+- Size. Theirs predicts the place from the bottleneck's vector and reconstructs with a
   decoder and a sigmoid. Here each head is one linear layer.
 
-The climate classes of the paper are Koeppen-Geiger's. In the simulated world each
-region has a climate of its own, so place and climate say the same there.
+The paper's climate classes are Koeppen-Geiger's. In the simulated world each region has
+its own climate, so place and climate carry the same information there.
 
 Source: PhilEO on MajorTOM, arXiv 2506.14765, section III.A, and its public code
 (github.com/ESA-PhiLab/PhilEO-MajorTOM); heads also in Fibaek et al. 2024, arXiv
-2401.04464. Taught in notebook 11 (architectures and few labels).
+2401.04464.
 """
 
 from __future__ import annotations
@@ -54,11 +51,11 @@ HEADS = ("image", "place", "climate")
 
 @dataclass
 class GeoAwareRun:
-    """What geo-aware pretraining leaves behind.
+    """The result of geo-aware pretraining.
 
     Attributes:
         heads: The trained heads; they are not part of the backbone.
-        history: One row a step: the error of each head that counts.
+        history: One row per step: the error of each head with a weight.
         climates: Region -> class number.
         weights: How much each head counted.
     """
@@ -128,7 +125,7 @@ def pretrain_geo_aware(
     Args:
         backbone: From `load_backbone`; with an adapter, the adapter alone trains.
         data: Its training chips are the corpus, or all of a data set without labels;
-            drawn with replacement, flipped and turned.
+            drawn with replacement, flipped and rotated.
         steps: Optimiser steps.
         batch_size: Chips a step.
         learning_rate: Peak rate of AdamW.
@@ -138,14 +135,14 @@ def pretrain_geo_aware(
         erase: Least and largest share of the image that a rectangle of random values
             hides.
         device: As in `fit`.
-        seed: Of heads, order, rectangles and turns.
+        seed: Of heads, order, rectangles and rotations.
 
     Returns:
         The `GeoAwareRun`.
 
     Raises:
-        ValueError: Unknown heads or none, nothing that trains, a training chip without
-            the place that a head learns, or a region without a climate.
+        ValueError: Unknown heads or none, nothing trainable, a training chip without
+            coordinates, or a region without a climate.
     """
     torch.manual_seed(seed)
     place, counts = choose_device(device), _checked(weights, data)
@@ -181,7 +178,7 @@ def pretrain_geo_aware(
 
 
 def _hidden(image: Tensor, hide: RandomErasing) -> Tensor:
-    """Another rectangle of each image (B,C,H,W) under noise as dark as its bands."""
+    """Each image (B,C,H,W) with a rectangle of noise of its bands' mean and spread."""
     std, mean = torch.std_mean(image, dim=(0, 2, 3), keepdim=True)  # (1, C, 1, 1)
     unit = (image - mean) / std.clamp(min=1e-6)
     return torch.stack([hide(one) for one in unit]) * std + mean
@@ -193,7 +190,7 @@ def _errors(
     batch: Mapping[str, Any],
     climates: Mapping[str, int],
 ) -> dict[str, Tensor]:
-    """What each head gets wrong; a head without truth is not among them."""
+    """Error of each head that has a reference."""
     rebuilt, place, climate = answers
     device = image.device
     truth = torch.tensor([climates[region] for region in batch["region"]])
@@ -208,7 +205,7 @@ def _errors(
 
 
 def _checked(weights: Mapping[str, float] | None, data: ChipData) -> dict[str, float]:
-    """The weights of the heads that count."""
+    """The weights of the heads with a weight above 0."""
     unknown = [name for name in weights or {} if name not in HEADS]
     if unknown:
         raise ValueError(f"no head {unknown[0]!r}; there are {', '.join(HEADS)}.")
@@ -216,14 +213,14 @@ def _checked(weights: Mapping[str, float] | None, data: ChipData) -> dict[str, f
     negative = [name for name, weight in every.items() if not weight >= 0]
     if negative:
         name = negative[0]
-        raise ValueError(f"weight of {name!r} is {every[name]}; it is 0 or more.")
+        raise ValueError(f"weight of {name!r} is {every[name]}; it must be >= 0.")
     counts = {name: weight for name, weight in every.items() if weight}
     if not counts:
         raise ValueError("all weights are 0, so nothing would be learnt.")
     if "place" in counts and not corpus(data).has_lonlat:
         raise ValueError(
-            f"training chips of {data.name} have no place on Earth, which the place "
-            'head learns. Leave it out: weights={"place": 0}.'
+            f"training chips of {data.name} are not georeferenced, so the place head "
+            'has nothing to learn. Leave it out: weights={"place": 0}.'
         )
     return counts
 

@@ -1,7 +1,7 @@
-"""Spectral indices: normalised differences of two bands, found by name.
+"""Spectral indices: normalised differences of two bands, by name.
 
-Each is (a - b) / (a + b) of reflectance, between -1 and 1; light and shade, which
-multiply all bands alike, cancel out. Taught in notebook 05.
+Each is (a - b) / (a + b) of reflectance, between -1 and 1. Illumination, which
+multiplies all bands alike, cancels out.
 
 Sources: NDVI, Rouse et al. 1974; NDWI, McFeeters 1996, doi 10.1080/01431169608948714;
 MNDWI, Xu 2006, doi 10.1080/01431160600589179; NDMI, Gao 1996 (there called NDWI),
@@ -29,20 +29,15 @@ INDICES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = MappingProxyTyp
         "NBR": (_NIR, ("SWIR_2",)),
     }
 )
-"""Index -> bands that may stand for a, and for b; the first that is there is taken."""
+"""Index -> bands that can serve as a, and as b; the first available one is used."""
 
 EPSILON = 1e-6
 
 
 def index_bands(name: str, bands: str | Sequence[str]) -> tuple[str, str]:
-    """Return the names of the bands a and b of an index.
+    """Names of the bands a and b of an index, for an image with these bands.
 
-    Args:
-        name: A key of `INDICES`.
-        bands: The bands of the image, as `resolve_bands` takes them.
-
-    Raises:
-        ValueError: The index is unknown, or a band that it needs is missing.
+    Raises ValueError where the index is unknown, or a band that it needs is missing.
     """
     if name not in INDICES:
         raise ValueError(f"no index {name!r}; there are {', '.join(INDICES)}.")
@@ -53,7 +48,7 @@ def index_bands(name: str, bands: str | Sequence[str]) -> tuple[str, str]:
         if not match:
             raise ValueError(
                 f"{name} needs {' or '.join(wanted)}; the image has "
-                f"{', '.join(there)}. At hand are "
+                f"{', '.join(there)}. Available are "
                 f"{', '.join(available_indices(there)) or 'no indices'}."
             )
         found.append(match[0])
@@ -61,7 +56,7 @@ def index_bands(name: str, bands: str | Sequence[str]) -> tuple[str, str]:
 
 
 def available_indices(bands: str | Sequence[str]) -> tuple[str, ...]:
-    """Return the indices that can be computed from these bands, in table order."""
+    """Indices that can be computed from these bands, in table order."""
     there = set(resolve_bands(bands))
     return tuple(
         name
@@ -73,7 +68,7 @@ def available_indices(bands: str | Sequence[str]) -> tuple[str, ...]:
 def spectral_indices(
     image: Tensor, bands: str | Sequence[str], names: Sequence[str]
 ) -> Tensor:
-    """Compute indices of every pixel.
+    """Indices of every pixel.
 
     Args:
         image: (B, C, H, W) reflectance 0-1, not standardised.
@@ -82,7 +77,7 @@ def spectral_indices(
 
     Returns:
         (B, K, H, W), (a - b) / (a + b + 1e-6) clipped to [-1, 1]. Where atmospheric
-        correction left a negative sum, the sum counts as 0, so that no sign turns.
+        correction left a negative sum, the sum counts as 0, so that no sign flips.
 
     Raises:
         ValueError: An unknown index, or a missing band.

@@ -1,7 +1,7 @@
 """From numbers to colours: bands to pictures, classes and features to colours.
 
-Plain numpy, no plotting library: the figures (`plots`) and the maps (`maps`) both stand
-on it, so a scene looks the same in both. Taught in notebooks 00 and 01.
+Plain numpy, no plotting library. The figures (`plots`) and the maps (`maps`) share it,
+so a scene looks the same in both. Taught in notebooks 00 and 01.
 
 Source:
     Okabe and Ito 2008, "Color universal design", https://jfly.uni-koeln.de/color/.
@@ -9,6 +9,7 @@ Source:
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,8 +42,7 @@ def class_colours(classes: Sequence[str], colours: Colours | None = None) -> lis
     """One "#rrggbb" per class; by default Okabe and Ito's, in their order.
 
     `colours` is a list, or a dict by class name or number, of "#rrggbb" or three
-    numbers from 0 to 255. Raises ValueError for too few, a missing one, or one that is
-    not a colour.
+    numbers from 0 to 255. Raises ValueError for a missing or malformed one.
     """
     if colours is None:
         own = [*list(OKABE_ITO.values())[1:], OKABE_ITO["black"]]
@@ -71,10 +71,21 @@ def _hex(colour: str | Sequence[int]) -> str:
         text = bytes(int(v) for v in list(colour)[:3]).hex()
     if len(text) != 6 or set(text) - set("0123456789abcdef"):
         raise ValueError(
-            f"{colour!r} is no colour. Write '#rrggbb', for instance '#0072b2', or "
+            f"{colour!r} is not a colour. Write '#rrggbb', for instance '#0072b2', or "
             "three numbers from 0 to 255."
         )
     return f"#{text}"
+
+
+def rgb_of(colours: Sequence[str]) -> np.ndarray:
+    """(K, 3) uint8 of K colours "#rrggbb"."""
+    rows = [list(bytes.fromhex(colour.removeprefix("#"))) for colour in colours]
+    return np.array(rows, np.uint8).reshape(-1, 3)
+
+
+def png_url(png: bytes) -> str:
+    """The bytes of a PNG file as a data URL, for pages that fetch nothing."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def picture_bands(

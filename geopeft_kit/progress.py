@@ -1,7 +1,6 @@
-"""One progress bar for whatever takes long, wherever it runs.
+"""One progress bar: a widget in a notebook, a bar in a terminal, lines in a log.
 
-A widget in a notebook, a bar in a terminal, and plain lines in a log, which keeps all
-that is ever written to it. tqdm does the counting and the arithmetic of the time left.
+tqdm counts and estimates the time left.
 """
 
 from __future__ import annotations
@@ -23,10 +22,7 @@ def progress_bar(
 ) -> Any:
     """A tqdm bar over `items`, or over a `total` that the caller counts up.
 
-    Args:
-        items: What to iterate over, or None.
-        shown: False shows nothing.
-        **options: Those of tqdm: desc, total, unit, leave, delay, ...
+    `options` are those of tqdm: desc, total, unit, leave, delay, ...
     """
     kind = Bar if _IN_NOTEBOOK or sys.stdout.isatty() else Lines
     options = {"mininterval": REDRAW_S, "miniters": 1, "file": sys.stdout} | options

@@ -78,16 +78,22 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def serve(site: Site) -> Iterator[Site]:
-    """Serve a site on 127.0.0.1 and set its address."""
-    handler = type("SiteHandler", (Handler,), {"site": site})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+def running(handler: type, **attributes: object) -> Iterator[str]:
+    """Serve with a handler class on a free port of 127.0.0.1; yields the address."""
+    own = type("Handler", (handler,), attributes)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), own)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
-    site.root = f"http://127.0.0.1:{server.server_port}"
     try:
-        yield site
+        yield f"http://127.0.0.1:{server.server_port}"
     finally:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextlib.contextmanager
+def serve(site: Site) -> Iterator[Site]:
+    """Serve a site and set its address."""
+    with running(Handler, site=site) as site.root:
+        yield site

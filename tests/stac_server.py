@@ -8,14 +8,14 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import shapely
+from hub_server import running
 
 GEOJSON = "application/geo+json"
 CONFORMS = [
@@ -127,15 +127,6 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serve(catalogue: Catalogue) -> Iterator[Catalogue]:
-    """Serve a catalogue on a free port and set its address."""
-    handler = type("CatalogueHandler", (Handler,), {"catalogue": catalogue})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    catalogue.url = f"http://127.0.0.1:{server.server_port}"
-    try:
+    """Serve a catalogue and set its address."""
+    with running(Handler, catalogue=catalogue) as catalogue.url:
         yield catalogue
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

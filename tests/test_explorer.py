@@ -18,9 +18,10 @@ from toy import BANDS, change_data, toy_data
 
 import geopeft_kit as gk
 from geopeft_kit.data import Chip, write_chip_folder
-from geopeft_kit.explorer.bench import Bench, pareto_front
 from geopeft_kit.explorer.choice import Choice, defaults_of
-from geopeft_kit.explorer.turns import Mailbox
+from geopeft_kit.explorer.figures import positions_in
+from geopeft_kit.explorer.session import Session, pareto_front
+from geopeft_kit.explorer.threads import MainThreadQueue
 from geopeft_kit.training.evaluate import HEADLINE
 
 EVIL = "<img src=x onerror=alert(1)>"
@@ -33,8 +34,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> gk.ChipData:
 
 
 @pytest.fixture
-def bench(data: gk.ChipData) -> Bench:
-    return Bench({"toy": data}, TINY)
+def session(data: gk.ChipData) -> Session:
+    return Session({"toy": data}, TINY)
 
 
 def choice_of(method: str = "lora", **fields) -> Choice:
@@ -74,7 +75,7 @@ def test_unknown_options_never_reach_the_code(name: str):
 def test_the_controls_say_each_choice_and_read_it_back(explored, card):
     from geopeft_kit.explorer.controls import Controls
 
-    controls = Controls(explored.bench, [card.name])
+    controls = Controls(explored.session, [card.name])
     first = controls.choice()
     assert first.method == card.name
     assert first.options == {}, "the controls of defaults change something"
@@ -107,8 +108,8 @@ def test_texts_become_lists_numbers_and_words(explored):
 
 
 @pytest.mark.parametrize("method", ["frozen", "full", "lora", "vpt", "vit_adapter"])
-def test_the_preview_counts_what_is_built(bench, data, method):
-    preview = bench.preview(choice_of(method, decoder="fcn"))
+def test_the_preview_counts_what_is_built(session, data, method):
+    preview = session.preview(choice_of(method, decoder="fcn"))
     backbone = gk.load_backbone("geopeft_tiny", bands=data.bands)
     plain = sum(p.numel() for p in backbone.parameters())
     adapter = gk.attach(backbone, method)
@@ -119,19 +120,19 @@ def test_the_preview_counts_what_is_built(bench, data, method):
     assert preview.adapter + preview.decoder == sum(trained.values())
 
 
-def test_a_preview_leaves_the_backbone_as_it_was(bench):
-    backbone = bench.backbone_of(choice_of())
+def test_a_preview_leaves_the_backbone_as_it_was(session):
+    backbone = session.backbone_of(choice_of())
     before, state = backbone.weights_hash(), torch.get_rng_state()
     for method in ("lora", "full", "deflect"):
-        assert bench.preview(choice_of(method)).reason is None
+        assert session.preview(choice_of(method)).reason is None
     assert backbone.weights_hash() == before
     assert backbone.adapter is None
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_the_predicted_memory_is_what_training_takes(explored):
-    for run in explored.bench.runs.values():
-        predicted = explored.bench.preview(run.choice).memory
+    for run in explored.session.runs.values():
+        predicted = explored.session.preview(run.choice).memory
         for part, size in predicted.items():
             measured = run.resources[f"{part}_mib"]
             assert size == pytest.approx(measured, rel=0.05, abs=0.02), part
@@ -145,9 +146,9 @@ def test_what_does_not_fit_says_why(explored, data):
     assert explored.page.train_button.disabled
     with pytest.raises(ValueError, match="ConvNeXt"):
         explored.train()
-    strange = Bench({"toy": data}, {"tiny": {"name": "geopeft_tiny_rgb"}})
+    strange = Session({"toy": data}, {"tiny": {"name": "geopeft_tiny_rgb"}})
     assert "does not know NIR_NARROW" in strange.preview(choice_of()).reason
-    bad = explored.bench.preview(
+    bad = explored.session.preview(
         Choice(data.name, "", "geopeft_tiny", "lora", {"rank": 0})
     )
     assert "rank" in bad.reason
@@ -177,10 +178,10 @@ def test_going_back_swaps_the_adapter_and_trains_nothing(explored, data):
 
 
 def test_the_kept_prediction_is_that_of_the_swapped_model(explored, data):
-    run = next(r for r in explored.bench.runs.values() if r.choice.method == "bias")
+    run = next(r for r in explored.session.runs.values() if r.choice.method == "bias")
     explored.choose(method="lora", epochs=1)
     explored.model  # noqa: B018  (the other adapter is active now)
-    guess = explored.bench.predict(run, 1)
+    guess = explored.session.predict(run, 1)
     explored.choose(method="bias", epochs=1)
     with torch.inference_mode():
         output = explored.model(data.dataset("test")[1]["image"][None])
@@ -192,8 +193,8 @@ def test_a_run_repeats_although_the_page_was_used_meanwhile(data):
     """Dropout, order and weights of a training do not notice the previews."""
     options = {"tokens": 4, "dropout": 0.3}
     wanted = choice_of("vpt", options=options, decoder="fcn", epochs=2)
-    alone = Bench({"toy": data}, TINY).train(wanted, lambda news: None)
-    busy = Bench({"toy": data}, TINY)
+    alone = Session({"toy": data}, TINY).train(wanted, lambda news: None)
+    busy = Session({"toy": data}, TINY)
     found = []
     thread = threading.Thread(
         target=lambda: found.append(busy.train(wanted, lambda news: None))
@@ -213,10 +214,10 @@ def test_a_run_repeats_although_the_page_was_used_meanwhile(data):
 
 def test_a_backbone_is_loaded_once_and_never_beside_a_training(data):
     """Loading draws random numbers, and all threads draw from the same ones."""
-    bench, found = Bench({"toy": data}, TINY), []
-    ask = lambda: found.append(bench.backbone_of(choice_of("lora")))  # noqa: E731
+    session, found = Session({"toy": data}, TINY), []
+    ask = lambda: found.append(session.backbone_of(choice_of("lora")))  # noqa: E731
     threads = [threading.Thread(target=ask) for _ in range(2)]
-    with bench.turns.work():
+    with session.lock.training():
         state = torch.get_rng_state()
         for thread in threads:
             thread.start()
@@ -232,7 +233,7 @@ def test_a_backbone_is_loaded_once_and_never_beside_a_training(data):
 @pytest.mark.slow
 def test_cancel_leaves_everything_as_it_was(data):
     explorer = gk.Explorer(data, methods=["lora", "bias"])
-    backbone = explorer.bench.backbone_of(explorer.choice)
+    backbone = explorer.session.backbone_of(explorer.choice)
     before = backbone.weights_hash()
     explorer.choose(method="bias", decoder="fcn", epochs=1).train().wait()
     explorer.choose(method="lora", epochs=500).train()
@@ -241,11 +242,11 @@ def test_cancel_leaves_everything_as_it_was(data):
     explorer.cancel().wait()
     assert "Cancelled" in explorer.page.notes.value
     assert explorer.shown is None
-    assert [run.choice.method for run in explorer.bench.runs.values()] == ["bias"]
+    assert [run.choice.method for run in explorer.session.runs.values()] == ["bias"]
     backbone.adapter.deactivate() if backbone.adapter else None
     assert backbone.weights_hash() == before
     explorer.choose(epochs=1).train().wait()
-    again = Bench(explorer.bench.data, explorer.bench.backbones)
+    again = Session(explorer.session.data, explorer.session.backbones)
     assert (
         explorer.shown.scores == again.train(explorer.choice, lambda news: None).scores
     )
@@ -269,7 +270,7 @@ def test_an_error_is_shown_in_full_and_the_widget_lives_on(tmp_path: Path):
 
 
 def test_the_front_is_what_no_run_beats(explored):
-    run = next(iter(explored.bench.runs.values()))
+    run = next(iter(explored.session.runs.values()))
     random = np.random.default_rng(0)
 
     class Fake:
@@ -300,12 +301,29 @@ def test_another_region_is_held_out(data):
         gk.ChipData(data.folder, test_regions=["far"], batch_size=4), methods=["bias"]
     )
     explorer.choose(held_out="near")
-    held = explorer.bench.data_of(explorer.choice)
+    held = explorer.session.data_of(explorer.choice)
     regions = held.index.loc[held.index["split"] == "test", "region"].unique()
     assert list(regions) == ["near"]
     assert 'test_regions=["near"]' in explorer.code
     places = [label for label, _ in explorer.page.place.options]
     assert all(label.startswith("near: ") for label in places)
+
+
+def test_the_map_compares_two_runs_and_takes_boxes(explored, data):
+    bias, lora = explored.session.runs.values()
+    explored.choose(method="lora", epochs=1).show("Map")
+    explored.page.other.value = bias.choice.key
+    scene = list(explored.page._maps.values())[-1]
+    names = [layer.name for layer in scene.layers]
+    assert [names[i] for i in scene.swipe] == [lora.name, bias.name]
+    west, south, east, north = data.index[data.index["split"] == "test"].total_bounds
+    assert positions_in(data, (west, south, east, north))
+    added = scene.on_box((west, south, east, north))
+    assert f"box 1: {lora.name}" in [layer.name for layer in added]
+    with pytest.raises(ValueError, match="touches 0 of"):
+        scene.on_box((west - 2, south, west - 1, north))
+    explored.page.other.value = ""
+    explored.show("Picture")
 
 
 @pytest.mark.slow
@@ -322,14 +340,14 @@ def test_each_task_trains_and_shows_what_it_found(task: str, tmp_path: Path):
         pictures.append(explorer.page.picture.value)
     assert pictures[0] and pictures[1]
     explorer.show("Map")
-    (shown,) = explorer.page.stage.children
+    (shown,) = explorer.page.map_box.children
     if task == "classification":
         assert "no map to draw" in shown.value
     else:
         assert type(shown).__module__.startswith("ipyleaflet") or shown.children
     explorer.show("Runs")
     head, _ = HEADLINE[task]
-    for run in explorer.bench.runs.values():
+    for run in explorer.session.runs.values():
         assert run.score() == run.scores["test"]["overall"][head]
         assert f"{run.score():.3f}" in explorer.page.table.value
     assert "Traceback" not in explorer.page.notes.value
@@ -346,7 +364,7 @@ def test_super_resolution_is_trained_shown_written_down_and_kept(
     empty = explorer.page.picture.value
     run = explorer.train().wait().shown
     assert explorer.page.picture.value != empty
-    assert explorer.bench.predict(run, 0).shape == (6, 32, 32)
+    assert explorer.session.predict(run, 0).shape == (6, 32, 32)
     assert set(run.scores["test"]["overall"]) == {"psnr", "ssim"}
     explorer.show("Map")
     layers = next(iter(explorer.page._maps.values())).layers
@@ -366,31 +384,35 @@ def test_super_resolution_is_trained_shown_written_down_and_kept(
     with pytest.raises(ValueError, match="other chips, splits or bands"):
         gk.Explorer.load(folder, data.for_super_resolution(4))
     explorer.choose(held_out="near")
-    assert explorer.bench.data_of(explorer.choice).factor == 2
+    assert explorer.session.data_of(explorer.choice).factor == 2
     assert explorer.preview.reason is None
+
+
+def placeless(folder, task, classes, region="", name="Nowhere") -> gk.ChipData:
+    """Six chips of random numbers without a place on Earth."""
+    random = np.random.default_rng(0)
+    kind = np.uint8 if task == "segmentation" else np.float32
+    chips = (
+        Chip(
+            name=f"chip_{n}",
+            image=random.integers(0, 3000, (len(BANDS), 32, 32)).astype(np.uint16),
+            mask=random.integers(0, 2, (32, 32)).astype(kind),
+            region=f"{region}{'ab'[n % 2]}",
+            split=["train", "test"][n % 2],
+        )
+        for n in range(6)
+    )
+    info = {"name": name, "task": task, "bands": BANDS, "scale": 1e-4}
+    write_chip_folder(folder, chips, {**info, "classes": classes})
+    return gk.ChipData(folder, split="index", batch_size=3)
 
 
 @pytest.mark.parametrize("task", ["segmentation", "regression"])
 def test_chips_without_a_place_say_so_where_the_map_would_be(task, tmp_path: Path):
-    random = np.random.default_rng(0)
-    chips = [
-        Chip(
-            name=f"chip_{n}",
-            image=random.integers(0, 3000, (len(BANDS), 16, 16)).astype(np.uint16),
-            mask=random.integers(0, 2, (16, 16)).astype(
-                np.uint8 if task == "segmentation" else np.float32
-            ),
-            region="ab"[n % 2],
-            split=["train", "test"][n % 2],
-        )
-        for n in range(4)
-    ]
-    info = {"name": "Nowhere", "task": task, "bands": BANDS, "scale": 1e-4}
-    info["classes"] = ("one", "two") if task == "segmentation" else ()
-    write_chip_folder(tmp_path / "nowhere", iter(chips), info)
-    data = gk.ChipData(tmp_path / "nowhere", split="index", batch_size=2)
+    classes = ("one", "two") if task == "segmentation" else ()
+    data = placeless(tmp_path / "nowhere", task, classes)
     explorer = gk.Explorer(data, methods=["bias"]).show("Map")
-    shown = explorer.page.stage.children[0].value
+    shown = explorer.page.map_box.children[0].value
     assert "no place on a map" in shown
     assert "chip_1" in shown  # which one, whatever the task
     assert "Traceback" not in explorer.page.notes.value
@@ -404,44 +426,37 @@ def numbers(text: str) -> list[dict[str, float]]:
     return [ast.literal_eval(line[line.index("{") :]) for line in lines]
 
 
-def run_alone(code: str, folder: Path) -> list[dict[str, float]]:
-    """What a cell prints in an empty process."""
-    script = folder / "cell.py"
-    script.write_text(code)
-    done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, cwd=folder
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return numbers(done.stdout)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)  # importing torch anew takes minutes on a busy machine
-def test_the_code_gives_the_same_numbers_in_an_empty_process(tmp_path, data):
-    explorer = gk.Explorer(data, TINY, methods=["lora"])
-    explorer.choose(
-        options={"rank": 4, "targets": ["q", "fc1"]}, decoder="fcn", epochs=2, seed=5
-    )
-    explorer.train().wait()
-    scores = explorer.shown.scores
-    found = run_alone(explorer.code, tmp_path)
-    assert found == [scores["val"]["overall"], scores["test"]["overall"]]
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)  # importing torch anew takes minutes on a busy machine
-def test_the_code_makes_simulated_data_and_random_weights_again(tmp_path):
-    data = gk.simulated_data(
+def simulated() -> gk.ChipData:
+    return gk.simulated_data(
         "burn", chips_per_region=6, size=32, scene_size=64, seed=3, batch_size=4,
         train_regions=["temperate", "boreal"], val_fraction=0.4,
     ).subset(6, seed=2)  # fmt: skip
-    backbones = {"random": {"name": "geopeft_tiny", "weights": None}}
-    explorer = gk.Explorer(data, backbones, methods=["full"])
-    explorer.choose(epochs=1, learning_rate=1e-3).train().wait()
-    assert str(data.folder) not in explorer.code
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # importing torch anew takes minutes on a busy machine
+@pytest.mark.parametrize(("source", "weights", "choice"), [
+    ("folder", "default",
+     {"method": "lora", "options": {"rank": 4, "targets": ["q", "fc1"]},
+      "decoder": "fcn", "epochs": 2, "seed": 5}),
+    ("simulated", None, {"method": "full", "epochs": 1, "learning_rate": 1e-3}),
+])  # fmt: skip
+def test_the_code_gives_the_same_numbers_in_an_empty_process(
+    tmp_path, data, source, weights, choice
+):
+    data = simulated() if source == "simulated" else data
+    backbones = {"tiny": {"name": "geopeft_tiny", "weights": weights}}
+    explorer = gk.Explorer(data, backbones, methods=["lora", "full"])
+    explorer.choose(**choice).train().wait()
+    assert (str(data.folder) in explorer.code) == (source == "folder")
+    script = tmp_path / "cell.py"
+    script.write_text(explorer.code)
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path
+    )
     scores = explorer.shown.scores
-    found = run_alone(explorer.code, tmp_path)
-    assert found == [scores["val"]["overall"], scores["test"]["overall"]]
+    expected = [scores["val"]["overall"], scores["test"]["overall"]]
+    assert numbers(done.stdout) == expected, done.stderr[-2000:]
 
 
 # --- on disk --------------------------------------------------------------------------
@@ -463,7 +478,9 @@ def test_a_saved_explorer_comes_back_without_training(explored, data, tmp_path):
         with torch.inference_mode():
             assert torch.equal(loaded.model(image), explored.model(image))
         assert loaded.page.picture.value == explored.page.picture.value
-    assert explored.bench.backbone_of(explored.choice).adapter is explored.shown.adapter
+    assert (
+        explored.session.backbone_of(explored.choice).adapter is explored.shown.adapter
+    )
     explored.save(folder)  # replaces the one that is there
     assert len(gk.Explorer.load(folder, data).runs) == 2
 
@@ -477,7 +494,7 @@ def test_a_run_is_saved_by_a_click_and_its_code_says_so(
     assert "save_model" not in explored.code
     assert page.folder.placeholder == "runs/lora_fcn"
     page.save_button.click()
-    assert "gk.load_model(&#x27;runs/lora_fcn&#x27;)" in page.notes.value
+    assert "gk.load_model(&#39;runs/lora_fcn&#39;)" in page.notes.value
     assert 'gk.save_model(model, "runs/lora_fcn")' in explored.code
     assert "save_model" in page.code.value
     assert page.folder.placeholder == "runs/lora_fcn_2"  # nothing is overwritten
@@ -510,7 +527,7 @@ def test_a_saved_explorer_is_checked(explored, data, tmp_path):
     with pytest.raises(FileNotFoundError, match="explorer.json"):
         gk.Explorer.load(tmp_path, data)
     (tmp_path / "mine.txt").write_text("keep me")
-    with pytest.raises(FileExistsError, match="no explorer"):
+    with pytest.raises(FileExistsError, match="not an explorer"):
         explored.save(tmp_path)
     folder = explored.save(tmp_path / "prepared")
     with pytest.raises(ValueError, match="other chips, splits or bands"):
@@ -532,42 +549,26 @@ def test_a_saved_explorer_is_checked(explored, data, tmp_path):
 
 
 def test_names_from_data_are_text(tmp_path: Path):
-    random = np.random.default_rng(0)
-    chips = [
-        Chip(
-            name=f"chip_{n}",
-            image=random.integers(0, 3000, (len(BANDS), 32, 32)).astype(np.uint16),
-            mask=random.integers(0, 2, (32, 32)).astype(np.uint8),
-            region=f"{EVIL} {'ab'[n % 2]}",
-            split=["train", "test"][n % 2],
-        )
-        for n in range(6)
-    ]
-    info = {
-        "name": EVIL, "task": "segmentation", "bands": BANDS, "scale": 1e-4,
-        "classes": (EVIL, "two"),
-    }  # fmt: skip
-    write_chip_folder(tmp_path / "evil", iter(chips), info)
-    data = gk.ChipData(tmp_path / "evil", split="index", batch_size=3)
+    data = placeless(tmp_path, "segmentation", (EVIL, "two"), f"{EVIL} ", EVIL)
     explorer = gk.Explorer(data, {EVIL: {"name": "geopeft_tiny"}}, methods=["bias"])
     explorer.choose(decoder="fcn", epochs=1).train().wait()
     for number in range(4):
         explorer.page.tabs.selected_index = number
     page = explorer.page
     shown = [page.as_html(), page.table.value, page.code.value, page.progress.value]
-    shown += [child.value for child in page.stage.children]
+    shown += [child.value for child in page.map_box.children]
     for text in shown:
         assert EVIL not in text
         assert "<img src=x" not in text
     assert "&lt;img src=x" in page.table.value
-    assert "no place on a map" in page.stage.children[0].value
+    assert "no place on a map" in page.map_box.children[0].value
 
 
-def test_the_mailbox_calls_in_the_thread_that_made_it():
+def test_the_queue_calls_in_the_thread_that_made_it():
     async def main() -> list[int]:
-        box, seen = Mailbox(), []
+        box, seen = MainThreadQueue(), []
         thread = threading.Thread(
-            target=lambda: box.post(lambda: seen.append(threading.get_ident()))
+            target=lambda: box.put(lambda: seen.append(threading.get_ident()))
         )
         thread.start()
         await asyncio.sleep(0.05)

@@ -167,5 +167,5 @@ def test_refusals(world: gk.ChipData, tmp_path: Path) -> None:
         gk.pretrain_geo_aware(frozen, world)
     placeless = toy_data(tmp_path)
     placeless.dataset("train").table.lonlat[:] = float("nan")
-    with pytest.raises(ValueError, match='no place on Earth.*"place": 0'):
+    with pytest.raises(ValueError, match='not georeferenced.*"place": 0'):
         gk.pretrain_geo_aware(backbone(), placeless)

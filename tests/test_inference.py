@@ -13,7 +13,8 @@ import torch
 from rasterio.transform import Affine
 from torch import nn
 
-from geopeft_kit.scenes.inference import blend_weight, predict_scene, window_starts
+from geopeft_kit.scenes.blending import blend_weight, window_starts
+from geopeft_kit.scenes.inference import predict_scene
 
 BANDS = ("BLUE", "GREEN", "RED")
 TRANSFORM = Affine(10.0, 0.0, 500_000.0, 0.0, -10.0, 4_100_000.0)
@@ -184,7 +185,7 @@ def test_bands_of_another_number_have_no_names_and_no_classes(tmp_path):
         assert raster.descriptions == ("band 1", "band 2")
     for wrong, text in (
         ({"probabilities": True}, "needs task 'segmentation'"),
-        ({"classes": ["a", "b"]}, "no place in the task 'super_resolution'"),
+        ({"classes": ["a", "b"]}, "not apply to the task 'super_resolution'"),
     ):
         with pytest.raises(ValueError, match=text):
             predict_scene(finer(2), source, two, **options, **wrong)
@@ -315,7 +316,7 @@ def test_model_is_left_in_the_mode_it_was_in(tmp_path):
     ({"bands": ["RED"]}, "names 1 bands.*has 3"),
     ({"bands": ["RED", "GREEN", "NIR_NARROW"]}, "model wants BLUE"),
     ({"classes": ["one", "two"]}, "2 names.*3 classes"),
-    ({"colours": ["red", "#000000", "#ffffff"]}, "'red' is no colour"),
+    ({"colours": ["red", "#000000", "#ffffff"]}, "'red' is not a colour"),
     ({"offset": 0.1}, "needs scale"),
 ])  # fmt: skip
 def test_bad_arguments_say_what_to_do(tmp_path, arguments, text):
@@ -337,7 +338,7 @@ def test_bad_scenes_and_models_say_what_to_do(tmp_path):
         predict_scene(pixelwise(), tmp_path / "nowhere.tif", target)
     with pytest.raises(FileNotFoundError, match="no_folder"):
         predict_scene(pixelwise(), source, tmp_path / "no_folder" / "out.tif")
-    with pytest.raises(ValueError, match="cannot be opened"):
+    with pytest.raises(ValueError, match="cannot be read"):
         predict_scene(pixelwise(), broken, target)
     with pytest.raises(ValueError, match="no descriptions"):
         predict_scene(pixelwise(), nameless, target)
@@ -358,14 +359,15 @@ def test_truncated_scene_leaves_no_prediction(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["scene.tif"]
 
 
-def run_alone(script: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", script]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def run_alone(script: str, **values) -> subprocess.CompletedProcess[str]:
+    """Run a script that imports from this folder in an empty process."""
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})"
+    code += script.format(**values)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
 
 FULL_DISK = """
-import resource, signal, sys
-sys.path.insert(0, {tests!r})
+import resource, signal
 from test_inference import pixelwise, predict_scene
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
@@ -381,20 +383,14 @@ def test_full_disk_leaves_the_old_prediction_and_nothing_else(tmp_path):
     source = write_scene(tmp_path / "scene.tif", reflectance(600, 600))
     target = tmp_path / "out.tif"
     target.write_text("the old one")
-    script = FULL_DISK.format(
-        tests=str(Path(__file__).parent), source=str(source), target=str(target)
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True
-    )
+    done = run_alone(FULL_DISK, source=str(source), target=str(target))
     assert "RuntimeError" in done.stdout and "disk full" in done.stdout, done.stderr
     assert target.read_text() == "the old one"
     assert {path.name for path in tmp_path.iterdir()} == {"scene.tif", "out.tif"}
 
 
 MEMORY = """
-import resource, sys
-sys.path.insert(0, {tests!r})
+import resource
 from test_inference import pixelwise, predict_scene
 predict_scene(pixelwise(), {small!r}, {target!r}, window=128, progress=False)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -423,13 +419,8 @@ def test_memory_does_not_grow_with_the_height_of_the_scene(tmp_path):
             for row in range(0, height, 1024):
                 block = np.full((3, 1024, 1024), row % 9000, np.uint16)
                 raster.write(block, window=((row, row + 1024), (0, 1024)))
-    script = MEMORY.format(
-        tests=str(Path(__file__).parent), target=str(tmp_path / "out.tif"),
-        small=str(paths["small"]), big=str(paths["big"]),
-    )  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True
-    )
+    files = {name: str(path) for name, path in paths.items()}
+    done = run_alone(MEMORY, target=str(tmp_path / "out.tif"), **files)
     before, after = map(int, done.stdout.split())
     # The scene alone is 96 MiB, its reflectance 192 MiB, its probabilities as much.
     assert after - before < 140 * 1024, f"{before} -> {after} KiB"

@@ -9,28 +9,19 @@ import json
 import subprocess
 import sys
 from html import unescape
-from pathlib import Path
 
 import numpy as np
 import pytest
 import rasterio
-from browser import jupyter_lab, write_notebook
 from PIL import Image
 from rasterio.transform import Affine, from_bounds
 from rasterio.warp import transform as to_crs
 
-from geopeft_kit.maps import overlays
+from geopeft_kit.maps import MapLayer, Raster, chip_layers, overlays, save_map, show_map
 from geopeft_kit.maps.overlays import draw, ramp_colours
 from geopeft_kit.maps.pixel_values import pixel_html, read_pixel
-from geopeft_kit.maps.scene_map import (
-    MapLayer,
-    Raster,
-    chip_layers,
-    map_html,
-    save_map,
-    show_map,
-)
-from geopeft_kit.maps.widget import tooltip
+from geopeft_kit.maps.scene_map import map_html
+from geopeft_kit.maps.widget import legend_html, tooltip
 
 EVIL = '<img src=x onerror="window.hacked=1">'
 CLASSES = [EVIL, "water </script> & ice"]
@@ -256,8 +247,6 @@ def test_names_are_text_everywhere():
     assert EVIL not in unescape(map_html(scene))
     bundle = scene._repr_mimebundle_()
     assert EVIL not in bundle["text/html"]
-    from geopeft_kit.maps.scene_map import legend_html
-
     legend = legend_html(scene.drawing)
     assert EVIL not in legend and "&lt;img src=x" in legend
 
@@ -282,6 +271,29 @@ def test_widget_asks_for_no_tiles_and_gives_each_layer_its_own_pane():
     # A layer on one side of the swipe is not on the map a second time.
     held = [*scene.map.layers, *split[0].left_layer, *split[0].right_layer]
     assert len(set(held)) == len(held) == 2 * 6
+
+
+def control(scene, name):
+    """A control in the side panel, by its CSS class."""
+    side = scene.widget.children[1].children
+    rows = [w for one in side for w in (one, *getattr(one, "children", ()))]
+    return next(w for w in rows if f"gpk-{name}" in w._dom_classes)
+
+
+def test_the_controls_move_the_map_and_end_the_swipe():
+    import ipyleaflet
+
+    scene = show_map(layers(chips(FAR)), swipe=("truth", "frozen"))
+    here = scene.widget.children[0].center
+    control(scene, "places").value = 1  # savanna
+    ((south, west), (north, east)) = scene.drawing.places[1][1]
+    lat, lon = scene.map.center
+    assert (lat, lon) != here and south < lat < north and west < lon < east
+    control(scene, "swipe").value = False
+    assert not [c for c in scene.map.controls
+                if isinstance(c, ipyleaflet.SplitMapControl)]  # fmt: skip
+    visible = {o.name for o in scene.map.layers if o.visible}
+    assert visible == {"image", "truth"}  # "frozen" is off without the swipe
 
 
 @pytest.mark.slow
@@ -390,8 +402,7 @@ def test_a_pixel_of_files_is_scaled_and_named(tmp_path):
 def test_a_click_shows_them_and_names_stay_text():
     samples = chips(side=1)
     scene = show_map(with_probabilities(samples))
-    panel = next(w for w in scene.widget.children[1].children if "gpk-pixel" in
-                 w._dom_classes)  # fmt: skip
+    panel = control(scene, "pixel")
     lon, lat = where(samples[0], 3, 5)
     for handler in scene.map._interaction_callbacks.callbacks:
         handler(type="mousemove", coordinates=(lat, lon))
@@ -423,8 +434,8 @@ def test_a_box_becomes_a_layer_and_an_error_becomes_a_sentence():
     assert "truth 2" in scene.page()
     draw_box(pencil, (-1.0, 2.0, 1.5, 2.5))
     assert len(scene.layers) == 7
-    texts = [w.value for w in side.children if "gpk-pixel" in w._dom_classes]
-    assert "no layer" in texts[0] and EVIL not in texts[0]
+    text = control(scene, "pixel").value
+    assert "no layer" in text and EVIL not in text
 
 
 def draw_box(pencil, box):
@@ -573,67 +584,3 @@ def test_frame_in_another_page(visit, tmp_path):
     frame.locator("#map").click()
     assert "truth: " in frame.locator(".leaflet-popup-content").inner_text()
     visit.clean()
-
-
-SETUP = """
-import sys
-sys.path[:0] = {paths!r}
-from test_maps import FAR, chips, layers
-from geopeft_kit.maps import show_map
-scene = show_map(layers(chips(FAR)), swipe=("truth", "frozen"))
-"""
-
-
-def overlay_opacity(page, number: int) -> list[str]:
-    """Opacities of the pictures of one layer, as the browser shows them."""
-    selector = f".leaflet-layer-{number}-pane img"
-    return page.eval_on_selector_all(selector, "all => all.map(i => i.style.opacity)")
-
-
-@pytest.mark.slow
-@pytest.mark.browser
-def test_widget_in_jupyterlab(visit, tmp_path):
-    here = Path(__file__).resolve().parent
-    setup = SETUP.format(paths=[str(here), str(here.parent)])
-    write_notebook(tmp_path / "map.ipynb", [setup, "scene"])
-    page = visit.page
-    with jupyter_lab(tmp_path) as lab:
-        lab.open(page, "map.ipynb")
-        lab.run_all(page)
-        page.wait_for_selector(".gpk-map .leaflet-image-layer")
-        page.wait_for_selector(".gpk-map .leaflet-sbs-divider")
-        assert EVIL in page.locator(".gpk-legend").inner_text().replace("\n", " ")
-        assert page.evaluate("window.hacked") is None
-
-        # swipe by dragging
-        divider = page.locator(".leaflet-sbs-divider")
-        before = divider.bounding_box()
-        handle = page.locator(".leaflet-sbs-range").bounding_box()
-        x, y = handle["x"] + handle["width"] / 2, handle["y"]
-        page.mouse.move(x, y)
-        page.mouse.down()
-        page.mouse.move(x + 100, y, steps=4)
-        page.mouse.up()
-        moved = divider.bounding_box()["x"] - before["x"]
-        assert 80 < moved < 120
-
-        # swipe off, a layer on, its opacity down
-        page.locator(".gpk-swipe input").uncheck()
-        divider.wait_for(state="detached")
-        frozen = page.locator(".gpk-row").filter(
-            has=page.get_by_text("frozen", exact=True)
-        )
-        frozen.locator("input[type=checkbox]").check()
-        page.wait_for_timeout(500)
-        assert set(overlay_opacity(page, 4)) == {"1"}
-        frozen.locator(".noUi-handle").press("Home")
-        page.wait_for_timeout(500)
-        assert set(overlay_opacity(page, 4)) == {"0"}
-
-        # go to the other place
-        place = page.locator(".gpk-map img.leaflet-image-layer").first
-        here = place.bounding_box()
-        page.locator(".gpk-places select").select_option(label="savanna")
-        page.wait_for_timeout(800)
-        assert place.bounding_box() != here
-        visit.clean()

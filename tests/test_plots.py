@@ -22,6 +22,7 @@ from geopeft_kit.pictures import (
 )
 from geopeft_kit.plots import colours
 from geopeft_kit.plots.colours import FAMILY_SHADES
+from geopeft_kit.plots.drawing import figure_png
 
 # Machado et al. 2009, doi:10.1109/TVCG.2009.113: full deuteranopia and protanopia.
 DEUTAN = [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]]
@@ -35,12 +36,7 @@ def lab(colour: str, vision=None) -> np.ndarray:
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     if vision is not None:
         linear = np.clip(np.array(vision) @ linear, 0, 1)
-    to_xyz = [
-        [0.4124, 0.3576, 0.1805],
-        [0.2126, 0.7152, 0.0722],
-        [0.0193, 0.1192, 0.9505],
-    ]
-    x, y, z = np.array(to_xyz) @ linear / np.array([0.9505, 1, 1.089])
+    x, y, z = np.array(TO_XYZ) @ linear / np.array([0.9505, 1, 1.089])
     f = [v ** (1 / 3) if v > 0.008856 else 7.787 * v + 16 / 116 for v in (x, y, z)]
     return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
 
@@ -76,16 +72,14 @@ def test_the_methods_of_the_quickstart_differ_for_every_eye(vision):
 
 
 def test_colours_of_classes():
-    assert class_colours(["a", "b"], {"a": "#010203", 1: (4, 5, 6)}) == [
-        "#010203",
-        "#040506",
-    ]
+    found = class_colours(["a", "b"], {"a": "#010203", 1: (4, 5, 6)})
+    assert found == ["#010203", "#040506"]
     assert len(set(class_colours([str(i) for i in range(8)]))) == 8
     with pytest.raises(ValueError, match="only 8"):
         class_colours([str(i) for i in range(9)])
     with pytest.raises(ValueError, match="Class 'b'"):
         class_colours(["a", "b"], ["#010203"])
-    with pytest.raises(ValueError, match="'blue' is no colour"):
+    with pytest.raises(ValueError, match="'blue' is not a colour"):
         class_colours(["a"], ["blue"])
     with pytest.raises(ValueError, match="'magic'.*Known: full"):
         plots.method_colour("magic")
@@ -129,9 +123,7 @@ def sample(**more):
 
 
 def texts(figure) -> str:
-    import io
-
-    figure.savefig(io.BytesIO(), format="png")  # drawing fails on bad labels
+    figure_png(figure)  # drawing fails on bad labels
     return "\n".join(
         part for axis in figure.axes
         for part in (axis.get_xlabel(), axis.get_ylabel(), axis.get_title())

@@ -1,8 +1,8 @@
 """The explorer: choose, train, compare and copy the code, in one widget.
 
-`bench` trains and keeps runs, `choice` writes their code, `controls`, `panels` and
-`figures` are the page, `turns` lets page and training share one backbone, `storage`
-saves it all. Taught in notebook 13.
+`session` trains and keeps runs, `choice` writes their code, `controls`, `page`,
+`panels` and `figures` are the page, `threads` lets page and training share one
+backbone, `storage` saves it all. Taught in notebook 13.
 """
 
 from geopeft_kit.explorer.explorer import Explorer

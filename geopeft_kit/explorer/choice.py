@@ -1,8 +1,4 @@
-"""A choice: everything that decides about one run, and the code that repeats it.
-
-The explorer's controls make a `Choice`, the bench trains it, `code_of` writes it down
-as a cell that runs alone. Taught in notebook 13.
-"""
+"""A choice: everything that determines one run, and the code that repeats it."""
 
 from __future__ import annotations
 
@@ -32,12 +28,9 @@ class Choice:
         data: Label of the data set.
         held_out: Region to hold out; empty for those that the data holds out itself.
         backbone: Label of the backbone.
-        method: Key of the method.
-        options: Its options that differ from their defaults, and `layers`.
-        decoder: Name of the decoder.
-        epochs: Passes over the training chips.
+        options: Of the method, where they differ from their defaults, and `layers`.
         learning_rate: For what trains in the backbone; None for the method's own.
-        seed: Start of the weights, order of the chips, dropout.
+        seed: Of weights, order of chips and dropout.
     """
 
     data: str
@@ -79,11 +72,7 @@ class Choice:
 
 
 def find_method(name: str) -> MethodCard:
-    """The card of a method.
-
-    Raises:
-        ValueError: There is no such method.
-    """
+    """The card of a method; ValueError if there is none."""
     cards = {card.name: card for card in list_methods()}
     if name not in cards:
         raise ValueError(f"no method {name!r}. Choose one of: {', '.join(cards)}.")
@@ -91,7 +80,7 @@ def find_method(name: str) -> MethodCard:
 
 
 def defaults_of(card: MethodCard) -> dict[str, Any]:
-    """Option -> default, read from the method's card; `layers` stands first."""
+    """Option -> default, read from the method's card; `layers` comes first."""
     texts = {name: text.split(" = ", 1)[1] for name, text in card.options.items()}
     return {"layers": "all"} | {k: ast.literal_eval(v) for k, v in texts.items()}
 
@@ -106,38 +95,30 @@ def code_of(
     device: torch.device,
     saved: str = "",
 ) -> str:
-    """A cell that repeats a run in an empty process, with the same numbers.
+    """Python code that repeats a run in an empty process and prints the same scores.
 
     Args:
         choice: What was chosen.
         data: The data set, with the choice's held-out region applied.
-        backbone: Arguments of `load_backbone`, `name` among them.
+        backbone: Arguments of `load_backbone`, with `name`.
         device: Where the run was trained.
-        saved: Folder that the run was saved in; empty where it was not.
-
-    Returns:
-        Python code that prints the scores, and saves the model where the run was saved.
+        saved: Folder that the run was saved in, or empty.
     """
     arguments = dict(backbone)
     name = arguments.pop("name")
     random = arguments.get("weights", "") is None or "random" in arguments.values()
     place = "" if device.type == "cpu" else f".to({_text(device.type)})"
-    rate = choice.learning_rate
     load = _call(
         "gk.load_backbone", [_text(name), "bands=data.bands"], _keywords(arguments)
     )
     attach = _call(
         "gk.attach", ["backbone", _text(choice.method)], _keywords(choice.options)
     )
-    settings: dict[str, Any] = {
-        "epochs": choice.epochs,
-        "seed": choice.seed,
-        "validate_every": 1,
-    }
-    if "val" not in data.splits:
-        settings.pop("validate_every")
-    if rate is not None:
-        settings["learning_rate"] = rate
+    settings: dict[str, Any] = {"epochs": choice.epochs, "seed": choice.seed}
+    if "val" in data.splits:
+        settings["validate_every"] = 1
+    if choice.learning_rate is not None:
+        settings["learning_rate"] = choice.learning_rate
     parts = ["backbone", _text(choice.decoder), "data.task", "data.num_classes"]
     build = _call(
         "gk.build_model", parts, ["factor=data.factor"] if data.factor > 1 else []
@@ -212,10 +193,10 @@ def _changed(values: Mapping[str, Any], *functions: Any) -> list[str]:
 
 
 def _keywords(values: Mapping[str, Any]) -> list[str]:
-    """Keyword arguments as code; a saved explorer can bring names of its own."""
+    """Keyword arguments as code; names in a saved explorer may be anything."""
     strange = [name for name in values if not name.isidentifier()]
     if strange:
-        raise ValueError(f"{strange[0]!r} is no name of an argument.")
+        raise ValueError(f"{strange[0]!r} cannot be the name of an argument.")
     return [f"{name}={_text(value)}" for name, value in values.items()]
 
 

@@ -13,52 +13,41 @@ from typing import Any
 import ipywidgets as widgets
 
 from geopeft_kit.decoders import DECODERS
-from geopeft_kit.explorer.bench import Bench
 from geopeft_kit.explorer.choice import AS_GIVEN, Choice, defaults_of, find_method
+from geopeft_kit.explorer.session import Session
+from geopeft_kit.maps.widget import named
 from geopeft_kit.model import WHOLE_IMAGE_TASKS
 
 
 def control(kind: Callable[..., Any], label: str, name: str, **settings: Any) -> Any:
-    """A control as wide as its column, with a label and a class of its own.
-
-    Args:
-        kind: Widget class.
-        label: Shown in front.
-        name: Its CSS class is `gpk-` and this.
-        **settings: Of the widget.
-    """
+    """A labelled widget of a class, as wide as its column; `gpk-name` in CSS."""
     made = kind(
         description=label,
         layout={"width": "auto", "margin": "2px 0"},
         style={"description_width": "92px"},
         **settings,
     )
-    made.add_class(f"gpk-{name}")
-    return made
+    return named(made, name)
 
 
 class Controls:
-    """What can be chosen.
-
-    Args:
-        bench: Its data sets and backbones are offered.
-        methods: Keys of the methods that are offered.
+    """Controls for the data sets and backbones of a session, and for methods.
 
     Attributes:
         box: The controls, one below the other.
     """
 
-    def __init__(self, bench: Bench, methods: Sequence[str]) -> None:
-        self.bench = bench
+    def __init__(self, session: Session, methods: Sequence[str]) -> None:
+        self.session = session
         self._listeners: list[Callable[[], None]] = []
         self._quiet = False
         titles = [(f"{m}: {find_method(m).title}", m) for m in methods]
         first = "lora" if "lora" in methods else methods[0]
         pick = widgets.Dropdown
-        self.data = control(pick, "data", "data", options=list(bench.data))
+        self.data = control(pick, "data", "data", options=list(session.data))
         self.held_out = control(pick, "held out", "held-out", options=[("", AS_GIVEN)])
         self.backbone = control(
-            pick, "backbone", "backbone", options=list(bench.backbones)
+            pick, "backbone", "backbone", options=list(session.backbones)
         )
         self.method = control(pick, "method", "method", options=titles, value=first)
         self.options = widgets.VBox(layout={"width": "auto"})
@@ -68,7 +57,7 @@ class Controls:
             style={"button_width": "auto", "description_width": "92px"},
             layout={"width": "auto", "margin": "2px 0"},
         )
-        self.decoder.add_class("gpk-decoder")
+        named(self.decoder, "decoder")
         self.epochs = control(
             widgets.BoundedIntText, "epochs", "epochs", value=4, min=1, max=10_000
         )
@@ -88,7 +77,7 @@ class Controls:
              self.decoder, self.epochs, self.rate, self.seed],
             layout={"width": "auto"},
         )  # fmt: skip
-        if len(bench.data) < 2:
+        if len(session.data) < 2:
             self.data.layout.display = "none"
 
     def listen(self, listener: Callable[[], None]) -> None:
@@ -96,11 +85,7 @@ class Controls:
         self._listeners.append(listener)
 
     def choice(self) -> Choice:
-        """What the controls say.
-
-        Raises:
-            ValueError: A text is no number, or no value of an option.
-        """
+        """What the controls say. Raises ValueError for a text that is not a value."""
         return Choice(
             data=self.data.value,
             held_out=self.held_out.value,
@@ -114,10 +99,9 @@ class Controls:
         )
 
     def set(self, choice: Choice) -> None:
-        """Make the controls say a choice; listeners are called once, at the end.
+        """Set the controls to a choice; listeners are called once, at the end.
 
-        Raises:
-            ValueError: The choice is not among what is offered.
+        Raises ValueError where something is not offered.
         """
         self._quiet = True
         try:
@@ -161,10 +145,10 @@ class Controls:
 
     def _offer_regions(self) -> None:
         """The regions of the data; and the one decoder that whole images have."""
-        data = self.bench.data[self.data.value]
+        data = self.session.data[self.data.value]
         given = data.index.loc[data.index["split"] == "test", "region"].astype(str)
         label = f"as given: {', '.join(sorted(given.unique()))}"
-        regions = [(region, region) for region in self.bench.regions(self.data.value)]
+        regions = [(region, region) for region in self.session.regions(self.data.value)]
         self.held_out.options = [(label, AS_GIVEN), *regions]
         whole = data.task in WHOLE_IMAGE_TASKS
         names = ["linear"] if whole else [*DECODERS]

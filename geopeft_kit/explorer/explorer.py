@@ -5,8 +5,7 @@ it: `choose`, `train`, `wait`, `cancel`, `runs`, `model`, `code`, `save_run`, `s
 `load`.
 
 Controls are core ipywidgets; panels are HTML, pictures PNG. Only the map needs
-ipyleaflet; without it the stand-alone page of the same map is shown, and the picture is
-there in any case. Taught in notebook 13.
+ipyleaflet; without it the stand-alone page of the same map is shown.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ from typing import Any, cast
 import pandas as pd
 
 from geopeft_kit.data.chips import ChipData
-from geopeft_kit.explorer.bench import Bench, KeptRun, Preview
 from geopeft_kit.explorer.choice import Choice
 from geopeft_kit.explorer.controls import Controls
 from geopeft_kit.explorer.page import TABS, Page
+from geopeft_kit.explorer.session import KeptRun, Preview, Session
 from geopeft_kit.explorer.storage import (
     check_data,
-    fill_bench,
+    fill_session,
     read_settings,
-    save_bench,
+    save_session,
 )
-from geopeft_kit.explorer.turns import Cancelled, Mailbox
+from geopeft_kit.explorer.threads import Cancelled, MainThreadQueue
 from geopeft_kit.maps.widget import show_bundle, view_bundle
 from geopeft_kit.methods import list_methods
 from geopeft_kit.model import Model
@@ -74,16 +73,16 @@ class Explorer:
         if not sets or not backbones:
             raise ValueError("the explorer needs a data set and a backbone or more.")
         chosen = list(methods or [card.name for card in list_methods()])
-        self.bench = Bench(sets, backbones)
+        self.session = Session(sets, backbones)
         self._settings = {"methods": chosen, "show": show, "height": height}
-        self._mailbox = Mailbox()
+        self._main_thread = MainThreadQueue()
         self._thread: threading.Thread | None = None
         self._error: str = ""
         self._news: dict[str, Any] = {}
-        self.controls = Controls(self.bench, chosen)
-        self.page = Page(self.bench, self.controls, show, height)
-        self.page.on_train(self.train)
-        self.page.on_cancel(self.cancel)
+        self.controls = Controls(self.session, chosen)
+        self.page = Page(self.session, self.controls, show, height)
+        self.page.on_click(self.page.train_button, self.train)
+        self.page.on_click(self.page.cancel_button, self.cancel)
         self.page.on_save(self.save_run)
         self.controls.listen(self._refresh)
         self._refresh()
@@ -115,12 +114,12 @@ class Explorer:
     @property
     def preview(self) -> Preview:
         """Sizes and predicted memory of the choice, or why it cannot be trained."""
-        return self.bench.preview(self.choice)
+        return self.session.preview(self.choice)
 
     @property
     def code(self) -> str:
         """The cell that repeats the choice in an empty process."""
-        return self.bench.code(self.choice)
+        return self.session.code(self.choice)
 
     # --- train ------------------------------------------------------------------------
 
@@ -132,8 +131,8 @@ class Explorer:
     def train(self) -> Explorer:
         """Train the choice in the background; a choice that has a run shows it.
 
-        What the page does meanwhile leaves no trace in the run. A cell of your own that
-        draws torch's random numbers meanwhile does, where a method uses dropout.
+        Using the page meanwhile does not change the run. A cell that draws torch's
+        random numbers meanwhile does, where a method uses dropout.
 
         Raises:
             RuntimeError: A training is under way.
@@ -144,11 +143,11 @@ class Explorer:
         choice, preview = self.choice, self.preview
         if preview.reason is not None:
             raise ValueError(preview.reason)
-        if choice.key in self.bench.runs:
+        if choice.key in self.session.runs:
             self._refresh()
             return self
         self._error, self._news = "", {"choice": choice}
-        self.bench.turns.stop.clear()
+        self.session.lock.stop.clear()
         self._thread = threading.Thread(
             target=self._work, args=(choice,), name="geopeft-explorer", daemon=True
         )
@@ -157,40 +156,38 @@ class Explorer:
         return self
 
     def wait(self) -> Explorer:
-        """Wait until the training has ended.
-
-        The page goes on being drawn; its controls answer when the cell has ended.
+        """Wait until the training has ended; the page is redrawn meanwhile.
 
         Raises:
             RuntimeError: The training failed; the text is the whole traceback.
         """
         while self._thread is not None:
             self._thread.join(0.1)
-            self._mailbox.deliver()
+            self._main_thread.run()
         if self._error:
             raise RuntimeError(self._error)
         return self
 
     def cancel(self) -> Explorer:
-        """Ask the training to stop after its step; nothing of it is kept."""
-        self.bench.turns.stop.set()
+        """Stop the training after its current step and discard the run."""
+        self.session.lock.stop.set()
         return self
 
     def _work(self, choice: Choice) -> None:
-        """The thread: train, and say how it ended."""
+        """The training thread."""
         run, error, message = None, "", ""
         try:
-            run = self.bench.train(choice, self._report)
+            run = self.session.train(choice, self._report)
         except Cancelled:
-            message = "Cancelled; nothing of it was kept."
+            message = "Cancelled; the run was discarded."
         except BaseException:  # shown in full on the page, and raised by `wait`
             error = traceback.format_exc()
-        self._mailbox.post(self._ended, run, error, message)
+        self._main_thread.put(self._ended, run, error, message)
 
     def _report(self, news: dict[str, Any]) -> None:
-        self._mailbox.post(self._tell, news)
+        self._main_thread.put(self._show_progress, news)
 
-    def _tell(self, news: dict[str, Any]) -> None:
+    def _show_progress(self, news: dict[str, Any]) -> None:
         self._news |= news
         if self.training:
             self.page.draw_progress(self._news)
@@ -198,7 +195,7 @@ class Explorer:
     def _ended(self, run: KeptRun | None, error: str, message: str) -> None:
         self._thread, self._error = None, error
         if run is not None:
-            self.bench.runs[run.choice.key] = run
+            self.session.runs[run.choice.key] = run
         self.page.message = message
         self._refresh()
 
@@ -208,13 +205,13 @@ class Explorer:
     def shown(self) -> KeptRun | None:
         """The run of the choice, if it was trained."""
         try:
-            return self.bench.runs.get(self.choice.key)
+            return self.session.runs.get(self.choice.key)
         except ValueError:
             return None
 
     @property
     def model(self) -> Model:
-        """The model of the choice, its adapter swapped in.
+        """The model of the choice, its adapter active.
 
         Raises:
             RuntimeError: A training is under way, or the choice was not trained.
@@ -222,15 +219,14 @@ class Explorer:
         run = self.shown
         if self.training or run is None:
             raise RuntimeError(
-                "the choice has no trained model to hand out now: call train() and "
-                "wait() first."
+                "the choice has no trained model yet: call train() and wait() first."
             )
-        return self.bench.activate(run)
+        return self.session.activate(run)
 
     @property
     def runs(self) -> pd.DataFrame:
         """All runs: choice, cost and scores, one row a run."""
-        return pd.DataFrame([_row(run) for run in self.bench.runs.values()])
+        return pd.DataFrame([_row(run) for run in self.session.runs.values()])
 
     def show(self, tab: str) -> Explorer:
         """Open a tab of the page: "Picture", "Map", "Runs" or "Code"."""
@@ -240,17 +236,17 @@ class Explorer:
         return self
 
     def _refresh(self) -> None:
-        """Draw what the controls say; a run that is there is swapped in."""
+        """Draw what the controls say; the adapter of an existing run is activated."""
         self.page.draw(self.training, self._news, self._error)
         if self.shown is not None and not self.training:
-            self.bench.activate(self.shown)
+            self.session.activate(self.shown)
 
     # --- on disk ----------------------------------------------------------------------
 
     def save_run(self, folder: str | Path | None = None) -> Path:
-        """Save the model of the choice; `gk.load_model(folder)` brings it back.
+        """Save the model of the choice for `gk.load_model(folder)`.
 
-        The code of the run then says so, too.
+        The code of the run then includes it.
 
         Args:
             folder: As for `gk.save_model`; None takes a new one below `runs`.
@@ -274,7 +270,7 @@ class Explorer:
         """Write choices, adapters, decoders and scores, whole or not at all.
 
         Args:
-            folder: Made if needed; an explorer that is there is replaced.
+            folder: Created if needed; an explorer in it is replaced.
 
         Raises:
             RuntimeError: A training is under way.
@@ -283,15 +279,15 @@ class Explorer:
         if self.training:
             raise RuntimeError("a training is under way: wait for it, or cancel it.")
         settings = {**self._settings, "choice": self.choice.to_dict()}
-        place = save_bench(self.bench, folder, settings)
-        self._refresh()  # the run that is shown is swapped in again
+        place = save_session(self.session, folder, settings)
+        self._refresh()  # the shown run's adapter is activated again
         return place
 
     @classmethod
     def load(
         cls, folder: str | Path, data: ChipData | Mapping[str, ChipData]
     ) -> Explorer:
-        """Bring back a saved explorer, without training.
+        """Load a saved explorer, without training.
 
         Args:
             folder: Written by `save`.
@@ -305,8 +301,8 @@ class Explorer:
         settings = dict(content["settings"])
         choice = Choice(**settings.pop("choice"))
         explorer = cls(data, content["backbones"], **settings)
-        check_data(content, explorer.bench.data)
-        fill_bench(explorer.bench, content, folder)
+        check_data(content, explorer.session.data)
+        fill_session(explorer.session, content, folder)
         explorer.controls.set(choice)
         return explorer
 
@@ -319,7 +315,7 @@ class Explorer:
         show_bundle(self._repr_mimebundle_())
 
     def __repr__(self) -> str:
-        return f"Explorer({len(self.bench.runs)} runs)"
+        return f"Explorer({len(self.session.runs)} runs)"
 
 
 def _row(run: KeptRun) -> dict[str, Any]:

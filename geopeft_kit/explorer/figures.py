@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,13 +13,15 @@ from matplotlib.figure import Figure
 
 from geopeft_kit import plots
 from geopeft_kit.data.chips import ChipData
-from geopeft_kit.explorer.bench import Bench, KeptRun, pareto_front
-from geopeft_kit.maps.layers import MapLayer, Raster, chip_layers, chip_raster
+from geopeft_kit.explorer.session import KeptRun, Session, pareto_front
+from geopeft_kit.maps.layers import MapLayer, chip_layers, chip_rasters
 from geopeft_kit.maps.scene_map import SceneMap, show_map
 from geopeft_kit.model import WHOLE_IMAGE_TASKS
 from geopeft_kit.pictures import as_numpy, picture_bands, stretch, stretch_limits
+from geopeft_kit.plots.drawing import figure_png, plain_text
 from geopeft_kit.training.evaluate import HEADLINE
 
+DPI = 110
 CHIPS = 6  # places on the map, spread over the test split
 IN_BOX = 24  # places that a box drawn on the map may add
 
@@ -39,34 +40,26 @@ def sample_at(data: ChipData, position: int) -> dict[str, Any]:
     return sample
 
 
-def png(figure: Figure, dpi: int = 110) -> bytes:
-    """A figure as PNG bytes."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
-    return buffer.getvalue()
-
-
 def chip_png(
-    bench: Bench, data: ChipData, run: KeptRun | None, position: int, show: Any
+    session: Session, data: ChipData, run: KeptRun | None, position: int, show: Any
 ) -> bytes:
-    """A chip: image and truth, and the prediction and its errors where there is a run.
+    """Image and truth of a chip, and the prediction and errors of a run, as PNG."""
+    figure = _chip_figure(session, data, run, position, show)
+    return figure_png(figure, dpi=DPI)
 
-    Args:
-        bench: Makes the prediction.
-        data: The data set, with its held-out region.
-        run: Whose prediction, or None.
-        position: Of the chip in the test split.
-        show: Which three bands make the picture.
-    """
+
+def _chip_figure(
+    session: Session, data: ChipData, run: KeptRun | None, position: int, show: Any
+) -> Figure:
     sample = sample_at(data, position)
-    guess = None if run is None else bench.predict(run, position)
+    guess = None if run is None else session.predict(run, position)
     if "mask" not in sample:
         title = _whole_image_title(sample, guess, data)
-        return png(plots.show_chip(sample, data.bands, show, title=title))
+        return plots.show_chip(sample, data.bands, show, title=title)
     if data.task == "super_resolution":
-        return png(_finer_figure(sample, guess, data, show))
+        return _finer_figure(sample, guess, data, show)
     if data.classes is None:
-        return png(_values_figure(sample, guess, data, show))
+        return _values_figure(sample, guess, data, show)
     look: dict[str, Any] = {
         "classes": data.classes,
         "colours": data.colours,
@@ -74,8 +67,8 @@ def chip_png(
         "ignore_index": data.ignore_index,
     }
     if guess is None:
-        return png(plots.show_chip(sample, data.bands, **look))
-    return png(plots.plot_errors(sample, guess, data.bands, **look))
+        return plots.show_chip(sample, data.bands, **look)
+    return plots.plot_errors(sample, guess, data.bands, **look)
 
 
 def _whole_image_title(sample: Mapping[str, Any], guess: Any, data: ChipData) -> str:
@@ -106,7 +99,7 @@ def _values_figure(
         drawn = axis.imshow(values, vmin=low, vmax=high, interpolation="nearest")
         axis.set(title=title, xlabel="column (pixels)")
     figure.colorbar(drawn, ax=others, shrink=0.8, label="value of the target")
-    figure.suptitle(str(sample["region"]).replace("$", r"\$"))
+    figure.suptitle(plain_text(sample["region"]))
     return figure
 
 
@@ -125,7 +118,7 @@ def _finer_figure(
     ):
         axis.imshow(stretch(as_numpy(bands)[chosen], limits), interpolation="nearest")
         axis.set(title=title, xlabel="column (pixels)", ylabel="row (pixels)")
-    figure.suptitle(str(sample["region"]).replace("$", r"\$"))
+    figure.suptitle(plain_text(sample["region"]))
     return figure
 
 
@@ -164,39 +157,31 @@ def trade_off_png(runs: Sequence[KeptRun], shown: KeptRun | None) -> bytes:
     axis.grid(color="0.9")
     axis.set_axisbelow(True)
     axis.legend(frameon=False, fontsize=8, loc="lower right")
-    return png(figure)
+    return figure_png(figure, dpi=DPI)
 
 
 def map_of(
-    bench: Bench, data: ChipData, runs: Sequence[KeptRun], show: Any, height: int
+    session: Session, data: ChipData, runs: Sequence[KeptRun], show: Any, height: int
 ) -> SceneMap:
-    """Held-out chips on a map: image, truth, predictions, errors.
+    """Held-out chips on a map: image, truth, and the predictions and errors of runs.
 
-    A box drawn on the map adds the held-out chips that it touches.
-
-    Args:
-        bench: Makes the predictions.
-        data: The data set, with its held-out region.
-        runs: None, one, or two; two are compared by a swipe.
-        show: Which three bands make the picture.
-        height: Pixels.
-
-    Raises:
-        ValueError: The chips have no place on Earth, or the task draws no maps.
+    Two runs are compared by a swipe. A box drawn on the map adds the held-out chips
+    that it touches. Raises ValueError where chips are not georeferenced, or the task
+    has no maps.
     """
     if data.task in WHOLE_IMAGE_TASKS:
         raise ValueError(
             f"{data.task} gives one answer per image, so there is no map to draw. The "
             "picture shows truth and prediction in words."
         )
-    layers = _layers(bench, data, runs, show, positions_of(data))
+    layers = _layers(session, data, runs, show, positions_of(data))
     names = [run.name for run in runs]
     names = names if len(names) == 2 else ["truth", *names]
     swipe = (names[0], names[1]) if len(names) == 2 else None
     boxes = itertools.count(1)
 
     def on_box(box: tuple[float, float, float, float]) -> list[MapLayer]:
-        found = _layers(bench, data, runs, show, positions_in(data, box))
+        found = _layers(session, data, runs, show, positions_in(data, box))
         number = next(boxes)
         return [replace(one, name=f"box {number}: {one.name}") for one in found]
 
@@ -205,14 +190,9 @@ def map_of(
 
 
 def positions_in(data: ChipData, box: tuple[float, float, float, float]) -> list[int]:
-    """Positions in the test split of the chips that a box touches.
+    """Positions in the test split of the chips that a box (W, S, E, N) touches.
 
-    Args:
-        data: The data set.
-        box: West, south, east, north in degrees.
-
-    Raises:
-        ValueError: It touches none, or more than `IN_BOX`.
+    Raises ValueError where it touches none, or more than `IN_BOX`.
     """
     dataset = data.dataset("test")
     footprints = dataset.table.index.geometry.iloc[dataset.rows]
@@ -226,7 +206,7 @@ def positions_in(data: ChipData, box: tuple[float, float, float, float]) -> list
 
 
 def _layers(
-    bench: Bench,
+    session: Session,
     data: ChipData,
     runs: Sequence[KeptRun],
     show: Any,
@@ -234,7 +214,7 @@ def _layers(
 ) -> list[MapLayer]:
     """Image, truth, and for each run its prediction and errors, of some chips."""
     samples = [sample_at(data, position) for position in positions]
-    found = {run.name: [bench.predict(run, p) for p in positions] for run in runs}
+    found = {run.name: [session.predict(run, p) for p in positions] for run in runs}
     if data.classes is None:
         return _value_layers(samples, data, found, show)
     return chip_layers(
@@ -249,12 +229,8 @@ def _value_layers(
     show: Any,
 ) -> list[MapLayer]:
     """The image, and values on one scale: finer images, or those of a regression."""
-
-    def rasters(arrays: Sequence[Any]) -> list[Raster]:
-        return [chip_raster(s, array) for s, array in zip(samples, arrays, strict=True)]
-
     truth = [sample["mask"] for sample in samples]
-    images = rasters([sample["image"] for sample in samples])
+    images = chip_rasters(samples, [sample["image"] for sample in samples])
     picture: dict[str, Any] = {"bands": data.bands, "show": show}
     look = picture
     if data.task == "regression":
@@ -263,5 +239,5 @@ def _value_layers(
         look = {"kind": "values", "limits": limits}
     layers = [MapLayer("image", images, **picture)]
     for name, arrays in {"truth": truth, **found}.items():
-        layers.append(MapLayer(name, rasters(arrays), **look))
+        layers.append(MapLayer(name, chip_rasters(samples, arrays), **look))
     return layers

@@ -1,22 +1,21 @@
-"""A prepared explorer on disk: one folder, no pickle.
+"""A saved explorer: one folder, no pickle.
 
 `explorer.json` holds choices, histories, times and scores; each run has a folder that
-`gk.load_model` reads as well. Frozen backbones and data are not in it: they are named,
-and checked when it is loaded.
+`gk.load_model` reads as well. Frozen backbones and data are only named, and checked on
+loading.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from geopeft_kit.data.chips import ChipData
-from geopeft_kit.explorer.bench import Bench, KeptRun
 from geopeft_kit.explorer.choice import Choice
-from geopeft_kit.files import whole_folder
+from geopeft_kit.explorer.session import KeptRun, Session
+from geopeft_kit.files import content_key, whole_folder
 from geopeft_kit.saved_model import load_model, save_model
 
 FORMAT = 2
@@ -24,50 +23,46 @@ NAME = "explorer.json"
 RUN_FIELDS = ("number", "rows", "losses", "resources", "scores", "counts")
 
 
-def save_bench(bench: Bench, folder: str | Path, settings: Mapping[str, Any]) -> Path:
-    """Write a bench and its runs, whole or not at all.
+def save_session(
+    session: Session, folder: str | Path, settings: Mapping[str, Any]
+) -> Path:
+    """Write a session, its runs and `settings` (plain JSON), whole or not at all.
 
-    Args:
-        bench: What to write.
-        folder: Made if needed; an explorer that is there is replaced.
-        settings: Plain JSON that comes back from `read_settings`.
-
-    Raises:
-        FileExistsError: The folder holds something else.
-        OSError: The disk is full, or the place cannot be written.
+    An explorer in the folder is replaced. Raises FileExistsError where it holds
+    something else, OSError where it cannot be written.
     """
     folder = Path(folder).resolve()
     occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if occupied and not (folder / NAME).is_file():
         raise FileExistsError(
-            f"{folder} holds something that is no explorer. Choose another folder."
+            f"{folder} holds something that is not an explorer. Choose another folder."
         )
     with whole_folder(folder) as part:
-        _write(bench, part, settings)
+        _write(session, part, settings)
     return folder
 
 
-def _write(bench: Bench, folder: Path, settings: Mapping[str, Any]) -> None:
+def _write(session: Session, folder: Path, settings: Mapping[str, Any]) -> None:
     from geopeft_kit import __version__
 
     runs = []
-    for run in bench.runs.values():
-        with bench.turns.borrow(run.model.backbone):
-            save_model(bench.activate(run), folder / _place(run.number))
+    for run in session.runs.values():
+        with session.lock.borrow(run.model.backbone):
+            save_model(session.activate(run), folder / _run_folder(run.number))
         fields = {name: getattr(run, name) for name in RUN_FIELDS}
         runs.append({"choice": run.choice.to_dict(), **fields})
     content = {
         "format": FORMAT,
         "geopeft_kit": __version__,
-        "data": {label: fingerprint(data) for label, data in bench.data.items()},
-        "backbones": bench.backbones,
+        "data": {label: fingerprint(data) for label, data in session.data.items()},
+        "backbones": session.backbones,
         "settings": dict(settings),
         "runs": runs,
     }
     (folder / NAME).write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
-def _place(number: int) -> str:
+def _run_folder(number: int) -> str:
     return f"run_{number:03d}"
 
 
@@ -75,16 +70,14 @@ def fingerprint(data: ChipData) -> str:
     """A hash over the chips, their split and the bands: what scores depend on."""
     rows = data.index[["chip", "split"]].astype(str).sort_values("chip").to_numpy()
     task = f"{data.task} by {data.factor}" if data.factor > 1 else data.task
-    text = json.dumps([task, list(data.bands), rows.tolist()])
-    return hashlib.sha256(text.encode()).hexdigest()
+    return content_key([task, list(data.bands), rows.tolist()])
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:
-    """The content of `explorer.json`, checked as far as it can be without data.
+    """The content of `explorer.json`, checked as far as possible without data.
 
-    Raises:
-        FileNotFoundError: There is no explorer in the folder.
-        ValueError: The file is truncated, or of another format.
+    Raises FileNotFoundError without such a file, ValueError for a truncated one or
+    another format.
     """
     path = Path(folder) / NAME
     if not path.is_file():
@@ -96,7 +89,7 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
         found = content.get("format")
     except (ValueError, AttributeError) as error:
         raise ValueError(
-            f"{path} is truncated or no explorer: {error}. Copy the folder again."
+            f"{path} is truncated or not an explorer: {error}. Copy the folder again."
         ) from error
     missing = {"data", "backbones", "settings", "runs"} - set(content)
     if found != FORMAT or missing:
@@ -118,23 +111,24 @@ def check_data(content: Mapping[str, Any], data: Mapping[str, ChipData]) -> None
         if found != fingerprint(data[label]):
             raise ValueError(
                 f"{label!r} has other chips, splits or bands than the data that the "
-                "explorer was made with, so its scores would not be about it. Make "
+                "explorer was made with, so its scores would not be valid for it. Make "
                 "the data with the same arguments."
             )
 
 
-def fill_bench(bench: Bench, content: Mapping[str, Any], folder: str | Path) -> None:
-    """Put the saved runs on a new bench; no pickle, no training.
+def fill_session(
+    session: Session, content: Mapping[str, Any], folder: str | Path
+) -> None:
+    """Put the saved runs on a new session, without training.
 
-    Raises:
-        ValueError: A file does not fit, or the weights of a backbone are others.
+    Raises ValueError where a file does not fit, or a backbone has other weights.
     """
     for saved in content["runs"]:
         choice = Choice(**saved["choice"])
-        place = Path(folder) / _place(int(saved["number"]))
-        model = load_model(place, bench.backbone_of(choice))
+        place = Path(folder) / _run_folder(int(saved["number"]))
+        model = load_model(place, session.backbone_of(choice))
         model.adapter.deactivate()
         fields = {name: saved[name] for name in RUN_FIELDS}
-        bench.runs[choice.key] = KeptRun(
+        session.runs[choice.key] = KeptRun(
             choice=choice, adapter=model.adapter, model=model, **fields
         )

@@ -1,21 +1,17 @@
-"""What a map is made of: rasters with a place, layers, and the layers of chips.
-
-`overlays` draws them, `maps` shows them. Taught in notebooks 00 and 09.
-"""
+"""What a map is made of: georeferenced rasters, layers, and the layers of chips."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import rasterio
 from rasterio.transform import Affine, from_bounds
 
 from geopeft_kit.pictures import Colours, as_numpy
+from geopeft_kit.scenes.rasters import class_look
 
 KINDS = ("image", "classes", "values", "errors")
 OUTSIDE = "#4d4d4d"
@@ -23,7 +19,7 @@ OUTSIDE = "#4d4d4d"
 
 @dataclass(frozen=True)
 class Raster:
-    """An array with a place on Earth.
+    """A georeferenced array.
 
     Args:
         array: (C, H, W) or (H, W).
@@ -40,6 +36,11 @@ class Raster:
     def __post_init__(self) -> None:
         """Take tensors of any device."""
         object.__setattr__(self, "array", as_numpy(self.array))
+
+    @property
+    def stack(self) -> np.ndarray:
+        """(C, H, W), also of a (H, W) array."""
+        return self.array if self.array.ndim == 3 else self.array[None]
 
 
 Source = str | os.PathLike[str] | Raster
@@ -59,9 +60,9 @@ class MapLayer:
         classes: Class names; by default those written by `gk.predict_scene`.
         colours: One per class; by default the file's colour table.
         truth: The reference of an error layer, in the same form as `source`.
-        probabilities: Chance of each class, (K, H, W), in the same form as `source`;
-            shown where a pixel of a class map is clicked.
-        nodata: Value that is left transparent, beside NaN and the file's own nodata;
+        probabilities: Of each class, (K, H, W), in the same form as `source`; shown
+            where a pixel of a class map is clicked.
+        nodata: Value that is left transparent, as NaN and the file's own nodata are;
             255 for classes.
         limits: Lowest and highest value of a ramp; by default the 2nd and 98th
             percentile.
@@ -114,17 +115,11 @@ def sources_of(source: Source | Sequence[Source]) -> list[Source]:
     return found
 
 
-def class_names(layer: MapLayer) -> list[str]:
-    """Class names of a layer: its own, or those that the file carries."""
-    classes, first = layer.classes, sources_of(layer.source)[0]
-    if classes is None and not isinstance(first, Raster):
-        with rasterio.open(first) as raster:
-            classes = json.loads(raster.tags().get("classes", "null"))
-    if classes is None:
-        raise ValueError(
-            f"Layer {layer.name!r} needs classes=[...], the names of its classes."
-        )
-    return [str(name) for name in classes]
+def classes_of(layer: MapLayer) -> tuple[list[str], list[str]]:
+    """Class names and "#rrggbb" colours of a layer: its own, or those of its file."""
+    first = sources_of(layer.source)[0]
+    path = None if isinstance(first, Raster) else first
+    return class_look(path, layer.classes, layer.colours, f"Layer {layer.name!r}")
 
 
 def chip_layers(
@@ -146,8 +141,8 @@ def chip_layers(
         bands: Bands of the images.
         classes: Class names.
         colours: One per class.
-        predictions: Name -> per sample a (H, W) class map, or (K, H, W) probabilities,
-            which also give a layer of confidence, the highest of them.
+        predictions: Name -> per sample a (H, W) class map, or (K, H, W) probabilities.
+            The highest probability becomes a layer of confidence.
         ignore_index: Value of a mask that means "not labelled".
         show: Which three bands the image shows.
         false_colour: Show the image a second time, with the near infrared as red.
@@ -159,8 +154,8 @@ def chip_layers(
     """
     samples = list(samples)
     look = {"classes": classes, "colours": colours, "nodata": ignore_index}
-    truth = [chip_raster(sample, sample["mask"]) for sample in samples]
-    images = [chip_raster(sample, sample["image"]) for sample in samples]
+    truth = chip_rasters(samples, [sample["mask"] for sample in samples])
+    images = chip_rasters(samples, [sample["image"] for sample in samples])
     layers = [MapLayer("image", images, bands=bands, show=show)]
     if false_colour:
         second = MapLayer("image, false colour", images, bands=bands, show="false",
@@ -168,20 +163,10 @@ def chip_layers(
         layers.append(second)
     layers.append(MapLayer("truth", truth, "classes", **look))  # type: ignore[arg-type]
     for name, maps in (predictions or {}).items():
-        _one_per_chip(name, maps, samples)
         layers += _prediction_layers(name, maps, samples, truth, look)
     if distances is not None:
-        _one_per_chip("distances", distances, samples)
         layers += _distance_layers(samples, distances, threshold)
     return layers
-
-
-def _one_per_chip(name: str, maps: Sequence[Any], samples: Sequence[Any]) -> None:
-    if len(maps) != len(samples):
-        raise ValueError(
-            f"{name!r} has {len(maps)} predictions for {len(samples)} chips. Pass "
-            "one per chip, in the same order."
-        )
 
 
 def _prediction_layers(
@@ -189,48 +174,56 @@ def _prediction_layers(
 ) -> list[MapLayer]:
     """Class map, errors and, from probabilities, the confidence of one method."""
     arrays = [as_numpy(one) for one in maps]
-    chances = arrays if arrays and arrays[0].ndim == 3 else None
-    if chances is not None:
-        arrays = [one.argmax(axis=0) for one in chances]
-    rasters = [chip_raster(s, m) for s, m in zip(samples, arrays, strict=True)]
-    beside, sure = None, []
-    if chances is not None:
-        beside = [chip_raster(s, m) for s, m in zip(samples, chances, strict=True)]
-        highest = [chip_raster(s, m.max(axis=0)) for s, m in
-                   zip(samples, chances, strict=True)]  # fmt: skip
-        limits = (1 / len(chances[0]), 1.0)
-        sure = [MapLayer(f"confidence of {name}", highest, "values", limits=limits,
-                         visible=False)]  # fmt: skip
+    chances, confidence = None, []
+    if arrays and arrays[0].ndim == 3:
+        chances = chip_rasters(samples, arrays, name)
+        highest = chip_rasters(samples, [one.max(axis=0) for one in arrays])
+        limits = (1 / len(arrays[0]), 1.0)
+        confidence = [MapLayer(f"confidence of {name}", highest, "values",
+                               limits=limits, visible=False)]  # fmt: skip
+        arrays = [one.argmax(axis=0) for one in arrays]
+    rasters = chip_rasters(samples, arrays, name)
+    look = {**look, "visible": False}
     return [
-        MapLayer(name, rasters, "classes", probabilities=beside, visible=False, **look),
-        MapLayer(f"errors of {name}", rasters, "errors", truth=truth, visible=False,
-                 **look),
-        *sure,
-    ]  # fmt: skip
+        MapLayer(name, rasters, "classes", probabilities=chances, **look),
+        MapLayer(f"errors of {name}", rasters, "errors", truth=truth, **look),
+        *confidence,
+    ]
 
 
 def _distance_layers(
     samples: Sequence[Any], distances: Sequence[Any], threshold: float | None
 ) -> list[MapLayer]:
-    """The dissimilarity, and a veil over what lies outside of the area."""
+    """The dissimilarity, and a dark cover over what lies outside the area."""
     arrays = [as_numpy(one).squeeze() for one in distances]
-    rasters = [chip_raster(s, m) for s, m in zip(samples, arrays, strict=True)]
+    rasters = chip_rasters(samples, arrays, "distances")
     layers = [MapLayer("distance to training", rasters, "values", visible=False)]
     if threshold is None:
         return layers
-    beyond = [chip_raster(s, np.where(m > threshold, 0, 255)) for s, m in
-              zip(samples, arrays, strict=True)]  # fmt: skip
-    outside = MapLayer("outside the area of applicability", beyond, "classes",
-                       classes=["outside"], colours=[OUTSIDE], visible=False,
-                       opacity=0.7)  # fmt: skip
+    beyond = [np.where(one > threshold, 0, 255) for one in arrays]
+    outside = MapLayer("outside the area of applicability",
+                       chip_rasters(samples, beyond), "classes", classes=["outside"],
+                       colours=[OUTSIDE], visible=False, opacity=0.7)  # fmt: skip
     return [*layers, outside]
 
 
-def chip_raster(sample: Mapping[str, Any], array: Any) -> Raster:
-    """An array (C, H, W) or (H, W) of a chip's extent, at the chip's place.
+def chip_rasters(
+    samples: Sequence[Mapping[str, Any]], arrays: Sequence[Any], name: str = ""
+) -> list[Raster]:
+    """One array (C, H, W) or (H, W) per chip, at the chip's place.
 
-    Raises ValueError if the chip has no place on Earth.
+    Raises ValueError, which names the arrays, where their number is another, or a chip
+    is not georeferenced.
     """
+    if len(arrays) != len(samples):
+        raise ValueError(
+            f"{name!r} has {len(arrays)} predictions for {len(samples)} chips. Pass "
+            "one per chip, in the same order."
+        )
+    return [_chip_raster(s, array) for s, array in zip(samples, arrays, strict=True)]
+
+
+def _chip_raster(sample: Mapping[str, Any], array: Any) -> Raster:
     if "bounds" not in sample or not sample.get("crs"):
         raise ValueError(
             f"Chip {sample.get('chip', '?')!r} has no bounds and crs, so it has no "

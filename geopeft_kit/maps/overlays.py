@@ -1,38 +1,35 @@
-"""Rasters and chips -> pictures that lie at their true place on a web map.
+"""Rasters and chips -> georeferenced pictures for a web map.
 
 A web map stretches a picture linearly in Web Mercator (EPSG:3857), so every layer is
-warped to that projection here, coloured, and encoded as a PNG data URL: no tile server,
-no port, no network. Chips that lie side by side become one mosaic; chips far apart
-become places of their own. All layers of a place share one grid, so that truth and
-prediction are compared pixel by pixel.
-
-Used by `maps`; notebooks 00 and 09.
+warped to that projection, coloured, and encoded as a PNG data URL: no tile server and
+no network. Chips next to each other become one mosaic; chips far apart become separate
+places. All layers of a place share one grid, so that truth and prediction are compared
+pixel by pixel.
 """
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import rasterio
 from rasterio.enums import Resampling
 from rasterio.transform import Affine, array_bounds, from_origin
 from rasterio.vrt import WarpedVRT
 from rasterio.warp import reproject, transform_bounds
 
-from geopeft_kit.maps.layers import MapLayer, Raster, Source, class_names, sources_of
+from geopeft_kit.maps.layers import MapLayer, Raster, Source, classes_of, sources_of
 from geopeft_kit.pictures import (
     OKABE_ITO,
-    as_numpy,
-    class_colours,
     picture_bands,
+    png_url,
+    rgb_of,
     stretch,
     stretch_limits,
 )
+from geopeft_kit.raster_files import open_raster
 
 MERCATOR = "EPSG:3857"
 MAX_SIDE = 1500  # pixels; a browser keeps every layer of a map in memory
@@ -58,7 +55,7 @@ class Legend:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG data URL and where it lies: ((south, west), (north, east)) in degrees."""
+    """A PNG data URL and its bounds: ((south, west), (north, east)) in degrees."""
 
     url: str
     bounds: tuple[tuple[float, float], tuple[float, float]]
@@ -157,7 +154,7 @@ def _footprint(source: Source) -> _Footprint:
         crs, transform, place = source.crs, source.transform, source.place
         name = "the array"
     else:
-        with rasterio.open(source) as raster:
+        with open_raster(source) as raster:
             height, width, crs = raster.height, raster.width, raster.crs
             transform, place, name = raster.transform, "", raster.name
     if not crs:
@@ -221,12 +218,15 @@ def _near(a: Box, b: Box) -> bool:
 
 def _draw_layer(layer: MapLayer, grids: Sequence[_Grid]) -> DrawnLayer:
     held = _held(sources_of(layer.source), grids)
+    smooth = Resampling.bilinear if layer.kind == "image" else Resampling.nearest
+    canvases = [_canvas(sources, grid, layer, smooth) for grid, sources in held]
     if layer.kind == "image":
-        painted, legend = _paint_images(layer, held), None
+        painted, legend = _paint_images(canvases), None
     elif layer.kind == "values":
-        painted, legend = _paint_values(layer, held)
+        painted, legend = _paint_values(layer, [canvas[0] for canvas in canvases])
     else:
-        painted, legend = _paint_classes(layer, held)
+        numbers = [canvas[0] for canvas in canvases]
+        painted, legend = _paint_classes(layer, numbers, [grid for grid, _ in held])
     pictures = tuple(
         Picture(_png(rgba), grid.degrees())
         for (grid, _), rgba in zip(held, painted, strict=True)
@@ -237,7 +237,7 @@ def _draw_layer(layer: MapLayer, grids: Sequence[_Grid]) -> DrawnLayer:
 def _held(
     sources: Sequence[Source], grids: Sequence[_Grid]
 ) -> list[tuple[_Grid, list[Source]]]:
-    """The grids that hold sources, each with its own: their middles lie in it."""
+    """The grids that hold the centres of sources, each with these sources."""
     boxes = [_footprint(source).box for source in sources]
     middles = [((b[0] + b[2]) / 2, (b[1] + b[3]) / 2) for b in boxes]
     held = []
@@ -249,10 +249,7 @@ def _held(
     return held
 
 
-def _paint_images(layer: MapLayer, held: Sequence[tuple]) -> list[np.ndarray]:
-    canvases = [
-        _canvas(inside, grid, layer, Resampling.bilinear) for grid, inside in held
-    ]
+def _paint_images(canvases: Sequence[np.ndarray]) -> list[np.ndarray]:
     limits = stretch_limits(canvases)
     return [
         _rgba(stretch(canvas, limits), np.isfinite(canvas).all(axis=0))
@@ -260,10 +257,9 @@ def _paint_images(layer: MapLayer, held: Sequence[tuple]) -> list[np.ndarray]:
     ]
 
 
-def _paint_values(layer: MapLayer, held: Sequence[tuple]) -> tuple[list, Legend]:
-    canvases = [
-        _canvas(inside, grid, layer, Resampling.nearest)[0] for grid, inside in held
-    ]
+def _paint_values(
+    layer: MapLayer, canvases: Sequence[np.ndarray]
+) -> tuple[list[np.ndarray], Legend]:
     low, high = layer.limits or stretch_limits([c[None] for c in canvases])[:, 0]
     ramp = ramp_colours()
     span = max(high - low, 1e-12)
@@ -285,19 +281,18 @@ def ramp_colours() -> np.ndarray:
     return np.round(255 * colormaps["viridis"](np.arange(256))[:, :3]).astype("u1")
 
 
-def _paint_classes(layer: MapLayer, held: Sequence[tuple]) -> tuple[list, Legend]:
-    classes, colours = _names_and_colours(layer)
-    canvases = [
-        _canvas(inside, grid, layer, Resampling.nearest)[0] for grid, inside in held
-    ]
+def _paint_classes(
+    layer: MapLayer, canvases: Sequence[np.ndarray], grids: Sequence[_Grid]
+) -> tuple[list[np.ndarray], Legend]:
+    classes, colours = classes_of(layer)
     _check_values(layer.name, canvases, classes)
     if layer.kind == "errors":
         assert layer.truth is not None
-        truths = dict(_held(sources_of(layer.truth), [grid for grid, _ in held]))
-        references = [_canvas(truths.get(grid, []), grid, layer)[0] for grid, _ in held]
+        truths = dict(_held(sources_of(layer.truth), grids))
+        references = [_canvas(truths.get(grid, []), grid, layer)[0] for grid in grids]
         _check_values(layer.name, references, classes)
         canvases, classes, colours = _errors(canvases, references, classes)
-    table = np.array([list(bytes.fromhex(c[1:])) for c in colours]) / 255
+    table = rgb_of(colours) / 255
     painted = []
     for canvas in canvases:
         known = np.isfinite(canvas)
@@ -318,11 +313,8 @@ def _errors(
         errors.append(np.where(wrong, kind, np.nan))
     if not two:
         return errors, ["wrong"], [MISSED]
-    return (
-        errors,
-        [f"missed {classes[1]}", f"false {classes[1]}"],
-        [MISSED, FALSE_ALARM],
-    )
+    names = [f"missed {classes[1]}", f"false {classes[1]}"]
+    return errors, names, [MISSED, FALSE_ALARM]
 
 
 def _check_values(
@@ -337,18 +329,6 @@ def _check_values(
                 f"classes are numbered 0 to {len(classes) - 1}. Pass nodata= for the "
                 "value that means 'not labelled', or all classes."
             )
-
-
-def _names_and_colours(layer: MapLayer) -> tuple[list[str], list[str]]:
-    classes, colours = class_names(layer), layer.colours
-    first = sources_of(layer.source)[0]
-    if colours is None and not isinstance(first, Raster):
-        with rasterio.open(first) as raster:
-            # 1 is "gray": no colour table, and none is asked for.
-            if raster.colorinterp[0].name == "palette":
-                table = raster.colormap(1)
-                colours = [table[i][:3] for i in range(len(classes))]
-    return classes, class_colours(classes, colours)
 
 
 def _canvas(
@@ -396,8 +376,7 @@ def _warp(
     if nodata is None and layer.kind in ("classes", "errors"):
         nodata = 255
     if isinstance(source, Raster):
-        array = as_numpy(source.array)
-        array = array[None] if array.ndim == 2 else array
+        array = source.stack
         if layer.kind == "image":
             array = array[_shown(layer, layer.bands, len(array))]
         array = array.astype(np.float32)
@@ -410,7 +389,7 @@ def _warp(
             src_nodata=np.nan, dst_nodata=np.nan,
         )  # fmt: skip
         return piece
-    with rasterio.open(source) as raster:
+    with open_raster(source) as raster:
         indexes = [1]
         if layer.kind == "image":
             bands = layer.bands or [name or "" for name in raster.descriptions]
@@ -452,4 +431,4 @@ def _png(rgba: np.ndarray) -> str:
 
     buffer = io.BytesIO()
     Image.fromarray(rgba).save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return png_url(buffer.getvalue())

@@ -1,22 +1,29 @@
 """A map as one HTML page that needs nothing else: no server, no network.
 
-Leaflet's script and style come from the installed package `django-js-lib-leaflet`
-(Leaflet itself, BSD licence, without Django) and stand inside the page, as do all
-pictures. The page's own security policy forbids every request, so it cannot lean on
-the network by accident. The page itself is `page.html`. A click reads the colours
-of its pictures back: the class, and a value to 1/128 of its ramp; reflectance and the
-probabilities of classes that did not win are not in the page.
+Leaflet comes from the installed package `django-js-lib-leaflet` (Leaflet itself, BSD
+licence, without Django) and is embedded, as all pictures are. The page's security
+policy forbids every request. A click reads the colours of the pictures back: the class,
+or a value to 1/128 of its ramp. Reflectance is not in the page.
 """
 
 from __future__ import annotations
 
 import html
 import importlib.resources
-import json
 import re
+from dataclasses import asdict
 from typing import Any
 
+from jinja2 import Environment, PackageLoader
+
 from geopeft_kit.maps.overlays import Drawing, ramp_colours
+
+TEMPLATES = Environment(loader=PackageLoader("geopeft_kit.maps", "."), autoescape=True)
+
+
+def markup(name: str, *values: Any) -> str:
+    """A piece of `widget.html` with these values, which are escaped."""
+    return str(getattr(TEMPLATES.get_template("widget.html").module, name)(*values))
 
 
 def leaflet_files() -> tuple[str, str]:
@@ -31,7 +38,7 @@ def leaflet_files() -> tuple[str, str]:
     static = folder / "static" / "js_lib_leaflet"
     script = (static / "leaflet.js").read_text(encoding="utf-8")
     style = (static / "leaflet.css").read_text(encoding="utf-8")
-    # Icons of controls that these pages do not have; a source map for debuggers.
+    # Icons of controls that these pages lack; a source map for debuggers.
     style = re.sub(r"url\([^)]*\)", "none", style)
     return re.sub(r"//# sourceMappingURL=.*", "", script), style
 
@@ -42,15 +49,7 @@ def legends(drawing: Drawing) -> list[dict[str, Any]]:
     for layer in drawing.layers:
         if layer.legend is not None:
             found.setdefault(layer.legend, []).append(layer.name)
-    return [
-        {
-            "entries": legend.entries,
-            "limits": legend.limits,
-            "unit": legend.unit,
-            "layers": names,
-        }
-        for legend, names in found.items()
-    ]
+    return [{**asdict(legend), "layers": names} for legend, names in found.items()]
 
 
 def page(
@@ -61,21 +60,11 @@ def page(
 ) -> str:
     """The whole page as text.
 
-    `swipe` numbers the two layers that are compared at first. `basemap` holds "url" and
+    `swipe` holds the numbers of two layers to compare at first, `basemap` "url" and
     "attribution" of tiles; None fetches nothing.
     """
     data = {
-        "layers": [
-            {
-                "name": layer.name,
-                "visible": layer.visible,
-                "opacity": layer.opacity,
-                "pictures": [
-                    {"url": p.url, "bounds": p.bounds} for p in layer.pictures
-                ],
-            }
-            for layer in drawing.layers
-        ],
+        "layers": [asdict(layer) for layer in drawing.layers],
         "places": [{"name": name, "bounds": b} for name, b in drawing.places],
         "legends": legends(drawing),
         "ramp": [f"#{bytes(colour).hex()}" for colour in ramp_colours()],
@@ -84,20 +73,13 @@ def page(
     }
     script, style = leaflet_files()
     images = "data: https:" if basemap else "data:"
-    parts = {
-        "POLICY": "default-src 'none'; style-src 'unsafe-inline'; "
+    return TEMPLATES.get_template("page.html").render(
+        policy="default-src 'none'; style-src 'unsafe-inline'; "
         f"script-src 'unsafe-inline'; img-src {images}",
-        "TITLE": html.escape(title),
-        "LEAFLET_CSS": style,
-        "LEAFLET_JS": script,
-        # A name that holds "</script>" must not end the script element.
-        "DATA": json.dumps(data).replace("<", r"\u003c").replace("&", r"\u0026"),
-    }
-    template = importlib.resources.files(__package__) / "page.html"
-    return re.sub(
-        "__(" + "|".join(parts) + ")__",
-        lambda found: parts[found[1]],
-        template.read_text(encoding="utf-8"),
+        title=title,
+        leaflet_css=style,
+        leaflet_js=script,
+        data=data,
     )
 
 

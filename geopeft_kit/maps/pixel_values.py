@@ -1,37 +1,32 @@
-"""What every layer of a map says at one place: the numbers behind a click.
+"""The values of all layers of a map at one pixel, as a click shows them.
 
-Values are read from the sources, never from the warped and coloured pictures, so they
-are the model's and the sensor's own. Notebook 09.
+They are read from the sources, not from the warped and coloured pictures.
 """
 
 from __future__ import annotations
 
-import base64
-import html
-import io
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import rasterio
 from rasterio.transform import Affine
 from rasterio.warp import transform as to_crs
 from rasterio.windows import Window
 
 from geopeft_kit.bands import resolve_bands
-from geopeft_kit.maps.layers import MapLayer, Raster, Source, class_names, sources_of
-from geopeft_kit.pictures import as_numpy
+from geopeft_kit.maps.layers import MapLayer, Raster, Source, classes_of, sources_of
+from geopeft_kit.maps.page import markup
+from geopeft_kit.pictures import png_url
 from geopeft_kit.plots import plot_spectrum
+from geopeft_kit.plots.drawing import figure_png
+from geopeft_kit.raster_files import open_raster
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What one layer holds at a place.
+    """The content of one layer at a pixel.
 
     Attributes:
-        layer: Name of the layer.
-        kind: "image", "classes" or "values".
         names: Band names, class names, or nothing.
         values: Reflectance per band, probability per class (none where the layer has
             no probabilities), or the one value.
@@ -70,7 +65,7 @@ def _read_layer(layer: MapLayer, lon: float, lat: float) -> Reading | None:
             return None
         text = f"{value:.3g} {layer.unit}".strip()
         return Reading(layer.name, "values", (), (value,), text)
-    names = tuple(class_names(layer))
+    names = tuple(classes_of(layer)[0])
     if not np.isfinite(value) or not 0 <= value < len(names):
         return None
     chances: tuple[float, ...] = ()
@@ -93,11 +88,10 @@ def _first(
 
 def _pixel(source: Source, lon: float, lat: float) -> np.ndarray | None:
     if isinstance(source, Raster):
-        array = as_numpy(source.array)
-        array = array[None] if array.ndim == 2 else array
-        place = _place(source.transform, source.crs, array.shape[-2:], lon, lat)
-        return None if place is None else array[:, place[0], place[1]]
-    with rasterio.open(source) as raster:
+        shape = source.stack.shape[1:]
+        place = _place(source.transform, source.crs, shape, lon, lat)
+        return None if place is None else source.stack[:, place[0], place[1]]
+    with open_raster(source) as raster:
         shape = (raster.height, raster.width)
         place = _place(raster.transform, raster.crs, shape, lon, lat)
         if place is None:
@@ -120,47 +114,31 @@ def _place(
 
 def _descriptions(layer: MapLayer) -> Sequence[str]:
     first = sources_of(layer.source)[0]
-    if isinstance(first, str | os.PathLike):
-        with rasterio.open(first) as raster:
-            return [name or f"band {i}" for i, name in enumerate(raster.descriptions)]
-    return [f"band {i}" for i in range(np.shape(first.array)[0])]
+    if isinstance(first, Raster):
+        return [f"band {i}" for i in range(len(first.array))]
+    with open_raster(first) as raster:
+        return [name or f"band {i}" for i, name in enumerate(raster.descriptions)]
 
 
 def pixel_html(readings: Sequence[Reading], lon: float, lat: float) -> str:
     """Readings as HTML: bars for probabilities, a spectrum for bands; names escaped."""
-    ns, ew = "NS"[lat < 0], "EW"[lon < 0]
-    parts = [f"<b>{abs(lat):.6f}° {ns}, {abs(lon):.6f}° {ew}</b>"]
-    if not readings:
-        parts.append("<div>no data here</div>")
+    lines: list[tuple] = []
     images: dict[tuple[str, ...], Reading] = {}
     for reading in readings:
         if reading.kind == "image":  # true and false colour are one spectrum
             images.setdefault(reading.names, reading)
             continue
-        layer, text = html.escape(reading.layer), html.escape(reading.text)
-        parts.append(f"<div><i>{layer}</i>: {text}</div>")
+        bars = []
         if reading.kind == "classes" and reading.values:
-            pairs = zip(reading.names, reading.values, strict=True)
-            parts += [_bar(name, chance) for name, chance in pairs]
+            shares = np.clip(reading.values, 0, 1).tolist()
+            bars = list(zip(reading.names, shares, strict=True))
+        lines.append((reading.layer, reading.text, bars))
+    spectra = []
     for names, reading in images.items():
-        buffer = io.BytesIO()
         figure = plot_spectrum({reading.layer: reading.values}, names)
-        figure.savefig(buffer, format="png")
-        url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
         pairs = zip(names, reading.values, strict=True)
-        text = html.escape(", ".join(f"{name} {value:.3f}" for name, value in pairs))
-        parts.append(
-            f"<img class='gpk-spectrum' alt='{text}' title='{text}' "
-            f"style='width:100%' src='{url}'>"
-        )
-    return "<div style='line-height:1.4'>" + "".join(parts) + "</div>"
-
-
-def _bar(name: str, chance: float) -> str:
-    width = round(100 * min(max(chance, 0.0), 1.0))
-    return (
-        "<div style='position:relative;margin:1px 0;background:#eee'>"
-        f"<div style='position:absolute;width:{width}%;height:100%;"
-        "background:#9ecae1'></div><span style='position:relative;padding:0 4px'>"
-        f"{html.escape(name)} {chance:.0%}</span></div>"
-    )
+        text = ", ".join(f"{name} {value:.3f}" for name, value in pairs)
+        spectra.append((png_url(figure_png(figure)), text))
+    ns, ew = "NS"[lat < 0], "EW"[lon < 0]
+    place = f"{abs(lat):.6f}° {ns}, {abs(lon):.6f}° {ew}"
+    return markup("pixel", place, lines, spectra)

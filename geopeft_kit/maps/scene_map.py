@@ -1,10 +1,8 @@
 """Interactive maps that need no tile server and no network.
 
-`show_map` gives a `SceneMap`. In JupyterLab, Notebook, VS Code and Colab it appears as
-a widget (ipyleaflet, with core ipywidgets as controls), and the notebook also carries
-the same map as a stand-alone page, which is what an exported notebook shows.
-
-Taught in notebooks 00 (a held-out region) and 09 (unseen regions).
+A `SceneMap` appears as a widget (ipyleaflet, with core ipywidgets as controls) in
+JupyterLab, Notebook, VS Code and Colab. The notebook also carries the same map as a
+stand-alone page, which an exported notebook shows.
 """
 
 from __future__ import annotations
@@ -18,14 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from geopeft_kit.files import whole_file
-from geopeft_kit.maps.layers import MapLayer, Raster, chip_layers
+from geopeft_kit.maps.layers import MapLayer
 from geopeft_kit.maps.overlays import Box, Drawing, draw
 from geopeft_kit.maps.page import frame, page
 from geopeft_kit.maps.pixel_values import Reading, read_pixel
 from geopeft_kit.maps.widget import (
     MapControls,
     leaflet_map,
-    legend_html,
     show_bundle,
     view_bundle,
 )
@@ -33,17 +30,6 @@ from geopeft_kit.maps.widget import (
 if TYPE_CHECKING:
     import ipyleaflet
     import ipywidgets
-
-__all__ = [
-    "MapLayer",
-    "Raster",
-    "SceneMap",
-    "chip_layers",
-    "legend_html",
-    "map_html",
-    "save_map",
-    "show_map",
-]
 
 OnBox = Callable[[Box], Sequence[MapLayer]]
 
@@ -65,21 +51,20 @@ def show_map(
         height: Pixels.
         title: Title of the saved page.
         basemap: Name of a tile provider ("Esri.WorldImagery"), fetched from the web.
-            By default nothing is fetched: the ground is plain grey.
-        tools: Use leafmap's map, with its drawing and measuring tools; `pip install
-            leafmap` brings it. Importing leafmap takes some ten seconds.
+            By default nothing is fetched and the background is grey.
+        tools: Use leafmap's map, with its drawing and measuring tools (`pip install
+            leafmap`). Importing leafmap takes some ten seconds.
         on_box: Called with (west, south, east, north) in degrees when a box is drawn
             on the widget; the layers that it returns are added to the map.
 
     Returns:
-        The map: shown when it is the last line of a cell, `.save("map.html")` writes
-        it as a page, `.map` is the ipyleaflet map. A click on the widget shows the
-        numbers of that pixel, which `.pixel(lon, lat)` returns; on the page, which has
-        only the colours, its class and the value on a ramp.
+        The map, shown when it is the last line of a cell. `.save("map.html")` writes
+        it as a page, `.map` is the ipyleaflet map, `.pixel(lon, lat)` the values that
+        a click shows. A click on the page shows the class or the value on a ramp.
 
     Raises:
-        ValueError: A layer has no place on Earth, or its values, classes, bands or
-            names do not fit; the text says which.
+        ValueError: A layer is not georeferenced, or its values, classes, bands or
+            names do not fit.
         ModuleNotFoundError: `tools=True`, and leafmap is not installed.
     """
     if tools and importlib.util.find_spec("leafmap") is None:
@@ -97,8 +82,8 @@ def show_map(
     if swipe is not None and (len(swipe) != 2 or swipe[0] == swipe[1]):
         raise ValueError(f"swipe={swipe} has to name two different layers.")
     pair = (names.index(swipe[0]), names.index(swipe[1])) if swipe else None
-    ground = _basemap(basemap)
-    return SceneMap(drawing, pair, height, title, ground, tools, layers, on_box)
+    tiles = _basemap(basemap)
+    return SceneMap(drawing, pair, height, title, tiles, tools, layers, on_box)
 
 
 def save_map(
@@ -118,17 +103,17 @@ def save_map(
 
 
 def map_html(layers: Sequence[MapLayer] | SceneMap, height: int | None = None) -> str:
-    """A map as a piece of HTML: an iframe that carries the whole page inside it."""
+    """A map as an HTML iframe that contains the whole page."""
     scene = layers if isinstance(layers, SceneMap) else show_map(layers)
     return frame(scene.page(), height or scene.height)
 
 
 class SceneMap:
-    """A drawn map: a widget, a page, and what a notebook needs to show either.
+    """A drawn map, as a widget and as a page.
 
     Attributes:
         drawing: The layers as they are shown, and the places.
-        map: The ipyleaflet (or leafmap) map, made when first asked for.
+        map: The ipyleaflet (or leafmap) map, without the controls.
         widget: The map beside its controls.
     """
 
@@ -153,10 +138,10 @@ class SceneMap:
         return f"SceneMap({names}; places: {len(self.drawing.places)})"
 
     def add(self, layers: Sequence[MapLayer]) -> None:
-        """Put more layers on top, on a map that is already shown, too.
+        """Put more layers on top, also on a map that is already shown.
 
         Args:
-            layers: From bottom to top; a name that is taken gets a number.
+            layers: From bottom to top; a repeated name gets a number.
         """
         taken = {layer.name for layer in self.layers}
         fresh = []
@@ -175,7 +160,7 @@ class SceneMap:
             self._controls.refresh()
 
     def pixel(self, lon: float, lat: float) -> list[Reading]:
-        """What each layer holds at a place, see `read_pixel`."""
+        """The content of each layer at a place, see `read_pixel`."""
         return read_pixel(self.layers, lon, lat)
 
     def page(self) -> str:
@@ -217,7 +202,7 @@ class SceneMap:
             "text/html": frame(self.page(), self.height),
         }
         if importlib.util.find_spec("ipyleaflet") is None:
-            print("map: ipyleaflet is not installed, so this is the page, no widget.")
+            print("map: ipyleaflet is not installed, so the page is shown.")
             return bundle
         return bundle | view_bundle(self.widget)
 

@@ -1,7 +1,6 @@
 """The map as a widget: ipyleaflet for the pictures, core ipywidgets for the controls.
 
-Used by `maps`. Everything that is text on it came from data and is escaped, or goes in
-as text.
+All text on it comes from data and is escaped.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from geopeft_kit.maps.layers import MapLayer
 from geopeft_kit.maps.overlays import Drawing, DrawnLayer
-from geopeft_kit.maps.page import legends
+from geopeft_kit.maps.page import legends, markup
 from geopeft_kit.maps.pixel_values import Reading, pixel_html
 
 if TYPE_CHECKING:
@@ -21,11 +20,11 @@ if TYPE_CHECKING:
     import ipywidgets
 
 VIEW = "application/vnd.jupyter.widget-view+json"
-SPARE_PANES = 60  # a map has no more panes than it was born with
+SPARE_PANES = 60  # for layers added later; a map cannot get more panes
 
 
 class Scene(Protocol):
-    """What the widget shows; `maps.SceneMap` is one."""
+    """What the widget shows, for instance a `SceneMap`."""
 
     drawing: Drawing
     height: int
@@ -50,15 +49,15 @@ def leaflet_map(scene: Scene) -> ipyleaflet.Map:
     import ipyleaflet
     import ipywidgets
 
-    ground = []
+    tiles = []
     if scene.basemap:
-        ground.append(ipyleaflet.TileLayer(**scene.basemap, base=True))
-    elif scene.tools:  # leafmap wants a ground; one without a URL asks for nothing
-        ground.append(ipyleaflet.TileLayer(url="", name="no basemap", base=True))
+        tiles.append(ipyleaflet.TileLayer(**scene.basemap, base=True))
+    elif scene.tools:  # leafmap needs a base layer; one without a URL fetches nothing
+        tiles.append(ipyleaflet.TileLayer(url="", name="no basemap", base=True))
     bounds = scene.drawing.places[0][1]
     settings = {
-        # Without layers of its own a map asks for no tiles at all.
-        "layers": tuple(ground),
+        # An empty list, so that no default basemap is fetched.
+        "layers": tuple(tiles),
         "panes": {
             f"layer-{n}": {"zIndex": 401 + n}
             for n in range(len(scene.drawing.layers) + SPARE_PANES)
@@ -110,28 +109,25 @@ class MapControls:
         self.switches: list[Any] = []
         self.rows: list[Any] = []
         self.busy = True
-        self.choice = _narrow(widgets.Dropdown, description="go to")
-        self.choice.add_class("gpk-places")
+        self.choice = named(_narrow(widgets.Dropdown, description="go to"), "places")
         self.choice.observe(self._go, names="value")
         self._make_swipe()
-        self.legend, self.pixel = widgets.HTML(), widgets.HTML()
-        self.legend.add_class("gpk-legend")
-        self.pixel.add_class("gpk-pixel")
+        self.legend = named(widgets.HTML(), "legend")
+        self.pixel = named(widgets.HTML(), "pixel")
         self.side = widgets.VBox(layout=widgets.Layout(
             width="270px", max_height=f"{scene.height}px", overflow="auto",
             padding="0 0 0 8px", flex="none",
         ))  # fmt: skip
         self.map.layout.flex = "1 1 auto"
-        self.box = widgets.HBox([self.map, self.side])
-        self.box.add_class("gpk-scene")
+        self.box = named(widgets.HBox([self.map, self.side]), "scene")
         self.map.on_interaction(self._clicked)
         self.on_box = scene.on_box
         if self.on_box is not None:
-            self._make_pencil()
+            self._add_box_tool()
         self.refresh()
 
     def refresh(self) -> None:
-        """Take in layers that the scene got since, and show what the switches say."""
+        """Show layers that were added to the scene, and what the switches say."""
         drawing = self.scene.drawing
         for number in range(len(self.rows), len(drawing.layers)):
             self.overlays.append(_overlays(drawing.layers[number], number))
@@ -141,8 +137,8 @@ class MapControls:
         first = self.scene.swipe or (max(len(names) - 2, 0), len(names) - 1)
         self.busy = True  # new options reset a choice: that moves nothing
         for choice, default in zip(self.pair, first, strict=True):
-            _offer(choice, names, default)
-        _offer(self.choice, places, 0)
+            _number(choice, names, default)
+        _number(self.choice, places, 0)
         self.busy = False
         self.legend.value = legend_html(drawing)
         self.side.children = [
@@ -168,21 +164,21 @@ class MapControls:
         lat, lon = event["coordinates"]
         self.pixel.value = pixel_html(self.scene.pixel(lon, lat), lon, lat)
 
-    def _make_pencil(self) -> None:
-        """A tool that draws boxes, and hands each to the scene's `on_box`."""
+    def _add_box_tool(self) -> None:
+        """A tool that draws boxes for the scene's `on_box`."""
         import ipyleaflet
 
         others = ("polyline", "polygon", "circlemarker", "marker", "circle")
-        pencil = ipyleaflet.DrawControl(
+        tool = ipyleaflet.DrawControl(
             **{shape: {} for shape in others},
             rectangle={"shapeOptions": {"color": "#000", "fill": False}},
             edit=False,
             remove=False,
         )
-        pencil.on_draw(self._drawn)
-        self.map.add(pencil)
+        tool.on_draw(self._drawn)
+        self.map.add(tool)
 
-    def _drawn(self, pencil: Any, action: str, geo_json: dict) -> None:
+    def _drawn(self, tool: Any, action: str, geo_json: dict) -> None:
         if action != "created" or self.on_box is None:
             return
         corners = geo_json["geometry"]["coordinates"][0]
@@ -192,9 +188,9 @@ class MapControls:
         try:
             self.scene.add(self.on_box(box))
             self.pixel.value = "<i>the box is on the map</i>"
-        except Exception as error:  # shown to whoever drew it; the map lives on
+        except Exception as error:  # shown on the map, which still works
             self.pixel.value = f"<b>no layer:</b> {html.escape(str(error))}"
-        pencil.clear()
+        tool.clear()
 
     def _layer_row(self, number: int) -> Any:
         import ipywidgets as widgets
@@ -209,16 +205,15 @@ class MapControls:
             layout={"width": "80px"},
             **tooltip(widgets.FloatSlider, f"opacity of {layer.name}"),
         )  # fmt: skip
-        switch.add_class("gpk-layer")
-        slider.add_class("gpk-opacity")
+        named(switch, "layer")
+        named(slider, "opacity")
         for overlay in self.overlays[number]:
             # In the browser, so that it moves without asking Python.
             widgets.jslink((slider, "value"), (overlay, "opacity"))
         switch.observe(lambda _: self._update(), names="value")
         self.switches.append(switch)
         row = widgets.HBox([switch, slider], layout={"flex": "none"})
-        row.add_class("gpk-row")
-        return row
+        return named(row, "row")
 
     def _make_swipe(self) -> None:
         import ipywidgets as widgets
@@ -227,7 +222,7 @@ class MapControls:
             widgets.Checkbox, value=self.scene.swipe is not None,
             description="swipe between", indent=False,
         )  # fmt: skip
-        self.on.add_class("gpk-swipe")
+        named(self.on, "swipe")
         self.pair = [
             _narrow(widgets.Dropdown, description=side) for side in ("left", "right")
         ]
@@ -235,7 +230,7 @@ class MapControls:
             control.observe(lambda _: self._update(), names="value")
 
     def _update(self) -> None:
-        """Show what the switches say; the two sides of a swipe belong to it."""
+        """Show what the switches say, and the two sides of a swipe."""
         import ipyleaflet
 
         sides = [choice.value for choice in self.pair]
@@ -245,7 +240,7 @@ class MapControls:
         if self.split is not None:
             self.map.remove(self.split)
             self.split = None
-        ground = [one for one in self.map.layers if one not in sum(self.overlays, [])]
+        tiles = [one for one in self.map.layers if one not in sum(self.overlays, [])]
         shown = []
         for number, group in enumerate(self.overlays):
             # What lies over one of the two sides would hide the comparison.
@@ -255,7 +250,7 @@ class MapControls:
                 overlay.visible = on or number in swiped
             if number not in swiped:
                 shown += group
-        self.map.layers = tuple(ground + shown)
+        self.map.layers = tuple(tiles + shown)
         if swiped:
             left, right = (self.overlays[number] for number in swiped)
             self.split = ipyleaflet.SplitMapControl(left_layer=left, right_layer=right)
@@ -274,11 +269,27 @@ def _overlays(layer: DrawnLayer, number: int) -> list[ipyleaflet.ImageOverlay]:
     ]  # fmt: skip
 
 
-def _offer(choice: Any, names: list[str], default: int) -> None:
-    """Give a dropdown names to choose from; what was chosen stays chosen."""
-    value = choice.value
-    choice.options = [(name, number) for number, name in enumerate(names)]
-    choice.value = default if value is None else value
+def named(widget: Any, name: str) -> Any:
+    """A widget with the CSS class `gpk-` and a name."""
+    widget.add_class(f"gpk-{name}")
+    return widget
+
+
+def set_options(choice: Any, options: Sequence[tuple[str, Any]], value: Any) -> None:
+    """Options of a dropdown, and the chosen one; the first if there is no such value.
+
+    Nothing is touched that does not change: each change is a message to the browser.
+    """
+    if list(choice.options) != list(options):
+        choice.options = options
+    values = [option[1] for option in options]
+    choice.value = value if value in values else values[0]
+
+
+def _number(choice: Any, names: list[str], default: int) -> None:
+    """Offer names, whose values are their positions; the chosen one stays chosen."""
+    value = default if choice.value is None else choice.value
+    set_options(choice, [(name, number) for number, name in enumerate(names)], value)
 
 
 def _narrow(kind: type, **settings: Any) -> Any:
@@ -292,24 +303,7 @@ def _narrow(kind: type, **settings: Any) -> Any:
 
 def legend_html(drawing: Drawing) -> str:
     """The legends as HTML, every name escaped."""
-    parts = []
-    for legend in legends(drawing):
-        entries = legend["entries"]
-        parts.append(f"<i>{html.escape(', '.join(legend['layers']))}</i>")
-        if legend["limits"] is not None:
-            colours = ",".join(colour for colour, _ in entries)
-            parts.append(
-                f"<div style='height:12px;background:linear-gradient(90deg,{colours})'>"
-                f"</div>{html.escape(entries[0][1])} to {html.escape(entries[-1][1])}"
-            )
-            continue
-        parts += [
-            f"<div><span style='display:inline-block;width:14px;height:14px;"
-            f"vertical-align:-2px;border:1px solid #0005;background:{colour}'></span> "
-            f"{html.escape(text)}</div>"
-            for colour, text in entries
-        ]
-    return "<div style='line-height:1.5'>" + "".join(parts) + "</div>"
+    return markup("legend", legends(drawing))
 
 
 # --- ipywidgets 7, which Colab ships, and ipywidgets 8 --------------------------------

@@ -1,13 +1,14 @@
 """Figures: short functions to copy, one colour per method, everything labelled.
 
 Every function returns a matplotlib Figure and changes no global style. Pictures are
-drawn north-up. `chips` draws what a network reads and gives, `runs` what methods cost
-and reach, `splits` where chips lie. Used in every notebook, from 00 on.
+drawn north-up. `chips` draws inputs and outputs of a network, `runs` what methods cost
+and reach. Used in every notebook.
 """
 
 from geopeft_kit.plots.chips import (
     plot_errors,
     plot_spectrum,
+    plot_split,
     plot_tokens,
     show_chip,
     show_chips,
@@ -22,7 +23,6 @@ from geopeft_kit.plots.colours import (
 )
 from geopeft_kit.plots.drawing import class_legend
 from geopeft_kit.plots.runs import plot_gap, plot_history, plot_resources, plot_scores
-from geopeft_kit.plots.splits import plot_split
 
 __all__ = [
     "CAUSE_COLOURS",

@@ -1,4 +1,4 @@
-"""Figures of what a network reads and gives: chips, masks, errors, tokens, spectra."""
+"""Figures of chips: images, masks, errors, tokens, spectra, splits on a map."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from geopeft_kit.pictures import (
     Colours,
     as_numpy,
     picture_bands,
+    rgb_of,
     stretch,
     stretch_limits,
     token_picture,
 )
-from geopeft_kit.plots.colours import MARKERS
+from geopeft_kit.plots.colours import MARKERS, SPLIT_STYLES
 from geopeft_kit.plots.drawing import (
     class_legend,
     draw_mask,
@@ -40,7 +41,7 @@ def show_chip(
     ignore_index: int = 255,
     title: str | None = None,
 ) -> Figure:
-    """One chip: the image, and beside it the mask if it has one.
+    """One chip: the image, and its mask if it has one.
 
     Args:
         sample: A sample dict: image (C, H, W) reflectance, perhaps mask (H, W),
@@ -139,9 +140,7 @@ def plot_errors(
     counted = truth != ignore_index
     wrong = (truth != guess) & counted
     grey = picture.mean(axis=2, keepdims=True).repeat(3, axis=2) * 0.6 + 0.4
-    grey[wrong] = tuple(
-        int(OKABE_ITO["vermillion"][i : i + 2], 16) / 255 for i in (1, 3, 5)
-    )
+    grey[wrong] = rgb_of([OKABE_ITO["vermillion"]]) / 255
     share = wrong.sum() / max(counted.sum(), 1)
     draw_picture(axes[3], grey, place, f"wrong (orange): {share:.1%}")
     figure.suptitle(plain_text(sample.get("region", "")))
@@ -175,7 +174,7 @@ def plot_spectrum(
 
     Args:
         spectra: Name -> one value per band.
-        bands: The bands. Where one has no wavelength, bands stand side by side.
+        bands: The bands. Where one has no wavelength, bands are evenly spaced.
     """
     try:
         names: Sequence[str] = resolve_bands(bands)
@@ -197,4 +196,46 @@ def plot_spectrum(
         axis.set_xticks(range(len(names)), [plain_text(n) for n in names], rotation=90)
     axis.grid(color="0.92")
     axis.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def plot_split(index: Any, title: str = "", view: Sequence[float] | None = None) -> Any:
+    """A map of the chips of each split; very small footprints get a marker.
+
+    Args:
+        index: GeoDataFrame with footprints in degrees and the column `split`, as
+            `ChipData.index`.
+        title: Above the figure.
+        view: West, south, east, north of a part; by default everything.
+    """
+    placed = index[index.geometry.notna()]
+    if view is not None:
+        placed = placed.cx[view[0] : view[2], view[1] : view[3]]
+    if placed.empty:
+        raise ValueError("No chip has a place here. Pass another view, or view=None.")
+    figure, (axis,) = new_panels(1, side=4.6)
+    west, south, east, north = view or placed.total_bounds
+    for split, (colour, marker, size) in SPLIT_STYLES.items():
+        rows = placed[placed["split"] == split]
+        if rows.empty:
+            continue
+        rows.plot(ax=axis, facecolor=colour, edgecolor=colour, alpha=0.55, zorder=3)
+        left, low, right, high = rows.bounds.to_numpy().T
+        wide = (right - left).max() / (east - west or 1)
+        tall = (high - low).max() / (north - south or 1)
+        if max(wide, tall) < 0.02:
+            middle = (left + right) / 2, (low + high) / 2
+            axis.scatter(*middle, size, colour, marker=marker, zorder=4)
+        axis.plot([], [], marker, color=colour, label=f"{split} ({len(rows)})")
+    axis.set(xlabel="longitude (degrees)", ylabel="latitude (degrees)")
+    if view is not None:
+        axis.set(xlim=(west, east), ylim=(south, north))
+    shape = 1 / np.cos(np.radians((south + north) / 2))
+    axis.set_aspect(shape, adjustable="datalim" if view is None else "box")
+    axis.ticklabel_format(useOffset=False)
+    axis.locator_params(nbins=5)
+    axis.tick_params(labelsize="small")
+    axis.grid(color="0.92")
+    axis.set_title(plain_text(title), fontsize="medium")
+    figure.legend(frameon=False, fontsize="small", ncols=4, loc="outside lower center")
     return figure

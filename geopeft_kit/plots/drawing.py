@@ -27,15 +27,20 @@ def new_panels(count: int, columns: int | None = None, side: float = 3.2) -> Any
         """Draws itself in a notebook, also where pyplot was never imported."""
 
         def _repr_png_(self) -> bytes:
-            picture = io.BytesIO()
-            self.savefig(picture, format="png", bbox_inches="tight")
-            return picture.getvalue()
+            return figure_png(self, bbox_inches="tight")
 
     figure = NotebookFigure(figsize=size, layout="constrained")
     axes = list(np.ravel(figure.subplots(rows, columns, squeeze=False)))
     for axis in axes[count:]:
         axis.set_axis_off()
     return figure, axes[:count]
+
+
+def figure_png(figure: Figure, **options: Any) -> bytes:
+    """A figure as the bytes of a PNG file; `options` are those of `savefig`."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", **options)
+    return buffer.getvalue()
 
 
 def extent_of(sample: Mapping[str, Any]) -> tuple[list[float], str] | None:

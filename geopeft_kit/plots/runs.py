@@ -1,4 +1,4 @@
-"""Figures of what methods cost and reach: losses, memory, scores, regional gaps."""
+"""Figures of losses, memory, scores and regional gaps of methods."""
 
 from __future__ import annotations
 
@@ -56,8 +56,7 @@ def plot_resources(
 
     Args:
         parts: Run -> cause, of `CAUSE_COLOURS` -> bytes.
-        limits: Card -> bytes that it has: a line where it is near the bars, else words
-            below them.
+        limits: GPU -> its bytes: a line where it is near the bars, else a note below.
     """
     figure, (axis,) = new_panels(1, side=4.2)
     figure.set_size_inches(6.5, 0.9 + 0.4 * len(parts))
@@ -156,7 +155,7 @@ def plot_gap(gaps: pd.DataFrame) -> Figure:
 
 
 def _name_rows(axis: Axes, what: str, names: Sequence[str]) -> None:
-    """One row a name, from the top down; the legend stands outside."""
+    """One row per name, from the top down; the legend is outside."""
     axis.set_yticks(range(len(names)), [plain_text(name) for name in names])
     axis.invert_yaxis()
     axis.grid(axis="x", color="0.9")

@@ -1,26 +1,14 @@
 """A model and a scene of any size -> a prediction GeoTIFF, in bounded memory.
 
-The scene is read window by window. Neighbouring windows overlap, and every
-prediction is weighted by a smooth bump that is high in the middle of its window and
-low at its rim, where a network sees least context; the weighted sum is divided by the
-sum of the weights, so no seam is left. Only one strip of rows, as high as a window,
-is in memory: a row is written as soon as no later window can reach it. A long run can
-be stopped and taken up again.
-
 Taught in notebooks 00 (a held-out region), 09 (unseen regions) and 14 (your own data).
-
-Source:
-    Overlapping tiles for U-Net: Ronneberger et al. 2015, arXiv:1505.04597, figure 2.
-    Blending by a Hann window: Pielawski and Wählby 2020, doi:10.1371/
-    journal.pone.0229839.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,9 +19,9 @@ from rasterio.transform import Affine
 from torch import nn
 
 from geopeft_kit.devices import device_of, moved
+from geopeft_kit.files import content_key, whole_file
 from geopeft_kit.pictures import Colours, class_colours
-from geopeft_kit.progress import progress_bar
-from geopeft_kit.scenes.kept_rows import KeptRows
+from geopeft_kit.scenes.blending import blended_rows
 from geopeft_kit.scenes.rasters import RowWriter, SceneReader
 
 CLASS_NODATA = 255
@@ -63,8 +51,7 @@ def predict_scene(
 ) -> Path:
     """Predict a whole scene and write it as a GeoTIFF on the same grid.
 
-    Super-resolution by r writes a finer one: r times the rows and columns of the scene
-    in pixels of 1/r of its size.
+    Super-resolution by r writes a finer grid: r times the rows and columns.
 
     Args:
         model: Maps (B, C, h, w) reflectance to (B, K, h, w) logits
@@ -74,9 +61,8 @@ def predict_scene(
             bands it wants.
         source: Any raster that rasterio opens: a GeoTIFF, a VRT, a URL.
         target: The GeoTIFF to write: uint8 class numbers (nodata 255) or float32
-            values (nodata NaN), of super-resolution one band per predicted band, under
-            the names of the bands that went in where as many come out. An existing
-            file is replaced once all is written.
+            values (nodata NaN), with one band per predicted band. An existing file is
+            replaced once everything is written.
         window: Side of the square that the model sees, in pixels. By default the
             image size of the backbone, else 256.
         overlap: Share of a window that its neighbour sees too, at least 0, below 1.
@@ -85,9 +71,9 @@ def predict_scene(
         progress: Show a progress bar.
         bands: Names of the source's bands, in its order. By default its own band
             descriptions.
-        scale: Reflectance = stored value * scale + offset. By default the scale that
-            the raster itself states; integers that state none are an error, since
-            10000, 255 and 1 are all in use.
+        scale: Reflectance = stored value * scale + offset. By default the raster's
+            own scale; integers without one are an error, since 10000, 255 and 1 are
+            all in use.
         offset: See `scale`; used only together with it.
         classes: Class names, kept as a tag of the file. By default `model.classes`.
         colours: One "#rrggbb" per class (a list, or a dict by class), kept as the
@@ -98,16 +84,16 @@ def predict_scene(
             of the scene, for a model that was trained with them; every window gets
             the same.
         precision: "bf16-mixed" (or "16-mixed" on a GPU) computes matrix products in
-            16 bits: faster where the hardware has them, and close scores may change
+            16 bits: faster where the hardware has them, but close scores may change
             their order. "auto" takes what `fit` would.
-        resume: Keep finished rows in a folder `.<target>.rows` until all is done, and
-            go on from those of a run of the same job that was stopped, even killed.
-            The result is the same file. Costs some disk space, 4 bytes per pixel and
-            class with `probabilities`.
+        resume: Keep finished rows in a folder `.<target>.rows` until the file is
+            complete, and continue from those of an earlier run of the same job, even
+            a killed one. The result is the same file. With `probabilities` this needs
+            4 bytes of disk space per pixel and class.
 
     Returns:
-        The path of the prediction. Where a band of the source has no data, so has the
-        prediction; CRS and, but for super-resolution, transform are the source's.
+        The path of the prediction. It has no data where a band of the source has
+        none. CRS and, except for super-resolution, transform are the source's.
 
     Raises:
         FileNotFoundError: `source` or the folder of `target` does not exist.
@@ -133,6 +119,8 @@ def predict_scene(
         raise FileNotFoundError(
             f"The folder {str(target.parent)!r} does not exist. Create it first."
         )
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: at least 1 window per batch.")
     window, step = _window_and_step(model, window, overlap)
     finer = int(getattr(model, "factor", 1)) if task == "super_resolution" else 1
     device = torch.device(device) if device is not None else device_of(model)
@@ -140,47 +128,57 @@ def predict_scene(
     with ExitStack() as stack:
         stack.enter_context(_predicting(model.to(device)))
         reader = stack.enter_context(SceneReader(source, wanted, bands, scale, offset))
-        predict = _Predictor(model, task, device, batch_size, meta, precision, finer)
+        predict = _Predictor(model, task, device, meta, precision, finer)
         # One empty window shows the number of channels, and that model and scene fit.
         empty = np.zeros((1, len(reader.indexes), window, window), np.float32)
         channels = predict(empty).shape[1]
         colour_table = _check_classes(channels, task, classes, colours)
-        kept = None
+        finished, done = None, 0
         if resume:
             how = [window, step, batch_size, probabilities, predict.precision, finer]
-            job = _job(model, source, reader, *how)
-            kept = KeptRows(target.with_name(f".{target.name}.rows"), job)
-        done = 0 if kept is None else len(kept)
+            key = _content_key(model, source, reader, how)
+            finished = FinishedRows(target.with_name(f".{target.name}.rows"), key)
+            done = len(finished)
         rows = blended_rows(
-            reader, predict, channels, window, step, progress, done, finer
+            reader, predict, channels, window, step, batch_size, progress, done, finer
         )
-        strips = _finished(rows, task, probabilities)
-        return _write_scene(
-            strips, reader, target, channels, task, classes, colour_table,
-            probabilities, kept, finer,
+        strips: Any = _as_stored(rows, task, probabilities)
+        folder = None if finished is None else finished.folder
+        writers = _writers(
+            reader, target, channels, task, classes, colour_table, probabilities,
+            finer, folder,
         )  # fmt: skip
+        _write(strips if finished is None else finished.continued(strips), writers)
+        if finished is not None:
+            finished.discard()
+    return target
 
 
-def _job(
-    model: nn.Module, source: str | os.PathLike[str], reader: SceneReader,
-    *settings: Any,
-) -> dict[str, Any]:  # fmt: skip
-    """Everything that decides about the numbers of a prediction, for `KeptRows`."""
-    weights = hashlib.sha256(f"{getattr(model, 'task', '')}".encode())
+def _content_key(
+    model: nn.Module,
+    source: str | os.PathLike[str],
+    reader: SceneReader,
+    settings: Sequence[Any],
+) -> str:
+    """A name for everything that decides about the numbers of a prediction."""
+    weights = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         weights.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         weights.update(flat.view(torch.uint8).numpy())
-    path = Path(os.fspath(source))
-    facts = path.stat() if path.exists() else None
-    return {
-        "source": [str(source), *([facts.st_size, facts.st_mtime_ns] if facts else [])],
-        "grid": [reader.width, reader.height, *reader.raster.transform],
-        "bands": reader.indexes,
-        "scaling": [reader.gain.ravel().tolist(), reader.offset.ravel().tolist()],
-        "weights": weights.hexdigest(),
-        "settings": list(settings),
-    }
+    path = Path(source)
+    facts = [path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else []
+    return content_key(
+        {
+            "source": [str(source), *facts],
+            "grid": [reader.width, reader.height, *reader.raster.transform],
+            "bands": reader.indexes,
+            "scaling": [reader.gain.ravel().tolist(), reader.offset.ravel().tolist()],
+            "task": getattr(model, "task", ""),
+            "weights": weights.hexdigest(),
+            "settings": settings,
+        }
+    )
 
 
 def _check_classes(
@@ -190,33 +188,14 @@ def _check_classes(
     if classes is None and colours is None:
         return None
     if task != "segmentation":
-        raise ValueError(f"classes and colours have no place in the task {task!r}.")
+        raise ValueError(f"classes and colours do not apply to the task {task!r}.")
     names = [str(i) for i in range(channels)] if classes is None else list(classes)
     if len(names) != channels:
         raise ValueError(
-            f"classes has {len(names)} names ({', '.join(names)}), but the model tells "
-            f"{channels} classes apart. Pass one name per class, or leave it out."
+            f"classes has {len(names)} names ({', '.join(names)}), but the model has "
+            f"{channels} classes. Pass one name per class, or leave classes out."
         )
     return None if colours is None else class_colours(names, colours)
-
-
-# --- where the windows lie, and how much each pixel of one counts ---------------------
-
-
-def window_starts(length: int, window: int, step: int) -> list[int]:
-    """First pixels of windows that cover `length`; the last one ends at its end."""
-    if length <= window:
-        return [0]
-    return [*range(0, length - window, step), length - window]
-
-
-def blend_weight(window: int) -> np.ndarray:
-    """A Hann window (window, window) float32, sampled at pixel centres, so never zero.
-
-    At the edge of the scene, where only one window reads, it cancels out.
-    """
-    bump = np.sin(np.pi * (np.arange(window) + 0.5) / window) ** 2
-    return np.outer(bump, bump).astype(np.float32)
 
 
 def _window_and_step(
@@ -246,9 +225,6 @@ def _window_and_step(
     return window, step
 
 
-# --- predicting -----------------------------------------------------------------------
-
-
 class _Predictor:
     """Calls the model on windows: (N, C, h, w) -> (N, K, r*h, r*w) float32."""
 
@@ -257,20 +233,16 @@ class _Predictor:
         model: nn.Module,
         task: str,
         device: torch.device,
-        batch_size: int,
-        meta: Mapping[str, torch.Tensor] | None = None,
-        precision: str = "32-true",
-        finer: int = 1,
+        meta: Mapping[str, torch.Tensor] | None,
+        precision: str,
+        finer: int,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: at least 1 window per batch.")
         if precision != "32-true":
             from geopeft_kit.training.hardware import choose_precision
 
             precision = choose_precision(precision, device)
-        self.precision = precision
-        self.model, self.task, self.finer = model, task, finer
-        self.device, self.batch_size, self.meta = device, batch_size, meta
+        self.model, self.task, self.device = model, task, device
+        self.meta, self.precision, self.finer = meta, precision, finer
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         batch = torch.from_numpy(images).to(self.device)
@@ -316,113 +288,21 @@ def _predicting(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def blended_rows(
-    reader: SceneReader,
-    predict: Callable[[np.ndarray], np.ndarray],
-    channels: int,
-    window: int,
-    step: int,
-    progress: bool = False,
-    done: int = 0,
-    finer: int = 1,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the rows of the scene, top to bottom, blended and finished.
-
-    Args:
-        reader: The scene.
-        predict: (N, C, window, window) -> (N, K, r*window, r*window); its attribute
-            `batch_size` says how many windows at once.
-        channels: K.
-        window: Side of a window in pixels.
-        step: Distance between windows in pixels.
-        progress: Show a progress bar, one step per row of windows.
-        done: Strips of rows that are known already and are not yielded. Windows that
-            reach below them are computed again, and in the same order, so that the
-            sums come out the same to the last bit.
-        finer: r, fine pixels of the prediction along one of the scene.
-
-    Yields:
-        (K, r*n, r*W) float32 blended predictions of the next n rows of the scene and
-        (r*n, r*W) bool, True where the scene has data.
-    """
-    tops = window_starts(reader.height, window, step)
-    lefts = window_starts(reader.width, window, step)
-    weight = blend_weight(window * finer)
-    size = (window * finer, max(reader.width, window) * finer)
-    sums = np.zeros((channels, *size), np.float32)
-    weights = np.zeros(size, np.float32)
-    valid = np.zeros(size, bool)
-    following_tops = [*tops[1:], reader.height]
-    edge = tops[done] if done < len(tops) else reader.height
-    first = sum(top + window <= edge for top in tops) if done < len(tops) else done
-    bar = progress_bar(
-        range(first, len(tops)), progress, desc="predict", unit=" rows of windows",
-        initial=first, total=len(tops),
-    )  # fmt: skip
-    for number in bar:
-        top, following = tops[number], following_tops[number]
-        for left, prediction, data in _predicted(reader, top, lefts, window, predict):
-            columns = slice(left * finer, (left + window) * finer)
-            sums[:, :, columns] += prediction * weight
-            weights[:, columns] += weight
-            valid[:, columns] |= data.repeat(finer, axis=0).repeat(finer, axis=1)
-        count = (min(following, reader.height) - top) * finer
-        ready = np.s_[..., :count, : reader.width * finer]
-        if number >= done:
-            # A weight of zero means that no window here held any data.
-            yield sums[ready] / np.maximum(weights[ready], 1e-30), valid[ready].copy()
-        for strip in (sums, weights, valid):
-            _roll(strip, count)
-
-
-def _predicted(
-    reader: SceneReader,
-    top: int,
-    lefts: Sequence[int],
-    window: int,
-    predict: Callable[[np.ndarray], np.ndarray],
-) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """(left, prediction, valid) per window of a row; empty windows are left out."""
-    size = getattr(predict, "batch_size", 1)
-    for first in range(0, len(lefts), size):
-        read = [
-            (left, *reader.read(top, left, window)) for left in lefts[first:][:size]
-        ]
-        held = [(left, image, data) for left, image, data in read if data.any()]
-        if held:
-            predictions = predict(np.stack([image for _, image, _ in held]))
-            for (left, _, data), prediction in zip(held, predictions, strict=True):
-                yield left, prediction, data
-
-
-def _roll(strip: np.ndarray, rows: int) -> None:
-    """Move a strip (..., window, W) up by some rows, in place, and clear the rest."""
-    kept = strip.shape[-2] - rows
-    if kept > 0:
-        strip[..., :kept, :] = strip[..., rows:, :].copy()
-    strip[..., max(kept, 0) :, :] = 0
-
-
-# --- writing --------------------------------------------------------------------------
-
-
-def _finished(
+def _as_stored(
     rows: Iterator[tuple[np.ndarray, np.ndarray]], task: str, probabilities: bool
 ) -> Iterator[list[np.ndarray]]:
     """Blended rows as the files hold them: class numbers or values, (K or 1, n, W)."""
     for blended, valid in rows:
+        strip = []
         if task == "segmentation":
             best = blended.argmax(axis=0).astype(np.uint8)
-            strip = [np.where(valid, best, np.uint8(CLASS_NODATA))[None]]
-        else:
-            strip = [np.where(valid, blended, np.nan)]
-        if probabilities:
+            strip.append(np.where(valid, best, np.uint8(CLASS_NODATA))[None])
+        if task != "segmentation" or probabilities:
             strip.append(np.where(valid, blended, np.nan))
         yield strip
 
 
-def _write_scene(
-    strips: Iterator[list[np.ndarray]],
+def _writers(
     reader: SceneReader,
     target: Path,
     channels: int,
@@ -430,10 +310,10 @@ def _write_scene(
     classes: Sequence[str] | None,
     colours: Sequence[str] | None,
     probabilities: bool,
-    kept: KeptRows | None = None,
-    finer: int = 1,
-) -> Path:
-    """Turn strips of rows into files; all of them appear, or none."""
+    finer: int,
+    folder: Path | None,
+) -> Iterator[RowWriter]:
+    """The file of the prediction, then that of its probabilities."""
     a, b, x, d, e, y = reader.raster.transform[:6]
     grid = {
         "width": reader.width * finer,
@@ -441,33 +321,30 @@ def _write_scene(
         "transform": Affine(a / finer, b / finer, x, d / finer, e / finer, y),
         "crs": reader.raster.crs,
     }
+    values = {**grid, "count": channels, "dtype": "float32", "nodata": float("nan")}
+    if task != "segmentation":
+        names = _value_names(reader, channels, task)
+        yield RowWriter(target, values, names, folder=folder)
+        return
     numbers = {**grid, "count": 1, "dtype": "uint8", "nodata": CLASS_NODATA}
-    floats = {**grid, "count": channels, "dtype": "float32", "nodata": float("nan")}
-    tags = {"classes": json.dumps(list(classes))} if classes is not None else {}
-    names = list(classes) if classes is not None else [str(i) for i in range(channels)]
-    place = None if kept is None else kept.folder
-    look: tuple = (_value_names(reader, channels, task), None, {}, place)
-    if task == "segmentation":
-        look = (["class"], colours, tags, place)
-    profile = numbers if task == "segmentation" else floats
-    writers = [RowWriter(target, profile, *look)]
-    try:
-        if probabilities:
-            beside = target.with_name(f"{target.stem}_probabilities.tif")
-            writers.append(RowWriter(beside, floats, names, folder=place))
-        for strip in strips if kept is None else kept.go_on(strips):
-            for writer, rows in zip(writers, strip, strict=True):
+    yield RowWriter(target, numbers, ["class"], classes, colours, folder)
+    if probabilities:
+        beside = target.with_name(f"{target.stem}_probabilities.tif")
+        names = list(map(str, classes or range(channels)))
+        yield RowWriter(beside, values, names, folder=folder)
+
+
+def _write(strips: Iterator[list[np.ndarray]], writers: Iterator[RowWriter]) -> None:
+    """Turn strips of rows into files; all of them appear, or none."""
+    with ExitStack() as stack:
+        opened = [stack.enter_context(writer) for writer in writers]
+        for strip in strips:
+            for writer, rows in zip(opened, strip, strict=True):
                 writer.write(rows)
-        for writer in writers:
+        for writer in opened:
             writer.check()
-        for writer in writers:
+        for writer in opened:
             writer.publish()
-    finally:
-        for writer in writers:
-            writer.discard()
-    if kept is not None:
-        kept.discard()
-    return target
 
 
 def _value_names(reader: SceneReader, channels: int, task: str) -> list[str]:
@@ -476,3 +353,49 @@ def _value_names(reader: SceneReader, channels: int, task: str) -> list[str]:
         return ["prediction"]
     names = reader.names if channels == len(reader.names) else [None] * channels
     return [name or f"band {number}" for number, name in enumerate(names, start=1)]
+
+
+class FinishedRows:
+    """The strips of rows of one prediction, in order, each written whole or not at all.
+
+    Args:
+        folder: Holds them; rows of another key are deleted, and a line says so.
+        key: Changes with whatever the rows are computed from, see `content_key`.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder = folder
+        note = folder / "key.txt"
+        if folder.exists() and not (note.exists() and note.read_text() == key):
+            print(f"predict: {folder.name} holds rows of another job; it starts anew.")
+            shutil.rmtree(folder)
+        folder.mkdir(exist_ok=True)
+        for unfinished in folder.glob("*.part*"):  # left by a run that was killed
+            unfinished.unlink()
+        with whole_file(note) as part:
+            part.write_text(key)
+
+    def __len__(self) -> int:
+        """Strips that are finished, counted from the first without a gap."""
+        count = 0
+        while self._path(count).exists():
+            count += 1
+        return count
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"rows_{number:06d}.npz"
+
+    def continued(self, strips: Iterable[list[np.ndarray]]) -> Iterator[list]:
+        """Yield the finished strips, then the new ones, which are kept as they pass."""
+        count = len(self)
+        for number in range(count):
+            with np.load(self._path(number)) as kept:
+                yield [kept[name] for name in kept.files]
+        for number, strip in enumerate(strips, start=count):
+            with whole_file(self._path(number)) as part:
+                np.savez_compressed(part, *strip)
+            yield strip
+
+    def discard(self) -> None:
+        """Remove the folder: the prediction is complete."""
+        shutil.rmtree(self.folder)

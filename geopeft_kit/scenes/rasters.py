@@ -1,17 +1,18 @@
 """Rasters by the window: reflectance in, GeoTIFF out, neither ever whole in memory.
 
 `SceneReader` turns stored numbers of named bands into reflectance and says where there
-is data; `RowWriter` writes a GeoTIFF from top to bottom, whole or not at all. Both are
-used by `inference` (notebooks 00 and 14).
+is data. `RowWriter` writes a GeoTIFF from top to bottom, whole or not at all.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import rasterio
@@ -19,6 +20,8 @@ from rasterio.errors import RasterioError, RasterioIOError
 from rasterio.windows import Window
 
 from geopeft_kit.bands import resolve_bands
+from geopeft_kit.pictures import Colours, class_colours, rgb_of
+from geopeft_kit.raster_files import open_raster
 
 BLOCK = 256  # rows and columns of one block of the tiled GeoTIFF that is written
 
@@ -45,22 +48,15 @@ class SceneReader:
         scale: float | None = None,
         offset: float = 0.0,
     ) -> None:
-        name = os.fspath(source)
-        remote = "://" in name or name.startswith(("/vsi", "<VRTDataset"))
-        if not remote and not Path(name).exists():
-            raise FileNotFoundError(f"There is no raster at {name!r}. Check the path.")
-        # GDAL's own block cache would otherwise grow to a share of all memory.
-        self._environment = rasterio.Env(GDAL_CACHEMAX=128 * 1024 * 1024)
-        self._environment.__enter__()
-        try:
-            self.raster = _open(name)
+        with ExitStack() as stack:
+            # GDAL's own block cache would otherwise grow to a share of all memory.
+            stack.enter_context(rasterio.Env(GDAL_CACHEMAX=128 * 1024 * 1024))
+            self.raster = stack.enter_context(open_raster(source))
             self.indexes = _band_indexes(self.raster, wanted, bands)
             self.names = list(wanted or bands or self.raster.descriptions)
             self.gain, self.offset = _scaling(self.raster, self.indexes, scale, offset)
-            self.stated = scale is not None
-        except BaseException:
-            self.close()
-            raise
+            self._opened = stack.pop_all()
+        self.scale_is_given = scale is not None
         self.height, self.width = self.raster.height, self.raster.width
 
     def read(self, row: int, col: int, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -81,10 +77,10 @@ class SceneReader:
         valid &= np.isfinite(stored).all(axis=0)
         image = stored * self.gain + self.offset
         image[:, ~valid] = 0.0
-        if not self.stated and image.max(initial=0) > 20:
+        if not self.scale_is_given and image.max(initial=0) > 20:
             raise ValueError(
-                f"{self.raster.name} holds values up to {image.max():g}: no "
-                "reflectance. Pass scale=0.0001 if 10000 stands for 1.0, or scale=1 if "
+                f"{self.raster.name} holds values up to {image.max():g}: not "
+                "reflectance. Pass scale=0.0001 if 10000 means 1.0, or scale=1 if "
                 "the model was trained on the numbers as they are."
             )
         missing = ((0, size - high), (0, size - wide))
@@ -93,27 +89,11 @@ class SceneReader:
             np.pad(valid, missing, constant_values=False),
         )
 
-    def close(self) -> None:
-        """Close the raster."""
-        if hasattr(self, "raster"):
-            self.raster.close()
-        self._environment.__exit__(None, None, None)
-
     def __enter__(self) -> SceneReader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def _open(name: str) -> rasterio.DatasetReader:
-    try:
-        return rasterio.open(name)
-    except RasterioIOError as error:
-        raise ValueError(
-            f"{name[:200]!r} cannot be opened as a raster: {error}. Pass a GeoTIFF, a "
-            "VRT or anything else that GDAL reads."
-        ) from error
+        self._opened.close()
 
 
 def _band_indexes(
@@ -168,15 +148,14 @@ def _scaling(
         return np.full(shape, scale, np.float32), np.full(shape, offset, np.float32)
     if offset:
         raise ValueError(f"offset={offset} needs scale too: value * scale + offset.")
-    gains = np.array([raster.scales[i - 1] for i in indexes], np.float32).reshape(shape)
-    offsets = np.array([raster.offsets[i - 1] for i in indexes], np.float32).reshape(
-        shape
-    )
-    dtype = raster.dtypes[indexes[0] - 1]
+    first, *_ = indexes = [index - 1 for index in indexes]
+    gains = np.array(raster.scales, np.float32)[indexes].reshape(shape)
+    offsets = np.array(raster.offsets, np.float32)[indexes].reshape(shape)
+    dtype = raster.dtypes[first]
     if np.issubdtype(dtype, np.integer) and (gains == 1).all():
         raise ValueError(
             f"{raster.name} holds {dtype} and does not say how they become "
-            "reflectance. Pass scale=0.0001 if 10000 stands for 1.0 (Sentinel-2, "
+            "reflectance. Pass scale=0.0001 if 10000 means 1.0 (Sentinel-2, "
             "HLS), scale=1/255 for 8-bit pictures, scale=1 if the model was trained "
             "on the numbers as they are."
         )
@@ -193,9 +172,9 @@ class RowWriter:
         target: The file to write.
         profile: Width, height, count, dtype, nodata, transform, crs as rasterio's.
         names: Band descriptions.
-        colours: One "#rrggbb" per class, for a colour table.
-        tags: Metadata of the file.
-        folder: Where it lies until it is whole; by default beside the target.
+        classes: Class names of a class map, kept as a tag.
+        colours: One "#rrggbb" per class, kept as the colour table.
+        folder: Of the unfinished file; by default that of the target.
     """
 
     def __init__(
@@ -203,8 +182,8 @@ class RowWriter:
         target: Path,
         profile: dict,
         names: Sequence[str] = (),
+        classes: Sequence[str] | None = None,
         colours: Sequence[str] | None = None,
-        tags: dict[str, str] | None = None,
         folder: Path | None = None,
     ) -> None:
         self.target, self.profile = target, profile
@@ -224,10 +203,7 @@ class RowWriter:
             raise
         for number, name in enumerate(names, start=1):
             self.raster.set_band_description(number, name)
-        if colours is not None:
-            table = {i: colour_to_rgba(colour) for i, colour in enumerate(colours)}
-            self.raster.write_colormap(1, table)
-        self.raster.update_tags(**(tags or {}))
+        write_classes(self.raster, classes, colours)
 
     def write(self, rows: np.ndarray) -> None:
         """Add the next rows, (count, n, width)."""
@@ -248,7 +224,7 @@ class RowWriter:
         """Write the last rows, close the file, and read it back once.
 
         A full disk may show only when GDAL empties its cache, and a block that never
-        arrived reads as nodata: what counts is what stands in the file.
+        arrived reads as nodata.
         """
         left = sum(part.shape[1] for part in self.waiting)
         if left:
@@ -266,7 +242,10 @@ class RowWriter:
         os.chmod(self.part, 0o644)  # a temporary file starts out private
         os.replace(self.part, self.target)
 
-    def discard(self) -> None:
+    def __enter__(self) -> RowWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Leave nothing unfinished behind; a published file stays."""
         try:
             self.raster.close()
@@ -286,7 +265,49 @@ class RowWriter:
             ) from error
 
 
-def colour_to_rgba(colour: str) -> tuple[int, int, int, int]:
-    """Turn "#rrggbb" into four numbers from 0 to 255."""
-    red, green, blue = bytes.fromhex(colour.removeprefix("#"))
-    return red, green, blue, 255
+# --- class names and colours of a class map -------------------------------------------
+
+
+def write_classes(
+    raster: Any, classes: Sequence[str] | None, colours: Sequence[str] | None
+) -> None:
+    """Keep class names and "#rrggbb" colours in an open GeoTIFF; None leaves them out.
+
+    Names become the tag `classes`, colours the colour table.
+    """
+    if classes is not None:
+        raster.update_tags(classes=json.dumps(list(classes)))
+    if colours is not None:
+        table = enumerate(rgb_of(colours).tolist())
+        raster.write_colormap(1, {number: (*rgb, 255) for number, rgb in table})
+
+
+def read_classes(
+    path: str | os.PathLike[str],
+) -> tuple[list[str] | None, Colours | None]:
+    """Class names and colours that a class map carries, None where it has none."""
+    with open_raster(path) as raster:
+        names = json.loads(raster.tags().get("classes", "null"))
+        # Without a colour table the interpretation is "gray".
+        table = raster.colorinterp[0].name == "palette"
+        return names, raster.colormap(1) if table else None
+
+
+def class_look(
+    path: str | os.PathLike[str] | None,
+    classes: Sequence[str] | None,
+    colours: Colours | None,
+    title: str,
+) -> tuple[list[str], list[str]]:
+    """Names and "#rrggbb" of each class: those given, else the file's.
+
+    Colours are the kit's own where neither says any. `title` is for the error.
+    """
+    if path is not None and (classes is None or colours is None):
+        stored = read_classes(path)
+        classes = stored[0] if classes is None else classes
+        colours = stored[1] if colours is None else colours
+    if classes is None:
+        raise ValueError(f"{title} needs classes=[...], the names of its classes.")
+    names = [str(name) for name in classes]
+    return names, class_colours(names, colours)

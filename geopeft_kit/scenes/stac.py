@@ -1,13 +1,13 @@
-"""What a STAC item says about its pixels: bands, scale and offset, clouds.
+"""Bands, scale, offset and clouds of a STAC item.
 
 A STAC API is a catalogue of satellite scenes on the web. Catalogues spell the same
-facts differently; here is the one place that knows the spellings. Used by `places`.
+facts differently; this module knows the spellings.
 
 Source:
     Offset since processing baseline 04.00: ESA SentiWiki, Sentinel-2 products,
     https://sentiwiki.copernicus.eu/web/s2-products. Catalogues that have applied it
-    already say so with "earthsearch:boa_offset_applied"; for some scenes that flag is
-    wrong (https://github.com/Element84/earth-search/issues/66 and /71).
+    set "earthsearch:boa_offset_applied"; for some scenes that flag is wrong
+    (https://github.com/Element84/earth-search/issues/66 and /71).
     Classes of the scene classification (SCL): same page. Bits of Fmask: HLS version 2
     user guide, table of the quality layer.
 """
@@ -38,7 +38,7 @@ FMASK_NODATA = 255
 
 @dataclass(frozen=True)
 class BandFile:
-    """Where a band is, and how its numbers become reflectance."""
+    """Address of a band; reflectance = stored value * scale + offset."""
 
     href: str
     scale: float
@@ -54,11 +54,11 @@ def find_item(
     modifier: Callable[[Any], Any] | None = None,
     limit: int = 200,
 ) -> pystac.Item:
-    """The scene that covers most of a box, and of these the least cloudy.
+    """The least cloudy of the scenes that cover most of a box (W, S, E, N degrees).
 
-    `box` is west, south, east, north in degrees; `dates` are the first and last day;
-    `modifier` is pystac_client's. At most `limit` scenes are compared. Raises
-    RuntimeError if the API cannot be reached, LookupError if it has no scene there.
+    `dates` are the first and last day, `modifier` is pystac_client's. At most `limit`
+    scenes are compared. Raises RuntimeError if the API cannot be reached, LookupError
+    if it has no scene there.
     """
     import pystac_client
     import requests
@@ -144,8 +144,8 @@ def _band_of(item: pystac.Item, key: str, asset: pystac.Asset) -> str | None:
 def _band_file(item: pystac.Item, asset: pystac.Asset) -> BandFile:
     fields = asset.extra_fields
     stated = dict((fields.get("raster:bands") or fields.get("bands") or [{}])[0])
-    for name in ("scale", "offset", "nodata"):  # STAC 1.1 spells them raster:scale
-        for spelling in (f"raster:{name}", name):
+    for name in ("scale", "offset", "nodata"):
+        for spelling in (f"raster:{name}", name):  # STAC 1.1 has the first
             for holder in (fields, dict(stated)):
                 if spelling in holder:
                     stated[name] = holder[spelling]
@@ -184,7 +184,7 @@ def _baseline(item: pystac.Item) -> float:
 
 
 def cloud_file(item: pystac.Item) -> tuple[str, Callable[[np.ndarray], np.ndarray]]:
-    """Address of an item's cloud band, and what tells from its numbers what it hides.
+    """Address of an item's cloud band, and its values -> whether they mean cloud.
 
     Raises LookupError if it has none.
     """
@@ -197,11 +197,11 @@ def cloud_file(item: pystac.Item) -> tuple[str, Callable[[np.ndarray], np.ndarra
             return href, fmask_hides
     raise LookupError(
         f"the scene {item.id} has neither SCL nor Fmask, so clouds cannot be masked. "
-        "Pass mask_clouds=False to read it as it is."
+        "Pass mask_clouds=False to keep them."
     )
 
 
 def fmask_hides(values: np.ndarray) -> np.ndarray:
-    """Whether HLS' quality layer (uint8) says cloud, near cloud, shadow, or nothing."""
+    """Whether HLS' quality layer (uint8) says cloud, near cloud, shadow, or nodata."""
     values = np.asarray(values, dtype=np.uint8)
     return ((values & FMASK_HIDDEN) > 0) | (values == FMASK_NODATA)

@@ -1,10 +1,10 @@
 """Two threads, one backbone: who computes, and who touches the widgets.
 
-Training runs in a thread of its own on the same backbone that the page looks at, so
-that no weight is held twice. `Turns` lets the page in between two batches: it swaps
-adapters, computes what it needs, and swaps the training's adapter back, which is exact.
-`Mailbox` brings what the training has to say to the thread that owns the widgets,
-because a widget that two threads write to loses messages. Taught in notebook 13.
+Training runs in a thread of its own on the backbone that the page uses as well, so that
+no weight is held twice. `TrainingLock` lets the page compute between two batches: the
+page swaps adapters and swaps the training's adapter back, which is exact.
+`MainThreadQueue` carries the training's reports to the thread that owns the widgets,
+because a widget that two threads write to loses messages.
 """
 
 from __future__ import annotations
@@ -26,49 +26,46 @@ from geopeft_kit.model import Model
 from geopeft_kit.training.callbacks import History
 from geopeft_kit.training.tracker import MIB, Tracker
 
-EVERY = 0.25  # seconds between two messages from a training
+REPORT_S = 0.25  # seconds between two reports of a training
 
 
 class Cancelled(Exception):
     """The training was asked to stop."""
 
 
-class Turns:
+class TrainingLock:
     """Lets one thread at a time compute, and hands over between two batches.
 
     Attributes:
-        stop: Set to end the training at its next breath.
+        stop: Set to end the training the next time it would hand over.
     """
 
     def __init__(self) -> None:
         self.stop = threading.Event()
         self._computing = threading.Lock()
         self._next = threading.Lock()  # whoever holds it gets the other lock next
-        self._worker: int | None = None
+        self._trainer: int | None = None  # the training thread
         self._in_batch = False
 
-    def _take(self) -> None:
+    def _acquire(self) -> None:
         with self._next:
             self._computing.acquire()
 
     @contextmanager
-    def work(self) -> Iterator[None]:
-        """The training's side: computes all the time, and breathes when it can."""
-        self._take()
-        self._worker = threading.get_ident()
+    def training(self) -> Iterator[None]:
+        """The training's side: computes all the time, but for `hand_over`."""
+        self._acquire()
+        self._trainer = threading.get_ident()
         try:
             yield
         finally:
-            self._worker, self._in_batch = None, False
+            self._trainer, self._in_batch = None, False
             self._computing.release()
 
     @contextmanager
-    def pause(self) -> Iterator[None]:
-        """Nobody else computes, and the state of torch's random numbers comes back.
-
-        Not to be nested: inside, the turn is already the caller's.
-        """
-        self._take()
+    def exclusive(self) -> Iterator[None]:
+        """Nobody else computes; torch's random state is restored. Not to be nested."""
+        self._acquire()
         try:
             with torch.random.fork_rng():
                 yield
@@ -79,42 +76,36 @@ class Turns:
     def borrow(self, backbone: Backbone) -> Iterator[None]:
         """The page's side: compute, and leave no trace in a training under way.
 
-        Args:
-            backbone: While a training runs, its active adapter and its mode come back
-                at the end.
+        A training's active adapter and the backbone's mode are restored at the end.
         """
-        with self.pause():
+        with self.exclusive():
             active: Any = backbone.adapter
             mode = backbone.training
             try:
                 yield
             finally:
-                if self._worker is not None and active is not None:  # a training's
+                if self._trainer is not None and active is not None:
                     active.activate()
                     backbone.train(mode)
 
-    def breathe(self, *_: Any) -> None:
-        """Let the page in, and end where that was asked for.
-
-        Raises:
-            Cancelled: `stop` is set.
-        """
-        if threading.get_ident() != self._worker or self._in_batch:
+    def hand_over(self, *_: Any) -> None:
+        """Let the page compute if it waits. Raises Cancelled where `stop` is set."""
+        if threading.get_ident() != self._trainer or self._in_batch:
             return
         if self.stop.is_set():
             raise Cancelled
         if self._next.locked():  # the page waits; it goes first, then this thread
             self._computing.release()
-            self._take()
+            self._acquire()
 
     @contextmanager
-    def breathing(self, model: Model) -> Iterator[None]:
-        """Breathe before each pass through the backbone or the decoder.
+    def handing_over(self, model: Model) -> Iterator[None]:
+        """Hand over before each pass through the backbone or the decoder.
 
-        That covers what runs outside of Lightning: the head start, and the scores.
+        That covers what runs outside Lightning: the head start, and the scores.
         """
         parts: list[nn.Module] = [model.backbone, model.decoder]
-        handles = [part.register_forward_pre_hook(self.breathe) for part in parts]
+        handles = [part.register_forward_pre_hook(self.hand_over) for part in parts]
         try:
             yield
         finally:
@@ -122,53 +113,50 @@ class Turns:
                 handle.remove()
 
     def batch(self, inside: bool) -> None:
-        """Say that a training step begins or ends; its clock runs, so no breath."""
+        """A timed training step begins or ends; inside one nothing is handed over."""
         self._in_batch = inside
 
 
-class Watch(L.Callback):
-    """Tells how a training is going, a few times a second.
+class Reporter(L.Callback):
+    """Reports the state of a training a few times a second.
 
     Args:
-        turns: Asked to breathe between two steps.
-        tell: Called with a dict: step, steps, losses, rows, step_ms, memory
-            (peak MiB of this process, or of the GPU).
+        lock: Handed over between two steps.
+        report: Called with a dict: step, steps, losses, rows, step_ms, memory (peak
+            MiB of this process, or of the GPU).
     """
 
-    def __init__(self, turns: Turns, tell: Callable[[dict[str, Any]], None]) -> None:
-        self.turns, self.tell = turns, tell
+    def __init__(
+        self, lock: TrainingLock, report: Callable[[dict[str, Any]], None]
+    ) -> None:
+        self.lock, self.report = lock, report
         self.losses: list[float] = []
-        self.fresh: list[Tensor] = []
+        self.unread: list[Tensor] = []  # losses still on the device
         self.last = 0.0
 
     def on_train_batch_start(self, *_: Any) -> None:
-        self.turns.batch(inside=True)
+        self.lock.batch(inside=True)
 
     def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: Any,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, *_: Any
     ) -> None:
-        self.turns.batch(inside=False)
-        self.fresh.append(outputs["loss"].detach())
-        if time.monotonic() - self.last > EVERY:
+        self.lock.batch(inside=False)
+        self.unread.append(outputs["loss"].detach())
+        if time.monotonic() - self.last > REPORT_S:
             self._report(trainer)
-        self.turns.breathe()
+        self.lock.hand_over()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._report(trainer)
 
     def _report(self, trainer: L.Trainer) -> None:
         # One copy from the device for all losses since the last report.
-        self.losses += torch.stack(self.fresh).tolist() if self.fresh else []
-        self.fresh, self.last = [], time.monotonic()
+        self.losses += torch.stack(self.unread).tolist() if self.unread else []
+        self.unread, self.last = [], time.monotonic()
         parts: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         history = next(part for part in parts if isinstance(part, History))
         tracker = next(part for part in parts if isinstance(part, Tracker))
-        self.tell(
+        self.report(
             {
                 "step": trainer.global_step,
                 "steps": int(trainer.estimated_stepping_batches),
@@ -180,29 +168,29 @@ class Watch(L.Callback):
         )
 
 
-class Mailbox:
+class MainThreadQueue:
     """Calls functions in the thread that made it: the one that owns the widgets.
 
     In a notebook they are called as soon as the kernel is idle; elsewhere, and while a
-    cell is running, when `deliver` is called.
+    cell is running, when `run` is called.
     """
 
     def __init__(self) -> None:
-        self._letters: queue.SimpleQueue[tuple[Callable, tuple]] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[tuple[Callable, tuple]] = queue.SimpleQueue()
         self._loop: asyncio.AbstractEventLoop | None = None
         try:
             self._loop = asyncio.get_running_loop()
         except RuntimeError:
-            return  # a plain script: `deliver` is called by `wait`
+            return  # a plain script: `wait` calls `run`
 
-    def post(self, function: Callable[..., Any], *arguments: Any) -> None:
+    def put(self, function: Callable[..., Any], *arguments: Any) -> None:
         """Ask for a call; from any thread."""
-        self._letters.put((function, arguments))
+        self._calls.put((function, arguments))
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(self.deliver)
+            self._loop.call_soon_threadsafe(self.run)
 
-    def deliver(self) -> None:
+    def run(self) -> None:
         """Make the calls that were asked for, in order."""
-        while not self._letters.empty():
-            function, arguments = self._letters.get()
+        while not self._calls.empty():
+            function, arguments = self._calls.get()
             function(*arguments)

@@ -1,7 +1,6 @@
-"""A prediction as a file for other tools: COG, polygons, picture.
+"""A prediction as files for other tools: COG, polygons, picture.
 
-A web page is made by `gk.save_map`. Every file is written whole or not at all.
-Taught in `notebooks/09_unseen_regions.ipynb`.
+Every file is written whole or not at all. `gk.save_map` writes a web page.
 
 Source:
     COG, a GeoTIFF that can be read in part over the web: https://cogeo.org.
@@ -10,7 +9,6 @@ Source:
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -23,12 +21,12 @@ import rasterio.shutil
 from rasterio.enums import Resampling
 
 from geopeft_kit.files import whole_file
-from geopeft_kit.maps.layers import MapLayer, class_names
-from geopeft_kit.pictures import Colours, class_colours
-from geopeft_kit.scenes.rasters import colour_to_rgba
+from geopeft_kit.pictures import Colours, rgb_of
+from geopeft_kit.raster_files import open_raster
+from geopeft_kit.scenes.rasters import class_look, write_classes
 
-PIECES = 2_000_000  # polygons above this are no longer a file that anybody opens
-SIDE = 4096  # pixels of a picture
+MAX_POLYGONS = 2_000_000  # a larger file is too slow to open
+MAX_SIDE = 4096  # pixels of a picture
 
 
 def export_prediction(
@@ -58,8 +56,7 @@ def export_prediction(
     if not source.is_file() or not folder.is_dir():
         lost = source if not source.is_file() else folder
         raise FileNotFoundError(f"{str(lost)!r} does not exist. Check the path.")
-    names = class_names(MapLayer("export", source, "classes", classes=classes))
-    table = _colours(source, names, colours)
+    names, table = class_look(source, classes, colours, f"{source.name}")
     written = {
         "cog": folder / f"{source.stem}_cog.tif",
         "geojson": folder / f"{source.stem}.geojson",
@@ -69,16 +66,6 @@ def export_prediction(
     save_polygons(source, written["geojson"], names, smallest_m2)
     save_picture(source, written["png"], table)
     return written
-
-
-def _colours(source: Path, names: Sequence[str], colours: Colours | None) -> list[str]:
-    """The caller's colours, else the file's, else the kit's own."""
-    if colours is None:
-        with rasterio.open(source) as raster:
-            if raster.colorinterp[0].name == "palette":
-                table = raster.colormap(1)
-                colours = [table[i][:3] for i in range(len(names))]
-    return class_colours(names, colours)
 
 
 def save_cog(
@@ -95,10 +82,8 @@ def save_cog(
         painted = Path(box) / "painted.tif"
         shutil.copyfile(source, painted)
         with rasterio.open(painted, "r+") as raster:
-            table = {i: colour_to_rgba(colour) for i, colour in enumerate(colours)}
-            raster.write_colormap(1, table)
-            raster.update_tags(classes=json.dumps(list(names)))
-        # Overviews take the commonest class: no mean of numbers that are names.
+            write_classes(raster, names, colours)
+        # Overviews take the most frequent class: class numbers have no mean.
         rasterio.shutil.copy(painted, part, driver="COG", compress="deflate",
                              overview_resampling="mode", blocksize=256)  # fmt: skip
     return target
@@ -117,20 +102,21 @@ def save_polygons(
     import shapely
     from rasterio.features import shapes
 
-    with rasterio.open(source) as raster:
+    with open_raster(source) as raster:
         if not raster.crs:
             raise ValueError(
-                f"{source} has no coordinate system, so no place on Earth."
+                f"{source} has no coordinate system, so its polygons have no place on "
+                "Earth. Set its CRS first."
             )
         band = rasterio.band(raster, 1)
         found, numbers = [], []
         for shape, number in shapes(band, mask=raster.dataset_mask(), connectivity=4):
             found.append(shapely.geometry.shape(shape))
             numbers.append(int(number))
-            if len(found) > PIECES:
+            if len(found) > MAX_POLYGONS:
                 raise ValueError(
-                    f"{source} has more than {PIECES} patches. Smooth the prediction, "
-                    "or cut it into parts."
+                    f"{source} has more than {MAX_POLYGONS} patches. Smooth the "
+                    "prediction, or cut it into parts."
                 )
         crs = raster.crs
     table = gpd.GeoDataFrame(
@@ -151,19 +137,18 @@ def save_picture(source: Path, target: Path, colours: Sequence[str]) -> Path:
     """
     from PIL import Image
 
-    with rasterio.open(source) as raster:
-        thin = max(1.0, max(raster.width, raster.height) / SIDE)
+    with open_raster(source) as raster:
+        thin = max(1.0, max(raster.width, raster.height) / MAX_SIDE)
         shape = (
             max(1, round(raster.height / thin)),
             max(1, round(raster.width / thin)),
         )
         numbers = raster.read(1, out_shape=shape, resampling=Resampling.nearest)
         known = raster.dataset_mask(out_shape=shape) > 0
-    table = np.zeros((256, 4), np.uint8)
-    for number, colour in enumerate(colours):
-        table[number] = colour_to_rgba(colour)
-    rgba = table[numbers]  # (h, w, 4)
-    rgba[~known] = 0
+    table = np.zeros((256, 3), np.uint8)
+    table[: len(colours)] = rgb_of(colours)
+    alpha = np.where(known, np.uint8(255), np.uint8(0))[..., None]
+    rgba = np.concatenate([table[numbers] * (alpha > 0), alpha], axis=2)  # (h, w, 4)
     with whole_file(target) as part:
         Image.fromarray(rgba).save(part, "PNG")
     return target

@@ -1,8 +1,7 @@
-"""The explorer without its page: backbones in memory, previews, runs that are kept.
+"""The explorer without its page: backbones in memory, previews, finished runs.
 
-One backbone carries the adapters of all runs on it; going back to a run swaps its
-adapter in. A preview attaches a method, counts, and detaches it again. Taught in
-notebook 13.
+One backbone carries the adapters of all runs; showing a run activates its adapter. A
+preview attaches a method, counts, and detaches it again.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from geopeft_kit.backbones.base import Backbone
 from geopeft_kit.data.batch import batch_meta, batch_target, images_on
 from geopeft_kit.data.chips import ChipData
 from geopeft_kit.explorer.choice import AS_GIVEN, Choice, code_of, find_method
-from geopeft_kit.explorer.turns import Turns, Watch
+from geopeft_kit.explorer.threads import Reporter, TrainingLock
 from geopeft_kit.methods import Adapter, attach
 from geopeft_kit.model import Model, build_model
 from geopeft_kit.training.evaluate import HEADLINE, evaluate
@@ -31,6 +30,7 @@ from geopeft_kit.training.hardware import choose_device, free_gib
 from geopeft_kit.training.task import compute_loss
 from geopeft_kit.training.tracker import MIB, count_saved_bytes, weight_bytes
 
+Report = Callable[[dict[str, Any]], None]
 PARTS = ("weights", "gradients", "optimiser", "activations")
 
 
@@ -56,16 +56,14 @@ class KeptRun:
     """A trained choice.
 
     Attributes:
-        number: Counts up from 1.
-        choice: What was trained.
         adapter: Attached to the shared backbone, active when it is shown.
         model: That backbone with the decoder of this run.
         rows: The history, one dict an epoch.
-        losses: Training loss, step by step.
+        losses: Training loss of each step.
         resources: Measured time and memory, see `gk.training.Resources`.
         scores: "val" and "test" -> what `gk.evaluate` gives.
         counts: Parameters of backbone, adapter and decoder.
-        maps: Predictions for chips of the test split, by position; made when asked for.
+        predictions: For chips of the test split, by position; made when needed.
         saved: Folder that it was last saved in, or empty.
     """
 
@@ -78,12 +76,12 @@ class KeptRun:
     resources: dict[str, Any] = field(repr=False)
     scores: dict[str, Any] = field(repr=False)
     counts: dict[str, int]
-    maps: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
+    predictions: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
     saved: str = ""
 
     @property
     def free_folder(self) -> str:
-        """Where it is saved unless told otherwise: a folder that is not there yet."""
+        """The default folder to save to, which does not exist yet."""
         name = f"runs/{self.choice.method}_{self.choice.decoder}"
         names = (name, *(f"{name}_{number}" for number in range(2, 10_000)))
         return next(name for name in names if not Path(name).exists())
@@ -104,7 +102,7 @@ class KeptRun:
         return self.scores.get(split, {}).get("overall", {}).get(name, float("nan"))
 
 
-class Bench:
+class Session:
     """Data sets, backbones and runs.
 
     Args:
@@ -113,7 +111,7 @@ class Bench:
 
     Attributes:
         runs: Key of the choice -> run, in the order of training.
-        turns: Who computes: the page, or the training.
+        lock: Decides who computes: the page, or the training.
         device: Where everything is computed.
     """
 
@@ -122,7 +120,7 @@ class Bench:
     ) -> None:
         self.data, self.backbones = dict(data), dict(backbones)
         self.runs: dict[str, KeptRun] = {}
-        self.turns = Turns()
+        self.lock = TrainingLock()
         self.device = choose_device()
         self._held_out: dict[tuple[str, str], ChipData] = {}
         self._loaded: dict[tuple[str, tuple[str, ...]], Backbone] = {}
@@ -142,8 +140,7 @@ class Bench:
         if choice.held_out == AS_GIVEN:
             return data
         if key not in self._held_out:
-            given = {**data.hparams, "test_regions": [choice.held_out]}
-            other = ChipData(**given)
+            other = ChipData(**{**data.hparams, "test_regions": [choice.held_out]})
             if data.factor > 1:
                 other = other.for_super_resolution(data.factor)
             self._held_out[key] = other
@@ -154,8 +151,8 @@ class Bench:
         bands = tuple(self.data[choice.data].bands)
         key = (choice.backbone, bands)
         if key not in self._loaded:
-            # Random weights are drawn from numbers that all threads share: in a turn.
-            with self.turns.pause():
+            # All threads share torch's random numbers, which random weights draw.
+            with self.lock.exclusive():
                 if key not in self._loaded:  # another thread may have been faster
                     self._loaded[key] = self._load(choice, bands)
         return self._loaded[key]
@@ -185,9 +182,9 @@ class Bench:
 
     def _preview(self, choice: Choice) -> Preview:
         backbone = self.backbone_of(choice)
-        with self.turns.borrow(backbone):
+        with self.lock.borrow(backbone):
             active: Any = backbone.adapter
-            if active is not None:  # the question is about the plain network
+            if active is not None:  # `why_not` is about the plain network
                 active.deactivate()
             reason = find_method(choice.method).why_not(backbone)
             if reason is not None:
@@ -204,25 +201,20 @@ class Bench:
 
     def _build(self, choice: Choice) -> tuple[Adapter, Model]:
         """The adapter, active, and the model; an error leaves nothing attached."""
-        adapter = attach(self.backbone_of(choice), choice.method, **choice.options)
+        backbone, data = self.backbone_of(choice), self.data_of(choice)
+        adapter = attach(backbone, choice.method, **choice.options)
         try:
-            model = self.model_of(choice)
+            model = build_model(
+                backbone,
+                choice.decoder,
+                data.task,
+                data.num_classes,
+                factor=data.factor if data.factor > 1 else None,
+            )
         except BaseException:
             adapter.detach()
             raise
-        return adapter, model
-
-    def model_of(self, choice: Choice) -> Model:
-        """A fresh decoder on the backbone, as it stands, with its active adapter."""
-        data = self.data_of(choice)
-        model = build_model(
-            self.backbone_of(choice),
-            choice.decoder,
-            data.task,
-            data.num_classes,
-            factor=data.factor if data.factor > 1 else None,
-        )
-        return model.to(self.device)
+        return adapter, model.to(self.device)
 
     def _count(self, model: Model, adapter: Adapter) -> dict[str, int]:
         """Parameters of the plain backbone, of the adapter, and of the decoder."""
@@ -232,27 +224,19 @@ class Bench:
             "decoder": sum(p.numel() for p in model.decoder_parameters()),
         }
 
-    def train(self, choice: Choice, tell: Callable[[dict[str, Any]], None]) -> KeptRun:
-        """Train a choice; meant for a thread of its own.
+    def train(self, choice: Choice, report: Report) -> KeptRun:
+        """Train a choice; meant for a thread of its own. `report`: see `Reporter`.
 
-        Args:
-            choice: What to train.
-            tell: Gets the news, see `Watch`.
-
-        Returns:
-            The run, its adapter attached but not active; put it into `runs`.
-
-        Raises:
-            Cancelled: `turns.stop` was set. As after any other error, the backbone is
-                bit for bit what it was and earlier runs are untouched.
+        The adapter of the run is attached but not active. Raises Cancelled when
+        `lock.stop` was set; after any error the backbone is bit for bit what it was.
         """
         data, backbone = self.data_of(choice), self.backbone_of(choice)
-        watch = Watch(self.turns, tell)
-        with self.turns.work():
+        reporter = Reporter(self.lock, report)
+        with self.lock.training():
             torch.manual_seed(choice.seed)
             adapter, model = self._build(choice)
             try:
-                with self.turns.breathing(model):
+                with self.lock.handing_over(model):
                     run = fit(
                         model,
                         data,
@@ -262,7 +246,7 @@ class Bench:
                         seed=choice.seed,
                         device=self.device,
                         progress=False,
-                        callbacks=[watch],
+                        callbacks=[reporter],
                     )
                     held_out = evaluate(model, data, "test", self.device)
                 kept = KeptRun(
@@ -271,7 +255,7 @@ class Bench:
                     adapter=adapter,
                     model=model,
                     rows=run.history.to_dict("records"),
-                    losses=watch.losses,
+                    losses=reporter.losses,
                     resources=run.resources.to_dict(),
                     scores={"val": run.metrics, "test": held_out},
                     counts=self._count(model, adapter),
@@ -284,31 +268,26 @@ class Bench:
         return kept
 
     def activate(self, run: KeptRun) -> Model:
-        """Swap a run's adapter in; during a training it is swapped out again."""
+        """Activate a run's adapter; `lock.borrow` restores a training's own."""
         run.adapter.activate()
         return run.model.eval()
 
     def predict(self, run: KeptRun, position: int) -> np.ndarray:
-        """The prediction for one chip of the test split.
+        """The prediction for the chip at a position of the test split.
 
-        Args:
-            run: A kept run; its adapter is swapped in.
-            position: Of the chip in `data.dataset("test")`.
-
-        Returns:
-            (H, W) class numbers or values, (C, r*H, r*W) finer bands, or () / (K,)
-            for whole images.
+        (H, W) class numbers or values, (C, r*H, r*W) finer bands, or () / (K,) for
+        whole images.
         """
-        if position not in run.maps:
+        if position not in run.predictions:
             sample = self.data_of(run.choice).dataset("test")[position]
             image = sample["image"][None]  # (1, C, H, W)
             meta = batch_meta({k: v for k, v in sample.items() if k != "label"})
             if meta is not None:
                 meta = {key: value[None] for key, value in meta.items()}
-            with self.turns.borrow(run.model.backbone), torch.inference_mode():
+            with self.lock.borrow(run.model.backbone), torch.inference_mode():
                 output = self.activate(run)(image, meta)[0]
-            run.maps[position] = _decide(output, run.model.task).numpy()
-        return run.maps[position]
+            run.predictions[position] = _decide(output, run.model.task).numpy()
+        return run.predictions[position]
 
 
 def _decide(output: torch.Tensor, task: str) -> torch.Tensor:
@@ -346,7 +325,7 @@ def predict_memory(
 
 
 def machine_memory(device: torch.device) -> tuple[float, float]:
-    """MiB of memory (free, in all) where the model trains."""
+    """MiB of memory (free, total) where the model trains."""
     if device.type == "cuda":
         total = torch.cuda.mem_get_info(device)[1]
     else:
