@@ -15,7 +15,8 @@ from torch import nn
 import geopeft_kit as gk
 from geopeft_kit.training.feature_cache import FeatureCache
 from geopeft_kit.training.hardware import choose_device, choose_precision
-from geopeft_kit.training.task import compute_loss, trained_names
+from geopeft_kit.training.step import compute_loss
+from geopeft_kit.training.task import trained_names
 from tests.toy import BANDS, toy_data
 
 TASKS = ("segmentation", "regression", "classification")

@@ -16,8 +16,9 @@ from geopeft_kit.methods import Adapter, attach
 from geopeft_kit.model import Model, build_model
 from geopeft_kit.training.callbacks import Progress
 from geopeft_kit.training.evaluate import HEADLINE
-from geopeft_kit.training.fit import DECODER_LEARNING_RATE, Run, fit
+from geopeft_kit.training.fit import Run, fit
 from geopeft_kit.training.head_start import start_decoder
+from geopeft_kit.training.plan import DECODER_LEARNING_RATE
 
 
 class Lab:

@@ -47,6 +47,9 @@ class Turns:
         self._worker: int | None = None
         self._in_batch = False
 
+    def __deepcopy__(self, memo: Any) -> Turns:
+        return self  # a copy of a network keeps its hooks to the same turns
+
     def _take(self) -> None:
         with self._next:
             self._computing.acquire()

@@ -23,7 +23,7 @@ from geopeft_kit.pretraining.energy import EnergyMeter
 from geopeft_kit.pretraining.result import Pretraining
 from geopeft_kit.pretraining.samples import Draws, Samples, SizedSamples
 from geopeft_kit.pretraining.task import Objective, PretextTask
-from geopeft_kit.training.callbacks import Checkpoint
+from geopeft_kit.training.callbacks import Checkpoint, find_checkpoint
 from geopeft_kit.training.fit import quiet_lightning
 from geopeft_kit.training.hardware import choose_device, choose_precision
 from geopeft_kit.training.interruption import stoppable, what_is_kept
@@ -122,7 +122,7 @@ def pretrain(
     )
     if not learning_rate > 0:
         raise ValueError(f"learning_rate is {learning_rate}; it must be above 0.")
-    checkpoint = _checkpoint(folder, resume)
+    checkpoint = find_checkpoint(folder, resume)
     place = choose_device(device)
     _check_adapter(backbone, teacher)
     samples = Samples(data, crop)
@@ -205,20 +205,6 @@ def _trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-
-
-def _checkpoint(folder: str | Path | None, resume: bool) -> Path | None:
-    if folder is None:
-        if resume:
-            raise ValueError("resume=True needs the folder of the run to go on with.")
-        return None
-    checkpoint = Path(folder) / "last.ckpt"
-    if resume and not checkpoint.exists():
-        raise FileNotFoundError(
-            f"{checkpoint} does not exist, so there is nothing to resume. Start with "
-            "resume=False."
-        )
-    return checkpoint
 
 
 def _check_counts(**counts: int | None) -> None:

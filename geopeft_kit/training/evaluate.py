@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geopeft_kit.data.batch import batch_target, images_on
+from geopeft_kit.data.batch import Batch
 from geopeft_kit.data.chips import ChipData
 from geopeft_kit.data.torchgeo_data import AnyData, as_data
 from geopeft_kit.model import Model
 from geopeft_kit.training.hardware import choose_device
 from geopeft_kit.training.metrics import VALUE_TASKS, RegionalMetrics
+from geopeft_kit.training.step import output_of
 
 # The score that model selection looks at, and whether more of it is better.
 HEADLINE = {
@@ -56,7 +57,7 @@ def evaluate(
     ignored = ignored_value(model, chips)
     metrics = RegionalMetrics(model.task, model.num_classes, ignored)
     for output, batch in outputs_of(model, chips, split, device):
-        metrics.update(output, batch_target(batch), batch["region"])
+        metrics.update(output, batch.target, batch.region)
     return metrics.compute()
 
 
@@ -70,8 +71,8 @@ def outputs_of(
     data: ChipData,
     split: str = "test",
     device: str | torch.device = "auto",
-) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-    """Yield the output (B, ...) for every batch of a split, on the CPU, and the batch.
+) -> Iterator[tuple[Tensor, Batch]]:
+    """Yield the output (B, ...) for every batch of a split, and the batch, on the CPU.
 
     The model is in the same mode afterwards.
     """
@@ -81,12 +82,13 @@ def outputs_of(
     # weights held in bf16 (see frozen_precision.py) compute in bf16
     low = any(p.dtype == torch.bfloat16 for p in model.parameters())
     try:
-        for batch in data.dataloader(split):
+        for loaded in data.dataloader(split):
+            batch = Batch.of(loaded)
             with (  # not across the yield: it would leak out
                 torch.inference_mode(),
                 torch.autocast(device.type, torch.bfloat16, enabled=low),
             ):
-                output = model(*images_on(batch, device)).float().cpu()
+                output = output_of(model, batch.to(device)).float().cpu()
             yield output, batch
     finally:
         model.train(training)

@@ -11,10 +11,10 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 import pandas as pd
@@ -26,31 +26,28 @@ from geopeft_kit.data.loading import EpochSampler
 from geopeft_kit.data.torchgeo_data import AnyData, as_data
 from geopeft_kit.model import Model
 from geopeft_kit.progress import progress_bar
-from geopeft_kit.training.batch_size import (
-    largest_batch,
-    room_mib,
-    with_batch_size,
+from geopeft_kit.training.batch_size import largest_batch, with_batch_size
+from geopeft_kit.training.callbacks import (
+    Checkpoint,
+    EarlyStop,
+    History,
+    Progress,
+    find_checkpoint,
 )
-from geopeft_kit.training.callbacks import Checkpoint, EarlyStop, History, Progress
-from geopeft_kit.training.checkpointing import checkpointed
 from geopeft_kit.training.evaluate import evaluate
 from geopeft_kit.training.feature_cache import FeatureCache
-from geopeft_kit.training.frozen_precision import frozen_held_in
-from geopeft_kit.training.hardware import choose_device, choose_precision
-from geopeft_kit.training.head_start import resolve_head_start, start_decoder
-from geopeft_kit.training.interruption import stoppable, what_is_kept
-from geopeft_kit.training.out_of_memory import explanation, survive
-from geopeft_kit.training.prefix_cache import Prefix
-from geopeft_kit.training.settings import (
-    check_levers,
-    check_run,
-    default_rate,
-    resolve_cache,
+from geopeft_kit.training.hardware import choose_device
+from geopeft_kit.training.head_start import start_decoder
+from geopeft_kit.training.interruption import (
+    explanation,
+    stoppable,
+    survive,
+    what_is_kept,
 )
+from geopeft_kit.training.plan import Plan
+from geopeft_kit.training.prefix_cache import Prefix
 from geopeft_kit.training.task import Task
 from geopeft_kit.training.tracker import Resources, Tracker
-
-DECODER_LEARNING_RATE = 1e-3
 
 
 @dataclass
@@ -168,72 +165,64 @@ def fit(
             model is alive, part of the way trained.
     """
     chips: ChipData = as_data(data, model.task, model.num_classes)
-    check_run(model, chips, epochs, head_start, folder, resume, patience)
     place = choose_device(device)
+    checkpoint = find_checkpoint(folder, resume)
     model.to(place)
-    run: dict[str, Any] = {
-        "batch_size": chips.batch_size,
-        "image_size": chips.image_size,
-        "precision": choose_precision(precision, place, frozen_precision),
-        "checkpointing": checkpointing,
-        "frozen_precision": frozen_precision,
-        "optimiser": optimiser,
-    }
-    check_levers(model, run, place)
-    room = room_mib(model, place, memory_gib)
+    plan = Plan(
+        epochs=epochs,
+        learning_rate=learning_rate,
+        decoder_learning_rate=decoder_learning_rate,
+        weight_decay=weight_decay,
+        head_start=head_start,
+        batch_size=batch_size,
+        memory_gib=memory_gib,
+        cache_features=cache_features,
+        cache_prefix=cache_prefix,
+        checkpointing=checkpointing,
+        precision=precision,
+        frozen_precision=frozen_precision,
+        optimiser=optimiser,
+        validate_every=validate_every,
+        patience=patience,
+        seed=seed,
+    ).resolved(model, chips, place, progress)
     if batch_size == "auto":
-        batch_size = largest_batch(model, chips, run, place, room)
+        plan = replace(plan, batch_size=largest_batch(model, chips, plan, place))
     if batch_size is not None:
-        # Anything else that is no number is refused there.
-        chips = with_batch_size(chips, cast(int, batch_size))
-        run["batch_size"] = chips.batch_size
-    frozen = not any(p.requires_grad for p in model.backbone.parameters())
-    settings: dict[str, Any] = {
-        "epochs": epochs,
-        "learning_rate": default_rate(model, learning_rate, frozen, progress),
-        "decoder_learning_rate": decoder_learning_rate or DECODER_LEARNING_RATE,
-        "weight_decay": weight_decay,
-        "head_start": resolve_head_start(model, head_start),
-        "cache_features": resolve_cache(
-            model, chips, cache_features, frozen, cache_prefix
-        ),
-        "cache_prefix": cache_prefix,
-        "seed": seed,
-        **run,
-    }
-    checkpoint = Path(folder) / "last.ckpt" if folder is not None else None
-    tracker = Tracker()
-    history = History(chips, validate_every or (1 if patience else None))
-    writer = Checkpoint(checkpoint)
+        chips = with_batch_size(chips, plan.batch_size)
+    prefix = Prefix(model) if cache_prefix else None
+    images = chips.dataloader("train", shuffle=True, seed=seed)
+    replay = prefix.features if prefix else None
+    task = Task(model, plan, len(images) * epochs, replay)
+    history = History(partial(evaluate, model, chips, "val", place), plan)
+    tracker, writer = Tracker(), Checkpoint(checkpoint)
     bar = progress_bar(shown=progress, desc="preparing", unit=" steps")
-    own: list[L.Callback] = [history, tracker]
-    if patience:
-        own.append(EarlyStop(history, patience))
-    own += [writer, Progress(bar, history)]
+    stop = [EarlyStop(history, patience)] if patience else []
+    own: list[L.Callback] = [history, tracker, *stop, writer, Progress(bar, history)]
+    trainer = _make_trainer(plan, place, [*own, *callbacks])
 
     def train() -> None:
-        prefix = Prefix(model) if cache_prefix else None
-        loader = _start(model, chips, prefix, settings, place, resume, progress)
-        task = _make_task(model, chips, loader, settings, prefix)
-        trainer = _make_trainer(settings, place, [*own, *callbacks])
-        with (
-            quiet_lightning(),
-            frozen_held_in(model, frozen_precision),
-            checkpointed(model, checkpointing),
-        ):
+        batches, cache = images, None
+        if not resume and plan.head_start != "none":
+            cache = start_decoder(model, chips, place, plan.head_start, seed, progress)
+        if plan.cache_features or prefix:
+            batches = _cached(model, chips, plan, place, prefix, cache, progress)
+        with quiet_lightning(), plan.levers(model):
             # Lightning leaves each module in the mode it finds it in.
             model.train()
             resume_from = str(checkpoint) if resume else None
-            trainer.fit(task, loader, ckpt_path=resume_from, weights_only=True)
+            trainer.fit(task, batches, ckpt_path=resume_from, weights_only=True)
 
-    def words() -> str:
+    def why() -> str:
+        return explanation(model, plan, chips.image_size, place)
+
+    def kept() -> str:
         written = resume or writer.written
         return what_is_kept(len(history.rows), epochs, folder, written)
 
-    guarded = partial(stoppable, train, model, words)
     try:
         with bar:
-            survive(guarded, model, lambda: explanation(model, run, place, room))
+            survive(partial(stoppable, train, task, kept), task, why)
     finally:
         model.to(place)  # Lightning leaves it on the CPU
     model.eval()
@@ -250,48 +239,39 @@ def fit(
         history=history.table(),
         resources=tracker.resources(),
         metrics=evaluate(model, chips, "val", place) if "val" in chips.splits else {},
-        settings=settings,
+        settings=asdict(plan),
         folder=Path(folder) if folder is not None else None,
     )
 
 
-def _start(
+def _cached(
     model: Model,
     data: ChipData,
-    prefix: Prefix | None,
-    settings: dict[str, Any],
+    plan: Plan,
     place: torch.device,
-    resume: bool,
+    prefix: Prefix | None,
+    cache: FeatureCache | None,
     progress: bool,
 ) -> DataLoader:
-    """Start the decoder, and make the batches of images or of what is cached of them.
-
-    The features that the head start computed serve again.
-    """
-    seed, cache = settings["seed"], None
-    if not resume:
-        how = settings["head_start"]
-        cache = start_decoder(model, data, place, how, seed, progress)
-    if not (settings["cache_features"] or prefix):
-        return data.dataloader("train", shuffle=True, seed=seed)
+    """Shuffled batches of cached maps; features that the head start computed serve."""
     if prefix or cache is None or data.augment:
         images = data.dataloader("train", augment=False)
         cache = FeatureCache(
             model, images, place, augment=data.augment, prefix=prefix, progress=progress
         )
-    sampler = EpochSampler(len(cache), seed, data.augment, data.batch_size)
+    sampler = EpochSampler(len(cache), plan.seed, data.augment, data.batch_size)
     return DataLoader(cache, data.batch_size, sampler=sampler, collate_fn=cache.collate)
 
 
 def _make_trainer(
-    settings: dict[str, Any], place: torch.device, callbacks: list[L.Callback]
+    plan: Plan, place: torch.device, callbacks: list[L.Callback]
 ) -> L.Trainer:
     with quiet_lightning():
         return L.Trainer(
             accelerator="gpu" if place.type == "cuda" else "cpu",
             devices=1,
-            precision=settings["precision"],
-            max_epochs=settings["epochs"],
+            precision=plan.precision,
+            max_epochs=plan.epochs,
             callbacks=callbacks,
             logger=False,
             enable_checkpointing=False,
@@ -299,28 +279,6 @@ def _make_trainer(
             enable_model_summary=False,
             num_sanity_val_steps=0,
         )
-
-
-def _make_task(
-    model: Model,
-    data: ChipData,
-    loader: DataLoader,
-    settings: dict[str, Any],
-    prefix: Prefix | None,
-) -> Task:
-    steps = len(loader) * settings["epochs"]
-    return Task(
-        model,
-        ignore_index=data.ignore_index,
-        learning_rate=settings["learning_rate"],
-        decoder_learning_rate=settings["decoder_learning_rate"],
-        weight_decay=settings["weight_decay"],
-        total_steps=steps,
-        warmup_steps=min(steps // 10, 200),
-        seed=settings["seed"],
-        optimiser=settings["optimiser"],
-        prefix=prefix,
-    )
 
 
 @contextmanager

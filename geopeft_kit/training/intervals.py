@@ -23,7 +23,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from geopeft_kit.data.batch import batch_target
 from geopeft_kit.data.chips import ChipData
 from geopeft_kit.model import Model
 from geopeft_kit.training.evaluate import HEADLINE, ignored_value, outputs_of
@@ -143,8 +142,8 @@ def count_chips(
     counts: list[np.ndarray] = []
     regions: list[str] = []
     for output, batch in outputs_of(model, data, split, device):
-        counts += [*count(output, batch_target(batch))]
-        regions += batch["region"]
+        counts += [*count(output, batch.target)]
+        regions += batch.region
     return np.stack(counts), np.array(regions, dtype=str)
 
 

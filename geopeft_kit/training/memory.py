@@ -21,11 +21,11 @@ from geopeft_kit.training.checkpointing import parts_to_recompute
 from geopeft_kit.training.frozen_precision import (
     check_frozen_precision,
     frozen_weights,
+    saved_bytes,
     to_bf16,
 )
 from geopeft_kit.training.hardware import choose_device, choose_precision
 from geopeft_kit.training.optimisers import optimiser_state_bytes
-from geopeft_kit.training.quantised_weights import saved_bytes
 from geopeft_kit.training.shadow import Shadow, Shapes
 from geopeft_kit.training.tracker import MIB, weight_bytes
 

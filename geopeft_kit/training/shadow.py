@@ -22,9 +22,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from geopeft_kit.data.batch import Batch
 from geopeft_kit.model import Model
 from geopeft_kit.training.checkpointing import checkpointed
-from geopeft_kit.training.task import Task
+from geopeft_kit.training.hardware import autocast
+from geopeft_kit.training.step import make_loss, rule_of, step
 from geopeft_kit.training.tracker import count_saved_bytes, gradient_bytes
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -71,17 +73,13 @@ class Shadow:
     ) -> Rehearsal:
         """Run one training step without numbers, for the shapes of a batch."""
         parameters = list(self.model.parameters())
-        low = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
-        task = Task(self.model, 255, 0.0, 0.0, 0.0, 1, 0, 0)
+        loss, rule = make_loss(self.model.task), rule_of(self.model)
         live = _LiveBytes(parameters)
         with self.fakes, checkpointed(self.model, checkpointing), live:
             fakes = {n: torch.empty(s, dtype=kind) for n, (s, kind) in batch.items()}
-            with (
-                torch.autocast("cpu", low, enabled=low is not None),
-                count_saved_bytes(self.model) as saved,
-            ):
-                loss = task.training_step(fakes, 0)
-            loss.backward()
+            with autocast(precision, "cpu"), count_saved_bytes(self.model) as saved:
+                value = step(self.model, Batch.of(fakes), loss, rule=rule)
+            value.backward()
         found = Rehearsal(
             trained=[p.numel() for p in parameters if p.grad is not None],
             gradients=gradient_bytes(self.model),

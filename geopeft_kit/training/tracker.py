@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from geopeft_kit.training.peak_memory import PeakMemory
+from geopeft_kit.training.hardware import PeakMemory
 
 MIB = 2**20
 
