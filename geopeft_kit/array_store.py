@@ -24,11 +24,15 @@ Rows = Mapping[str, np.ndarray]
 """Name -> some rows of an array, (n, ...)."""
 
 
-class ArrayStore:
-    """The arrays of a folder, row by row.
+class DamagedStoreError(RuntimeError):
+    """A store does not hold what was written."""
 
-    A row is checked when it is read for the first time; RuntimeError if its content is
-    not what was written. `facts` is what `write` was given.
+
+class ArrayStore:
+    """The arrays of a folder, row by row; `facts` is what `write` was given.
+
+    A row is checked when it is read for the first time; DamagedStoreError if its
+    content is not what was written.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -83,8 +87,8 @@ class ArrayStore:
         except ValueError as error:
             raise self._damaged(f"{name}.npy") from error
 
-    def _damaged(self, what: str) -> RuntimeError:
-        return RuntimeError(
+    def _damaged(self, what: str) -> DamagedStoreError:
+        return DamagedStoreError(
             f"{what} of {self.folder} was damaged after it was written: it does not "
             "match its checksum. Delete this folder; its content is then made again."
         )

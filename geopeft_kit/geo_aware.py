@@ -1,11 +1,11 @@
-"""Geo-aware pretraining: rebuild the image, say where it lies and what climate it has.
+"""Geo-aware pretraining: reconstruct the image, predict its place and its climate.
 
 Three heads on one backbone, as PhilEO's paper describes them: masked reconstruction
 (mean squared error), place (longitude and latitude as sine and cosine), and climate
-class (cross entropy). What an image shows depends on where it is, and that needs no
-labels. At teaching size: a plain loop, one device, any backbone that trains.
+class (cross entropy). None of them needs labels. A plain loop on one device, for any
+backbone that trains.
 
-The paper and its released code differ, and both leave things open:
+The paper and its released code differ, and both leave choices open:
 
 - Heads. Paper: image, place, climate. Code: image, place, clouds, buildings, land cover
   and the likeness of two views; no climate. Here: the paper's.
@@ -14,14 +14,14 @@ The paper and its released code differ, and both leave things open:
 - What is hidden. Paper: share not stated. Code and here: one rectangle of 25 to 50 % of
   the image, filled with random values, and the error counts over the whole image. Here
   the values have each band's own mean and spread: in plain units of reflectance they
-  would be ten times as bright as the ground, and drown it.
+  would be ten times as bright as the ground.
 - Latitude. Code: sine and cosine with a period of 180 degrees, so that both poles are
   one place. Here: 360.
-- Size. Theirs reads the place off the bottleneck's vector and rebuilds the image with a
-  decoder and a sigmoid. Here each head is one linear layer.
+- Size. Code: the bottleneck's vector gives the place, and a decoder with a sigmoid the
+  image. Here each head is one linear layer.
 
 The climate classes of the paper are Koeppen-Geiger's. In the simulated world each
-region has a climate of its own, so place and climate say the same there.
+region has a climate of its own, so place and climate are equivalent there.
 
 Source: PhilEO on MajorTOM, arXiv 2506.14765, section III.A, and its public code
 (github.com/ESA-PhiLab/PhilEO-MajorTOM); heads also in Fibaek et al. 2024, arXiv

@@ -30,7 +30,8 @@ FLOORS = (
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 # Rooms that serve the ones above and stand on their floors.
 LEVEL |= dict.fromkeys(
-    ["devices", "pictures", "progress", "rasters", "files", "kept_rows"], LEVEL["plots"]
+    ["array_store", "devices", "pictures", "progress", "rasters", "files", "kept_rows"],
+    LEVEL["plots"],
 )
 LEVEL |= dict.fromkeys(
     [

@@ -205,6 +205,16 @@ def test_resume_with_another_method_is_refused(
         )
 
 
+def test_a_damaged_checkpoint_is_refused(data: gk.ChipData, tmp_path: Path) -> None:
+    gk.fit(make_model("bias"), data, epochs=1, folder=tmp_path, progress=False)
+    path = tmp_path / "last.ckpt"
+    content = bytearray(path.read_bytes())
+    for damaged in (content[:-30], content[:2000] + b"other" + content[2005:]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"last\.ckpt was damaged"):
+            gk.fit(make_model("bias"), data, 2, folder=tmp_path, resume=True)
+
+
 @pytest.mark.slow
 def test_full_disk_keeps_the_old_checkpoint(
     data: gk.ChipData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

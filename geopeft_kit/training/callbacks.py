@@ -40,12 +40,7 @@ class History(L.Callback):
         self.began = time.perf_counter()
 
     def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: Any,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Any, pl_module: Any, outputs: Any, *_: Any
     ) -> None:
         self.losses.append(outputs["loss"].detach())
 
@@ -68,13 +63,10 @@ class History(L.Callback):
 
 
 class Progress(L.Callback):
-    """Shows epoch, steps, loss, scores and the time that is left.
+    """Shows epoch, steps, loss, scores and the time left on a bar of `progress_bar`.
 
-    Args:
-        bar: From `progress_bar`, without a total yet; the caller closes it.
-        history: Where the scores come from, or None.
-        title: What comes before the epoch.
-        runs: How many trainings, equally long, share the bar.
+    The bar has no total yet, is shared by `runs` trainings of equal length, and is
+    closed by the caller; scores come from `history`.
     """
 
     def __init__(
@@ -94,12 +86,7 @@ class Progress(L.Callback):
         self._name_epoch(trainer)
 
     def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: Any,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Any, pl_module: Any, outputs: Any, *_: Any
     ) -> None:
         if time.monotonic() - self.shown > REDRAW_S / 2:  # a GPU waits to tell a loss
             self._show_numbers(float(outputs["loss"]))

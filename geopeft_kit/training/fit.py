@@ -1,8 +1,8 @@
 """`fit`: train a model on a data set, measured, seeded, and resumable.
 
-Lightning does the training; this room chooses the precision, the learning rates and the
-head start, and hands back a `Run` with the history, the resources and the scores.
-Taught in notebooks 00 and 02.
+Lightning does the training; a `Plan` holds the precision, the learning rates and the
+head start, and a `Run` the history, the resources and the scores. Taught in notebooks
+00 and 02.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ class Run:
 
     Attributes:
         model: The trained model, in eval mode.
-        history: One row an epoch: epoch, loss, learning_rate, seconds, and the
-            validation scores where they were asked for.
+        history: One row an epoch: epoch, loss, learning_rate, seconds, and validation
+            scores where asked for.
         resources: Time and memory, see `Resources`.
         metrics: Scores on the validation split after training, overall and by region;
             empty where the data has none. The test split is left to `evaluate`.
-        settings: The arguments that produced the run.
+        settings: The arguments of the run, with None and "auto" resolved.
         folder: Where the checkpoint is, or None.
     """
 
@@ -104,65 +104,65 @@ def fit(
         model: From `build_model`, with a method attached to its backbone (without one,
             all weights train). It takes the names and colours of the data's classes.
         data: Chips with their splits; or a torchgeo data set or data module, which is
-            taken as `TorchgeoData` takes it, its values as they are.
+            wrapped in `TorchgeoData`, its values unchanged.
         epochs: Passes over the training split.
         learning_rate: For what trains inside the backbone; None takes the default of
             the method's card and prints it.
         decoder_learning_rate: For decoder and head; None is 1e-3.
         weight_decay: Decoupled decay on matrices.
-        head_start: What the decoder starts from. "probe" trains it first on features
-            of the backbone as it stands, the linear-probe-then-fine-tune recipe of
-            Kumar et al. 2022 (arXiv 2202.10054); "calibrate" only standardises the
-            features; "none" does neither; "auto" is "probe" for the linear decoder and
-            the classification head, else "calibrate". A fresh head on raw features
-            tells false stories about every method.
+        head_start: How the decoder starts. "probe" trains it first on features of the
+            backbone (linear probing, then fine-tuning: Kumar et al. 2022, arXiv
+            2202.10054); "calibrate" only standardises the features; "none" does
+            neither; "auto" is "probe" for the linear decoder and the classification
+            head, else "calibrate". An untrained head on raw features misleads.
         batch_size: Images in a batch of this run; None is the data's own. "auto" takes
             the largest that fits, by `estimate_memory`, and tries it in one step.
         memory_gib: What the run may use, for "auto" and for advice; None is what is
             free.
         cache_features: Compute the maps of a frozen backbone once and train on those.
-            None does it whenever that changes nothing and costs nothing: nothing trains
-            in the backbone and the data is not augmented. True also serves augmented
-            data: all eight flips and turns of an image are computed once. Above 4 GiB
-            the maps go to files under GEOPEFT_CACHE.
+            None does so where nothing trains in the backbone and the data is not
+            augmented. True also serves augmented data: all eight flips and turns of an
+            image are computed once. Above 4 GiB the maps go to files under
+            GEOPEFT_CACHE.
         cache_prefix: Compute the frozen blocks before the first trained one once, for
             a method with layers="last:4", say; stored like features.
         checkpointing: Keep less for the backward pass and compute it again: "mlp" in
             the MLP of each block, "blocks" in whole blocks. The same numbers, more
             time.
         precision: "auto" or a name Lightning knows. "auto" is bf16 where the GPU has it
-            in hardware, 16-bit with loss scaling on older GPUs, 32-bit on a CPU: one
-            without matrix units for bf16 (AMX) multiplies slower in it than in 32 bits.
+            in hardware, 16-bit with loss scaling on older GPUs, 32-bit on a CPU, where
+            bf16 is slower without matrix units for it (AMX).
         frozen_precision: "bf16" holds frozen matrices in bf16 while training, "nf4"
             (QLoRA; a GPU with bitsandbytes, 'lora' alone) in 4 bits; both need (with
             "auto": take) precision="bf16-mixed".
         optimiser: "adamw", "fused" (one kernel a step) or "8bit" (its state in bytes;
             needs torchao or bitsandbytes).
         device: "auto", "cpu" or "cuda".
-        validate_every: Epochs between two looks at the validation split; None looks
-            only after training, unless `patience` is set (then every epoch).
-        patience: Stop after that many looks without a better score, and go back to the
-            best weights seen.
-        seed: Order of the samples and dropout. The start of the weights is the
-            caller's: seed before `attach` and `build_model`.
+        validate_every: Epochs between two validations; None validates only after
+            training, or every epoch with `patience`.
+        patience: Stop after that many validations without a better score, and restore
+            the best weights.
+        seed: Order of the samples and dropout. For the start of the weights, call
+            `torch.manual_seed` before `attach` and `build_model`.
         folder: Where to write a checkpoint after each epoch; it holds only what was
             trained.
         resume: Continue from the checkpoint in `folder`. On a CPU, at an equal number
             of threads, the final weights are those of a run never interrupted.
-        progress: Show steps, loss and the time that is left: a bar in a notebook or a
-            terminal, some lines in a log.
+        progress: Show steps, loss and the time left: a bar in a notebook or a terminal,
+            some lines in a log.
         callbacks: Lightning callbacks of your own, called after the kit's.
 
     Returns:
         The `Run`.
 
     Raises:
-        ValueError: An argument is out of its range, or the data's task is another.
+        ValueError: An argument is out of its range, the data's task is another, or the
+            checkpoint is damaged.
         FileNotFoundError: `resume=True` and `folder` holds no checkpoint.
-        KeyboardInterrupt: You stopped the run; the text says what is kept and how to go
-            on. The model is alive, part of the way trained.
-        MemoryError: Memory ran out; the text names the three cheapest ways out. The
-            model is alive, part of the way trained.
+        KeyboardInterrupt: You stopped the run; the text says what is kept and how to
+            continue. The model is intact, partly trained.
+        MemoryError: Memory ran out; the text names the three cheapest remedies. The
+            model is intact, partly trained.
     """
     chips: ChipData = as_data(data, model.task, model.num_classes)
     place = choose_device(device)

@@ -50,16 +50,11 @@ def check_frozen_precision(how: str | None, precision: str) -> None:
 def frozen_weights(model: Model) -> list[nn.Parameter]:
     """Weights and biases of the backbone's frozen layers that compute in bf16.
 
-    Those are matrices and kernels. Norms, positions and the like are small, and mixed
-    precision computes with them in 32 bits.
+    Norms, positions and the like are small, and computed with in 32 bits.
     """
-    found = {}
-    for module in model.backbone.modules():
-        if isinstance(module, _LAYERS):
-            for parameter in module.parameters(recurse=False):
-                if not parameter.requires_grad:
-                    found[id(parameter)] = parameter
-    return list(found.values())
+    layers = (m for m in model.backbone.modules() if isinstance(m, _LAYERS))
+    found = (p for layer in layers for p in layer.parameters(recurse=False))
+    return list({id(p): p for p in found if not p.requires_grad}.values())
 
 
 @contextmanager
@@ -130,10 +125,7 @@ def frozen_linears(model: Model) -> list[tuple[nn.Module, str, nn.Linear]]:
 
 
 def saved_bytes(model: Model) -> int:
-    """What 4 bits save on the weights of `frozen_linears`, against their present type.
-
-    Half a byte a number, a byte for every 64 of them.
-    """
+    """Bytes that 4 bits a number, and a byte for every 64, save on `frozen_linears`."""
     weights = {id(layer.weight): layer.weight for *_, layer in frozen_linears(model)}
     return sum(
         w.numel() * w.element_size() - w.numel() // 2 - -(-w.numel() // SCALE_BLOCK)
@@ -143,10 +135,7 @@ def saved_bytes(model: Model) -> int:
 
 @contextmanager
 def quantised(model: Model) -> Iterator[None]:
-    """Let the frozen linear layers compute from 4 bits inside this context.
-
-    The originals leave the device meanwhile: their numbers wait in main memory.
-    """
+    """Let frozen linear layers compute from 4 bits; main memory holds the originals."""
     places = frozen_linears(model)
     kept = [layer.weight.data for *_, layer in places]
     try:

@@ -38,8 +38,7 @@ def choose_precision(
 
     "auto" is bf16 on GPUs that have it in hardware, 16-bit with loss scaling on older
     ones (a T4 emulates bf16, slowly), and 32-bit on a CPU, where results repeat
-    exactly. With `frozen_precision` it is bf16, since nothing else would use such
-    weights.
+    exactly. With `frozen_precision` it is bf16: no other precision uses such weights.
     """
     allowed = ("auto", "32-true", "bf16-mixed", "16-mixed")
     if precision not in allowed:
@@ -96,10 +95,8 @@ def free_gib(device: torch.device) -> float:
     """GiB that can still be taken: of the GPU, or of this machine or container."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
-            device
-        )
-        return (free + unused) / 2**30
+        reserved = torch.cuda.memory_reserved(device)
+        return (free + reserved - torch.cuda.memory_allocated(device)) / 2**30
     free = psutil.virtual_memory().available
     limit, used = Path("/sys/fs/cgroup/memory.max"), psutil.Process().memory_info().rss
     if limit.exists() and limit.read_text().strip().isdigit():
@@ -110,16 +107,9 @@ def free_gib(device: torch.device) -> float:
 def _cpu_flags() -> list[str]:
     """The processor's abilities as Linux names them; empty elsewhere."""
     listed = Path("/proc/cpuinfo")
-    if not listed.exists():
-        return []
-    return next(
-        (
-            line.split()
-            for line in listed.read_text().splitlines()
-            if line.startswith(("flags", "Features"))
-        ),
-        [],
-    )
+    lines = listed.read_text().splitlines() if listed.exists() else []
+    named = (line for line in lines if line.startswith(("flags", "Features")))
+    return next(named, "").split()
 
 
 class PeakMemory:
@@ -143,7 +133,7 @@ class PeakMemory:
             self.floor = torch.cuda.memory_allocated(self.device)
             return
         _return_free_pages()
-        _reset_high_water_mark()
+        self.has_mark = _reset_high_water_mark()
         self.floor = self.highest = self.process.memory_info().rss
 
     def sample(self) -> None:
@@ -156,45 +146,27 @@ class PeakMemory:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         self.sample()
-        return max(self.highest, _high_water_mark())
+        return max(self.highest, _high_water_mark() if self.has_mark else 0)
 
 
 def _return_free_pages() -> None:
-    """Hand freed heap pages back, or an earlier run would count in this run's floor."""
+    """Return freed heap pages, or an earlier run would count in this run's floor."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         if hasattr(libc, "malloc_trim"):
             libc.malloc_trim(0)
 
 
-def _reset_high_water_mark() -> None:
-    mark = Path("/proc/self/clear_refs")
-    if mark.exists():
-        try:
-            mark.write_text("5")
-        except PermissionError:
-            # Hardened containers forbid it; `PeakMemory.sample` still sees each step.
-            return
+def _reset_high_water_mark() -> bool:
+    """Whether Linux forgot the peak so far; hardened containers forbid it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:  # not Linux, or forbidden: `PeakMemory.sample` still sees each step
+        return False
+    return True
 
 
 def _high_water_mark() -> int:
-    """Peak resident set in bytes since the last reset; 0 where there is no such mark.
-
-    A mark that could not be reset would report an older peak, so it is only read where
-    resetting is allowed.
-    """
-    status = Path("/proc/self/status")
-    if not status.exists() or not _can_reset():
-        return 0
-    for line in status.read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
-def _can_reset() -> bool:
-    try:
-        with open("/proc/self/clear_refs", "w"):
-            return True
-    except OSError:
-        return False
+    """Peak resident set in bytes since the last reset."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(li.split()[1]) for li in lines if li.startswith("VmHWM"))

@@ -1,9 +1,9 @@
 """The head start: standardised features, and a head that starts from the probe.
 
-A fresh head on raw features is under-trained long after the backbone has moved, and
-then tells false stories about every method. So features are standardised per channel
-first, and a linear head is trained alone before anything else trains: linear probing,
-then fine-tuning (Kumar et al. 2022, arXiv 2202.10054). Taught in notebook 02.
+A fresh head on raw features stays under-trained long after the backbone has changed,
+which misleads about every method. So features are standardised per channel first, and a
+linear head is trained alone before anything else: linear probing, then fine-tuning
+(Kumar et al. 2022, arXiv 2202.10054). Taught in notebook 02.
 """
 
 from __future__ import annotations
@@ -68,21 +68,10 @@ def start_head(
     seed: int = 0,
     progress: bool = False,
 ) -> FeatureCache:
-    """Train the decoder alone, on features of the backbone as it stands.
+    """Train the decoder alone on features of the backbone; returns those features.
 
-    Args:
-        model: Standardised and trained in place; its backbone does not change.
-        data: Its training split is read once.
-        device: Where to compute.
-        steps: Optimiser steps, enough for a linear head to converge.
-        batch_size: Cached samples a step; None takes 64 whole images, or 8 maps, which
-            have a label for each pixel.
-        learning_rate: Highest rate of a one-cycle cosine.
-        seed: Order of the samples.
-        progress: As for `start_decoder`.
-
-    Returns:
-        The features, so that a probe can go on from them.
+    `batch_size` None takes 64 whole images, or 8 maps, which have a label for each
+    pixel. `learning_rate` is the peak of the cosine.
 
     Source: the first stage of LP-FT, Kumar et al. 2022 (arXiv 2202.10054), section 3.
     """

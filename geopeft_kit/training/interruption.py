@@ -37,22 +37,14 @@ _ALLOCATOR = (
 
 @dataclass(frozen=True)
 class WayOut:
-    """One change of `fit`'s arguments that saves memory.
-
-    Attributes:
-        change: Argument -> value.
-        price: What it costs, in words.
-        total_mib: What the run then needs, by the estimate.
-    """
+    """A change of `fit`'s arguments, its price, and the memory the run then needs."""
 
     change: dict[str, Any]
     price: str
     total_mib: float
 
     def __str__(self) -> str:
-        arguments = ", ".join(
-            f"{name}={value!r}" for name, value in self.change.items()
-        )
+        arguments = ", ".join(f"{k}={v!r}" for k, v in self.change.items())
         return f"fit(..., {arguments}): {self.total_mib:,.0f} MiB; {self.price}"
 
 
@@ -75,13 +67,10 @@ def survive(
 
 
 def let_go(network: nn.Module, error: BaseException) -> None:
-    """Free what a failed training held; eval mode, as after a successful one.
-
-    The frames of `error` hold the tensors of the last step.
-    """
+    """Free what a failed training held; eval mode, as after a successful one."""
     for one in (error, error.__context__):
         if one is not None:
-            traceback.clear_frames(one.__traceback__)
+            traceback.clear_frames(one.__traceback__)  # they hold the last step
     network.zero_grad(set_to_none=True)
     network.eval()
     gc.collect()
@@ -138,7 +127,7 @@ def _candidates(
 ) -> list[tuple[dict[str, Any], str]]:
     """What can be changed in this run, cheapest first."""
     found: list[tuple[dict[str, Any], str]] = []
-    if plan.checkpointing is None and _has_mlp(model):
+    if plan.checkpointing is None and _possible(parts_to_recompute, model, "mlp"):
         price = "the same numbers, each MLP runs twice"
         found.append(({"checkpointing": "mlp"}, price))
     if plan.checkpointing != "blocks":
@@ -147,7 +136,7 @@ def _candidates(
     if plan.frozen_precision is None and has_bf16(device):
         change = {"precision": "bf16-mixed", "frozen_precision": "bf16"}
         found.append((change, "products are rounded to bf16"))
-    if plan.optimiser != "8bit" and _offers_8bit():
+    if plan.optimiser != "8bit" and _possible(check_optimiser, "8bit"):
         found.append(({"optimiser": "8bit"}, "the optimiser's means are rounded"))
     if plan.batch_size > 1:
         half = plan.batch_size // 2
@@ -155,16 +144,10 @@ def _candidates(
     return found
 
 
-def _has_mlp(model: Model) -> bool:
+def _possible(check: Callable[..., Any], *arguments: Any) -> bool:
+    """Whether a check that raises ValueError passes."""
     try:
-        return bool(parts_to_recompute(model, "mlp"))
-    except ValueError:
-        return False
-
-
-def _offers_8bit() -> bool:
-    try:
-        check_optimiser("8bit")
+        check(*arguments)
     except ValueError:
         return False
     return True
@@ -199,7 +182,7 @@ def what_is_kept(
     after = f"stopped after {epochs} of {planned} epochs; the model is intact, and "
     if written:
         return (
-            f"{after}{folder} holds the last complete epoch. To go on from there: the "
+            f"{after}{folder} holds the last complete epoch. To continue from it: the "
             f"same call with folder={str(folder)!r}, resume=True."
         )
     if folder is not None:

@@ -1,8 +1,8 @@
 """A shadow of a model: its shapes without its numbers, to rehearse a training step.
 
-PyTorch's fake tensors have a shape, a number type and a device but no memory behind
-them. One training step on them runs the code of the real one, and shows what it would
-keep, for a model of any size on any laptop. Taught in notebook 08.
+PyTorch's fake tensors have a shape, a number type and a device, but no memory. One
+training step on them runs the code of the real one and shows what it would keep, for a
+model of any size on any laptop. Taught in notebook 08.
 
 Source: PyTorch's fake tensors, https://docs.pytorch.org/docs/stable/
 torch.compiler_fake_tensor.html
@@ -37,12 +37,8 @@ Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 class Rehearsal:
     """What one rehearsed training step takes, in bytes.
 
-    Attributes:
-        trained: Numbers in each tensor that got a gradient.
-        gradients: Of all of them.
-        activations: Kept from the forward for the backward pass, as the tracker counts.
-        peak: The most that was alive at once beside weights: activations, gradients
-            and what comes and goes between.
+    `trained` has the size of each tensor that got a gradient; `peak` is the most that
+    was alive at once besides weights.
     """
 
     trained: list[int]
@@ -55,8 +51,7 @@ class Shadow:
     """A copy of a model that has shapes only, in training mode.
 
     The model may be on a CPU, a GPU or the meta device. `beside` counts the bytes that
-    adapters hold outside the network: originals that copies replace, and inactive
-    adapters.
+    adapters hold outside the network.
     """
 
     def __init__(self, model: Model) -> None:
