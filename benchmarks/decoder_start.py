@@ -31,11 +31,14 @@ from torch import nn
 
 import geopeft_kit as gk
 from geopeft_kit.backbones.base import Backbone
+from geopeft_kit.data.batch import Batch
 from geopeft_kit.model import Model
 from geopeft_kit.training.evaluate import HEADLINE
 from geopeft_kit.training.feature_cache import FeatureCache
 from geopeft_kit.training.metrics import RegionalMetrics
-from geopeft_kit.training.task import Task, batch_target, compute_loss
+from geopeft_kit.training.plan import Plan
+from geopeft_kit.training.step import compute_loss
+from geopeft_kit.training.task import Task
 
 KEY = ("task", "decoder", "width", "start", "rate", "seed")
 DECODERS = {
@@ -159,7 +162,7 @@ def train(model: Model, frozen: Frozen, steps: int, rate: float, seed: int) -> f
     epochs = epochs_of(frozen.data, steps)
     length = -(-len(frozen.caches["train"]) // frozen.data.batch_size)
     total = epochs * length
-    task = Task(model, frozen.data.ignore_index, 0.0, rate, 0.05, total, total // 10, 0)
+    task = Task(model, Plan(learning_rate=0.0, decoder_learning_rate=rate), total)
     made = task.configure_optimizers()
     optimiser, schedule = made["optimizer"], made["lr_scheduler"]["scheduler"]
     model.train()
@@ -181,7 +184,7 @@ def loss_of(
     """The loss of a batch."""
     output = model.from_features(maps, batch["size"])
     ignored = frozen.data.ignore_index
-    return compute_loss(output, batch_target(batch), model.task, ignored)
+    return compute_loss(output, Batch.of(batch).target, model.task, ignored)
 
 
 def first_loss(model: Model, frozen: Frozen) -> tuple[float, float]:
@@ -205,7 +208,7 @@ def score(model: Model, frozen: Frozen, split: str) -> float:
     model.eval()
     for maps, batch in frozen.batches(model, split):
         output = model.from_features(maps, batch["size"])
-        metrics.update(output, batch_target(batch), batch["region"])
+        metrics.update(output, Batch.of(batch).target, batch["region"])
     return metrics.compute()["overall"][HEADLINE[data.task][0]]
 
 

@@ -34,7 +34,7 @@ from shared import RGB, convert, pixel_rows, search_table, table, write_page
 
 import geopeft_kit as gk
 from geopeft_kit.comparison import half_width
-from geopeft_kit.training.fit import DECODER_LEARNING_RATE
+from geopeft_kit.training.plan import DECODER_LEARNING_RATE
 
 # A trial is the default of the method's card times one of these.
 FACTORS = (0.25, 1.0, 4.0, 16.0)

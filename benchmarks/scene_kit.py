@@ -11,7 +11,7 @@ from step_kit import same_model
 from workers import serve
 
 import geopeft_kit as gk
-from geopeft_kit.training.peak_memory import PeakMemory
+from geopeft_kit.training.hardware import PeakMemory
 from geopeft_kit.training.tracker import MIB
 
 

@@ -13,7 +13,7 @@ from step_terratorch import Peer
 from terratorch.tasks.tiled_inference import tiled_inference
 from workers import serve
 
-from geopeft_kit.training.peak_memory import PeakMemory
+from geopeft_kit.training.hardware import PeakMemory
 from geopeft_kit.training.tracker import MIB
 
 

@@ -17,6 +17,8 @@ from geopeft_kit.decoders import UNetDecoder
 from geopeft_kit.model import Model
 from geopeft_kit.training.checkpointing import checkpointed
 from geopeft_kit.training.frozen_precision import frozen_held_in
+from geopeft_kit.training.plan import Plan
+from geopeft_kit.training.step import compute_loss
 from geopeft_kit.training.task import Task
 from geopeft_kit.training.tracker import count_saved_bytes
 
@@ -160,9 +162,13 @@ class Run:
         start = Path(folder) / f"{mode}.st"
         model = same_model(mode, backbone, size, start, classes)
         self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.task = Task(
-            model, 255, 1e-4, 1e-4, 0.01, 100, 0, 0, levers.get("optimiser", "adamw")
+        plan = Plan(
+            learning_rate=1e-4,
+            decoder_learning_rate=1e-4,
+            weight_decay=0.01,
+            optimiser=levers.get("optimiser", "adamw"),
         )
+        self.task = Task(model, plan, total_steps=1)  # without a warm-up
         made: Any = self.task.configure_optimizers()
         self.optimiser = made["optimizer"]
         self.batch: dict[str, Any] = batch_of(size, batch, classes)
@@ -185,9 +191,7 @@ class Run:
         ):
             output = self.task(self.batch)
             self.output = output.detach().float()
-            return gk.training.task.compute_loss(
-                output, self.batch["mask"], "segmentation"
-            )
+            return compute_loss(output, self.batch["mask"], "segmentation")
 
     def step(self) -> float:
         """CPU seconds of one training step."""

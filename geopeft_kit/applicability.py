@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from geopeft_kit.data.batch import batch_meta
+from geopeft_kit.data.batch import Batch
 from geopeft_kit.data.splits import spatial_blocks
 from geopeft_kit.decoders.neck import pad_to_multiple
 from geopeft_kit.devices import moved
@@ -94,8 +94,8 @@ def _training_patches(
     if len(np.unique(folds)) < 2:
         folds = spatial_blocks(index)
     found, numbers, first = [], [], 0
-    for batch in data.dataloader(split):
-        features = _patches(backbone, batch["image"], batch_meta(batch))
+    for batch in map(Batch.of, data.dataloader(split)):
+        features = _patches(backbone, batch.image, batch.meta)
         count, width = features.shape[:2]
         found.append(features.flatten(2).transpose(1, 2).reshape(-1, width))
         own = torch.from_numpy(np.array(folds[first : first + count], dtype=np.int64))

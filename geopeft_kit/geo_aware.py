@@ -44,7 +44,7 @@ from geopeft_kit.data.loading import symmetry
 from geopeft_kit.devices import on_own_device
 from geopeft_kit.pretraining.samples import corpus
 from geopeft_kit.training.hardware import choose_device
-from geopeft_kit.training.task import cosine_with_warmup
+from geopeft_kit.training.optimisers import cosine_with_warmup
 
 HEADS = ("image", "place", "climate")
 

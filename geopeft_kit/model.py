@@ -228,7 +228,7 @@ class Model(nn.Module):
             ValueError: an image of another shape.
         """
         size = (image.shape[-2], image.shape[-1])
-        return self.from_features(self.features(image, meta), size)
+        return self._answer(self._features(image, meta), size)
 
     @on_own_device
     def features(self, image: Tensor, meta: Meta | None = None) -> list[Tensor]:
@@ -248,6 +248,9 @@ class Model(nn.Module):
             ValueError: an image of another shape, or a backbone whose maps are no
                 longer those that the model was built for.
         """
+        return self._features(image, meta)
+
+    def _features(self, image: Tensor, meta: Meta | None) -> list[Tensor]:
         _check_image(image)
         if self.task == "change":
             return self._features_of_pair(image, meta)
@@ -275,6 +278,9 @@ class Model(nn.Module):
         Raises:
             ValueError: the maps are not those of such an image and decoder.
         """
+        return self._answer(maps, size)
+
+    def _answer(self, maps: Sequence[Tensor], size: tuple[int, int] | None) -> Tensor:
         if size is None and self.task not in WHOLE_IMAGE_TASKS:
             raise ValueError(
                 f"task {self.task!r} needs size=(H, W), the image size in pixels."

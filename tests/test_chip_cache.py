@@ -94,6 +94,19 @@ def test_a_pack_cannot_go_stale(tmp_path: Path) -> None:
     assert other.cache(tmp_path / "packs") not in (first, second)
 
 
+def test_a_damaged_pack_is_noticed_and_the_files_are_read(tmp_path: Path) -> None:
+    folder = write_chip_folder(tmp_path / "toy", toy_chips(), INFO)
+    plain = gk.ChipData(folder, test_regions=["b"])
+    pack = gk.ChipData(folder, test_regions=["b"]).cache(tmp_path / "packs")
+    content = bytearray((pack / "image.npy").read_bytes())
+    content[200:] = bytes(len(content) - 200)
+    (pack / "image.npy").write_bytes(content)
+    packed = gk.ChipData(folder, test_regions=["b"])
+    packed.cache(tmp_path / "packs")
+    with pytest.warns(UserWarning, match=r"image\.npy .* was damaged"):
+        assert_same(plain, packed)
+
+
 def test_a_worker_maps_the_file_itself(tmp_path: Path) -> None:
     folder = write_chip_folder(tmp_path / "toy", toy_chips(), INFO)
     data = gk.ChipData(folder, test_regions=["b"])

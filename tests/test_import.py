@@ -30,7 +30,8 @@ FLOORS = (
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 # Rooms that serve the ones above and stand on their floors.
 LEVEL |= dict.fromkeys(
-    ["devices", "pictures", "progress", "files", "raster_files"], LEVEL["plots"]
+    ["array_store", "devices", "pictures", "progress", "files", "raster_files"],
+    LEVEL["plots"],
 )
 LEVEL["exports"] = LEVEL["maps"]
 LEVEL["applicability"] = LEVEL["scenes"]

@@ -15,7 +15,7 @@ from torchmetrics.classification import (
 from toy import toy_data
 
 import geopeft_kit as gk
-from geopeft_kit.training.intervals import count_chips, resampled_scores
+from geopeft_kit.training.evaluate import count_chips, resampled_scores
 from geopeft_kit.training.metrics import scores_of
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -12,12 +13,13 @@ import pytest
 import torch
 
 import geopeft_kit as gk
+from geopeft_kit.data.batch import Batch
 from geopeft_kit.training.batch_size import with_batch_size
 from geopeft_kit.training.checkpointing import checkpointed
 from geopeft_kit.training.feature_cache import FeatureCache
 from geopeft_kit.training.frozen_precision import frozen_held_in
 from geopeft_kit.training.prefix_cache import Prefix, first_trained_block
-from geopeft_kit.training.task import Task
+from geopeft_kit.training.step import make_loss, rule_of, step
 from geopeft_kit.training.tracker import count_saved_bytes
 from tests.test_training import copy_state, make_model
 from tests.toy import BANDS, toy_data
@@ -41,12 +43,12 @@ def gradients(model, how: str | None = None) -> tuple[dict, int]:
         "image": torch.rand(4, 6, 32, 32),
         "mask": torch.randint(0, 2, (4, 32, 32)),
     }
-    task = Task(model.train(), 255, 0.0, 0.0, 0.0, 1, 0, 0)
-    model.zero_grad()
+    loss, rule = make_loss(model.task), rule_of(model)
+    model.train().zero_grad()
     with checkpointed(model, how):
         with count_saved_bytes(model) as saved:
-            loss = task.training_step(batch, 0)
-        loss.backward()
+            value = step(model, Batch.of(batch), loss, rule=rule)
+        value.backward()
     named = model.named_parameters()
     return {n: p.grad for n, p in named if p.grad is not None}, sum(saved.values())
 
@@ -169,7 +171,7 @@ def test_frozen_weights_come_back(data: gk.ChipData) -> None:
 SIXTEEN_LEVELS = """
     import torch
     import geopeft_kit as gk
-    from geopeft_kit.training.quantised_weights import quantised
+    from geopeft_kit.training.frozen_precision import quantised
     from tests.test_levers import copy_state, gradients, shaken
 
     model = shaken("lora")
@@ -257,13 +259,11 @@ def test_large_caches_lie_on_disk_and_are_found_again(
 def test_a_full_disk_is_said(
     data: gk.ChipData, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from geopeft_kit.training import map_store
-
-    usage = map_store.shutil.disk_usage("/")._replace(free=10)
-    monkeypatch.setattr(map_store.shutil, "disk_usage", lambda path: usage)
+    usage = shutil.disk_usage("/")._replace(free=10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(OSError, match="GEOPEFT_CACHE"):
         FeatureCache(make_model("frozen"), data.dataloader("train"), limit_mib=0.001)
-    assert list(cache.iterdir()) == []
+    assert not cache.exists()
 
 
 @pytest.mark.slow
@@ -291,7 +291,7 @@ def test_prefix_of_stages(name: str) -> None:
     model = gk.build_model(backbone, "unet").eval()
     prefix, image = Prefix(model), torch.rand(2, 6, 64, 64)
     with torch.no_grad():
-        stored = prefix.record({"image": image}, "cpu")
+        stored = prefix.record(Batch.of({"image": image}))
         for one, two in zip(
             model.features(image), prefix.features(stored, (64, 64)), strict=True
         ):

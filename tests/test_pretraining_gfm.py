@@ -18,9 +18,10 @@ from torch import Tensor, nn
 import geopeft_kit as gk
 from geopeft_kit import backbones
 from geopeft_kit.backbones import find_card
-from geopeft_kit.pretraining import Objective, PretextTask, energy, save_weights
+from geopeft_kit.pretraining import Objective, PretextTask, save_weights
 from geopeft_kit.pretraining.distillation import Teacher, stage_features
 from geopeft_kit.pretraining.masking import draw_cells
+from geopeft_kit.pretraining.result import EnergyMeter
 from tests.toy import toy_data
 
 GFM = "gfm_swin_base"
@@ -330,10 +331,10 @@ def test_energy_is_not_made_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="1")
     )
-    meter = energy.EnergyMeter([0, 1])
+    meter = EnergyMeter([0, 1])
     meter.start()
     assert meter.watt_hours() == pytest.approx(1.0)
-    assert energy.EnergyMeter([]).watt_hours() is None
+    assert EnergyMeter([]).watt_hours() is None
 
 
 def test_the_binding_has_what_the_meter_calls(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,7 +346,7 @@ def test_the_binding_has_what_the_meter_calls(monkeypatch: pytest.MonkeyPatch) -
         raise nvml.NVMLError(nvml.NVML_ERROR_LIBRARY_NOT_FOUND)
 
     monkeypatch.setattr(nvml, "nvmlInit", no_driver)
-    meter = energy.EnergyMeter([0])
+    meter = EnergyMeter([0])
     meter.start()
     assert meter.watt_hours() is None  # no library of the driver: not measured
 

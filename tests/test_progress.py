@@ -155,11 +155,11 @@ def test_a_stopped_run_goes_on_bit_for_bit(data: gk.ChipData, tmp_path: Path) ->
 def test_compare_is_stopped_by_one_line(
     data: gk.ChipData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from geopeft_kit.comparison import lab
+    from geopeft_kit.comparison import candidate
 
-    train = lab.fit
+    train = candidate.fit
     monkeypatch.setattr(
-        lab, "fit", lambda *a, callbacks, **k: train(
+        candidate, "fit", lambda *a, callbacks, **k: train(
             *a, callbacks=[*callbacks, StopAt(1)], **k
         )
     )  # fmt: skip

@@ -19,7 +19,7 @@ from torchmetrics.functional.image import (
 )
 
 import geopeft_kit as gk
-from geopeft_kit.training.task import compute_loss
+from geopeft_kit.training.step import compute_loss
 from tests.toy import toy_data
 
 

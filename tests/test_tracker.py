@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import geopeft_kit as gk
-from geopeft_kit.training.peak_memory import PeakMemory
+from geopeft_kit.training.hardware import PeakMemory
 from geopeft_kit.training.tracker import (
     Tracker,
     count_saved_bytes,

@@ -15,7 +15,8 @@ from torch import nn
 import geopeft_kit as gk
 from geopeft_kit.training.feature_cache import FeatureCache
 from geopeft_kit.training.hardware import choose_device, choose_precision
-from geopeft_kit.training.task import compute_loss, trained_names
+from geopeft_kit.training.step import compute_loss
+from geopeft_kit.training.task import trained_names
 from tests.toy import BANDS, toy_data
 
 TASKS = ("segmentation", "regression", "classification")
@@ -202,6 +203,16 @@ def test_resume_with_another_method_is_refused(
         gk.fit(
             make_model("norm"), data, 2, folder=tmp_path, resume=True, progress=False
         )
+
+
+def test_a_damaged_checkpoint_is_refused(data: gk.ChipData, tmp_path: Path) -> None:
+    gk.fit(make_model("bias"), data, epochs=1, folder=tmp_path, progress=False)
+    path = tmp_path / "last.ckpt"
+    content = bytearray(path.read_bytes())
+    for damaged in (content[:-30], content[:2000] + b"other" + content[2005:]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"last\.ckpt was damaged"):
+            gk.fit(make_model("bias"), data, 2, folder=tmp_path, resume=True)
 
 
 @pytest.mark.slow

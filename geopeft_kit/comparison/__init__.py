@@ -1,4 +1,4 @@
-"""Comparing adaptations fairly: candidates, the lab they are trained in, the result."""
+"""Comparing adaptations fairly: candidates, their training, the result."""
 
 from geopeft_kit.comparison.candidate import Candidate
 from geopeft_kit.comparison.result import Comparison, Trained, half_width

@@ -18,8 +18,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from geopeft_kit.comparison.candidate import Candidate, check_candidates
-from geopeft_kit.comparison.lab import Lab
+from geopeft_kit.comparison.candidate import Candidate, Trials, check_candidates
 from geopeft_kit.comparison.result import Comparison, Trained
 from geopeft_kit.data.chips import ChipData
 from geopeft_kit.methods import Adapter
@@ -74,13 +73,13 @@ def compare(
     runs = sum(len(seeds) + len(one.learning_rates) for one in candidates)
     bar = progress_bar(shown=progress, desc="preparing", unit=" steps", smoothing=0)
     options = backbone_options or {}
-    lab = Lab(data, backbone, options, decoder, epochs, place, bar, runs)
+    trials = Trials(data, backbone, options, decoder, epochs, place, bar, runs)
     try:
         with bar:
-            rows, searches, trained = _train_all(lab, candidates, seeds, train_chips)
+            rows, searches, trained = _train_all(trials, candidates, seeds, train_chips)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
-            f"stopped in training {lab.title}. A comparison is kept only when it is "
+            f"stopped in training {trials.title}. A comparison is kept only when it is "
             "complete; fewer epochs, seeds or candidates make it shorter."
         ) from None
     return Comparison(
@@ -93,7 +92,7 @@ def compare(
 
 
 def _train_all(
-    lab: Lab,
+    trials: Trials,
     candidates: Sequence[Candidate],
     seeds: Sequence[int],
     train_chips: int | None,
@@ -102,17 +101,17 @@ def _train_all(
     rows, searches, trained = [], [], {}
     chosen: dict[str, float | None] = {}
     for seed in seeds:
-        lab.start_seed(seed, train_chips)
+        trials.start_seed(seed, train_chips)
         for candidate in candidates:
             if candidate.label not in chosen:
-                rate, trials = lab.search(candidate)
+                rate, tried = trials.search(candidate)
                 chosen[candidate.label] = rate
-                searches += trials
-            run, adapter = lab.train(candidate, chosen[candidate.label])
-            row = _row(candidate, seed, run, adapter, lab.all_data, lab.place)
+                searches += tried
+            run, adapter = trials.train(candidate, chosen[candidate.label])
+            row = _row(candidate, seed, run, adapter, trials.all_data, trials.place)
             rows.append(row)
-            if not lab.bar.disable:
-                lab.bar.write(
+            if not trials.bar.disable:
+                trials.bar.write(
                     f"seed {seed}  {candidate.label:<22} val {row['val']:.3f}  "
                     f"test {row['test']:.3f}  {row['step_ms']:.0f} ms a step"
                 )

@@ -7,6 +7,7 @@ any sampler that has `set_epoch`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 from torch.utils.data import Dataset, Sampler
 
+from geopeft_kit.array_store import DamagedStoreError
 from geopeft_kit.data.augmentation import Augmentation
 from geopeft_kit.data.index import dates_of, labels_of, lonlat_of
 from geopeft_kit.data.packing import PackedChips
@@ -127,7 +129,7 @@ class ChipTable:
     def read(self, rows: Sequence[int]) -> list[StoredChip]:
         """Chips of some rows, from memory where they are kept."""
         if self.packed is not None:
-            return [self.packed.read(row) for row in rows]
+            return [self._read_packed(self.packed, row) for row in rows]
         found = {row: self.stored[row] for row in rows if row in self.stored}
         missing = [row for row in dict.fromkeys(rows) if row not in found]
         chips = self.reader.read_many(self.files_of(row) for row in missing)
@@ -135,6 +137,14 @@ class ChipTable:
         if self.cache:
             self.stored |= found
         return [found[row] for row in rows]
+
+    def _read_packed(self, packed: PackedChips, row: int) -> StoredChip:
+        """A chip of the pack; where that is damaged, from the chip's own files."""
+        try:
+            return packed.read(row)
+        except DamagedStoreError as error:
+            warnings.warn(f"{error} Until then files are read.", stacklevel=2)
+            return self.reader.read(*self.files_of(row))
 
     def files_of(self, row: int) -> tuple[str, str, str | None, str | None]:
         """The arguments of `ChipReader.read` for a row."""

@@ -18,7 +18,7 @@ from torch.utils.data import default_collate
 
 from geopeft_kit.backbones import load_backbone
 from geopeft_kit.backbones.base import Backbone
-from geopeft_kit.data.batch import batch_meta, batch_target, images_on
+from geopeft_kit.data.batch import Batch
 from geopeft_kit.data.chips import ChipData
 from geopeft_kit.explorer.choice import AS_GIVEN, Choice, code_of, find_method
 from geopeft_kit.explorer.threads import Reporter, TrainingLock
@@ -26,9 +26,13 @@ from geopeft_kit.methods import Adapter, attach
 from geopeft_kit.model import Model, build_model
 from geopeft_kit.training.evaluate import HEADLINE, evaluate
 from geopeft_kit.training.fit import fit
-from geopeft_kit.training.hardware import choose_device, free_gib
-from geopeft_kit.training.task import compute_loss
-from geopeft_kit.training.tracker import MIB, count_saved_bytes, weight_bytes
+from geopeft_kit.training.hardware import (
+    choose_device,
+    choose_precision,
+    free_gib,
+)
+from geopeft_kit.training.memory import estimate_memory
+from geopeft_kit.training.tracker import MIB
 
 Report = Callable[[dict[str, Any]], None]
 PARTS = ("weights", "gradients", "optimiser", "activations")
@@ -193,11 +197,18 @@ class Session:
             adapter, model = self._build(choice)
             try:
                 counts = self._count(model, adapter)
-                memory = predict_memory(model, self.data_of(choice), self.device)
+                memory = self._predict_memory(model, self.data_of(choice))
             finally:
                 adapter.detach()
         return Preview(None, counts["backbone"], counts["adapter"], counts["decoder"],
                        memory)  # fmt: skip
+
+    def _predict_memory(self, model: Model, data: ChipData) -> dict[str, float]:
+        """MiB of a training step by part, as `KeptRun.memory` counts them."""
+        size = min(data.batch_size, len(data.dataset("train")))
+        precision = choose_precision("auto", self.device)
+        estimate = estimate_memory(model, size, data.image_size, precision)
+        return {part: estimate.causes[part] for part in PARTS}
 
     def _build(self, choice: Choice) -> tuple[Adapter, Model]:
         """The adapter, active, and the model; an error leaves nothing attached."""
@@ -280,12 +291,9 @@ class Session:
         """
         if position not in run.predictions:
             sample = self.data_of(run.choice).dataset("test")[position]
-            image = sample["image"][None]  # (1, C, H, W)
-            meta = batch_meta({k: v for k, v in sample.items() if k != "label"})
-            if meta is not None:
-                meta = {key: value[None] for key, value in meta.items()}
+            batch = Batch.of(default_collate([sample]))
             with self.lock.borrow(run.model.backbone), torch.inference_mode():
-                output = self.activate(run)(image, meta)[0]
+                output = self.activate(run)(batch.image, batch.meta)[0]
             run.predictions[position] = _decide(output, run.model.task).numpy()
         return run.predictions[position]
 
@@ -299,29 +307,6 @@ def _decide(output: torch.Tensor, task: str) -> torch.Tensor:
     if task == "multilabel":
         return output > 0  # (K,)
     return output.argmax(dim=0)  # (H, W), or () for one class per image
-
-
-def predict_memory(
-    model: Model, data: ChipData, device: torch.device
-) -> dict[str, float]:
-    """MiB that a training step will take, by part.
-
-    Weights, gradients and AdamW's two moments follow from the counts. Activations are
-    counted in one real forward pass of two chips and scaled to the batch.
-    """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    gradients = sum(p.numel() * p.element_size() for p in trained)
-    chips = data.dataset("train")
-    few, size = min(2, len(chips)), min(data.batch_size, len(chips))
-    small = default_collate(chips.__getitems__(range(few)))
-    model.train()
-    with count_saved_bytes(model) as saved:
-        output = model(*images_on(small, device))
-        target = batch_target(small).to(device)
-        compute_loss(output, target, data.task, data.ignore_index)
-    activations = sum(saved.values()) * size / few
-    parts = (weight_bytes(model), gradients, 2 * gradients, activations)
-    return {part: value / MIB for part, value in zip(PARTS, parts, strict=True)}
 
 
 def machine_memory(device: torch.device) -> tuple[float, float]:

@@ -47,6 +47,9 @@ class TrainingLock:
         self._trainer: int | None = None  # the training thread
         self._in_batch = False
 
+    def __deepcopy__(self, memo: Any) -> TrainingLock:
+        return self  # a copy of a network keeps its hooks to the same lock
+
     def _acquire(self) -> None:
         with self._next:
             self._computing.acquire()

@@ -1,7 +1,14 @@
-"""What a pretraining run leaves: history, cost, a look at paintings, and weights."""
+"""What a pretraining run leaves: history, cost, reconstructions, and weights.
+
+Energy is read from the GPUs' own counters: NVIDIA's library (NVML) counts millijoules
+since the driver was loaded. Its Python binding is the package `nvidia-ml-py`, which
+`geopeft-kit[energy]` brings. A CPU has no such counter that every user may read, so
+there it is "not measured".
+"""
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +28,7 @@ class Pretraining:
     """What a pretraining run leaves behind.
 
     Attributes:
-        task: Backbone and heads as they ended.
+        task: Backbone and heads after training.
         history: One row an epoch: samples seen, and the mean of each loss.
         resources: Time and memory, see `Resources`; None where a resumed run had no
             step left.
@@ -54,7 +61,7 @@ class Pretraining:
     def reconstruct(
         self, image: Tensor, mask_ratio: float | None = None, seed: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """Hide a part of images and let the network paint it.
+        """Hide a part of images and let the network reconstruct it.
 
         Args:
             image: (B, C, H, W) reflectance.
@@ -62,9 +69,8 @@ class Pretraining:
             seed: Of the cells that are hidden.
 
         Returns:
-            What is hidden, (B, H, W) bool, and the painted images, (B, C, H, W)
-            reflectance: all of them painted, the visible cells too. Both are on the
-            CPU.
+            What is hidden, (B, H, W) bool, and the reconstruction, (B, C, H, W)
+            reflectance, of visible cells too. Both are on the CPU.
 
         Raises:
             ValueError: `mask_ratio` is no share.
@@ -79,3 +85,43 @@ class Pretraining:
         tokens, _ = task.encode(*moved((image, cells), device_of(task)))
         painted = task.paint(tokens)
         return enlarged(cells, task.unit), task.backbone.reflectance(painted).cpu()
+
+
+class EnergyMeter:
+    """Energy of this machine's GPUs that a run uses, from `start` on."""
+
+    def __init__(self, devices: list[int]) -> None:
+        self.devices = devices
+        self.began: float | None = None
+
+    def start(self) -> None:
+        """Note where the counters stand."""
+        self.began = self._counted()
+
+    def watt_hours(self) -> float | None:
+        """Energy since `start`; None where it is not measured."""
+        now = self._counted()
+        if now is None or self.began is None:
+            return None
+        return (now - self.began) / 3.6e6  # 3.6e6 millijoules are a watt-hour
+
+    def _counted(self) -> float | None:
+        """Millijoules of all devices since the driver was loaded."""
+        if not self.devices:
+            return None
+        try:
+            nvml: Any = importlib.import_module("pynvml")
+        except ImportError:
+            return None
+        try:
+            nvml.nvmlInit()
+            handles = [self._handle(nvml, device) for device in self.devices]
+            return float(sum(map(nvml.nvmlDeviceGetTotalEnergyConsumption, handles)))
+        except nvml.NVMLError:  # no driver, no permission, or older than Volta
+            return None
+
+    @staticmethod
+    def _handle(nvml: Any, device: int) -> Any:
+        # CUDA_VISIBLE_DEVICES renumbers for PyTorch alone, so the device goes by UUID
+        uuid = torch.cuda.get_device_properties(device).uuid
+        return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")

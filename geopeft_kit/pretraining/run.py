@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,10 @@ from geopeft_kit.backbones.base import Backbone
 from geopeft_kit.backbones.weights import save_weights
 from geopeft_kit.data.chips import ChipData
 from geopeft_kit.pretraining.distillation import Teacher
-from geopeft_kit.pretraining.energy import EnergyMeter
-from geopeft_kit.pretraining.result import Pretraining
+from geopeft_kit.pretraining.result import EnergyMeter, Pretraining
 from geopeft_kit.pretraining.samples import Draws, Samples, SizedSamples
 from geopeft_kit.pretraining.task import Objective, PretextTask
-from geopeft_kit.training.callbacks import Checkpoint
+from geopeft_kit.training.callbacks import Checkpoint, find_checkpoint
 from geopeft_kit.training.fit import quiet_lightning
 from geopeft_kit.training.hardware import choose_device, choose_precision
 from geopeft_kit.training.interruption import stoppable, what_is_kept
@@ -75,7 +73,7 @@ def pretrain(
             `physical` (P,H,W) and `scene` (S,) scaled to about unit spread, NaN where
             unknown.
         teacher: A frozen backbone that sees the whole image, enlarged to the size it
-            was loaded for; None goes without.
+            was loaded for; None uses none.
         masked: Weight of masked modelling; 0 hides nothing.
         alpha: Weight of the angle to the teacher's features.
         stage: Where features are compared, 1 to 4, see `stage_path`.
@@ -83,24 +81,24 @@ def pretrain(
         mask_unit: Side of a cell in pixels; None is the backbone's largest stride.
         physical: Weight of the dense maps, where samples have them.
         scene: Weight of the scene facts, where samples have them.
-        crop: Cut 67 to 100 % of each image out, resize it to this side and flip it;
-            None leaves images as they are.
-        epochs: Stretches between two checkpoints.
+        crop: Crop 67 to 100 % of each image, resize it to this side and flip it; None
+            leaves images unchanged.
+        epochs: Parts of the run, each ending with a checkpoint.
         steps_per_epoch: Optimiser steps of one, drawn with replacement; None is one
             pass over the data.
         batch_size: Samples a step on each device.
         learning_rate: Peak rate.
         precision: As in `fit`.
         device: As in `fit`.
-        devices: How many of them; above 1 Lightning starts a process for each.
+        devices: Their number; above 1 Lightning starts a process for each.
         strategy: Lightning's name of how they share the work; "auto" is DDP.
         seed: Start of the heads, order of the samples, hidden cells.
         folder: Where a checkpoint is written after each epoch, and weights at the end.
-        resume: Go on from it, with the same schedule; epochs on top of it keep its last
+        resume: Continue from it with the same schedule; further epochs keep its last
             rate. On a CPU, at an equal number of threads, the weights are those of a
             run never interrupted.
-        minutes: Stop after the epoch in which they are over, for a long run in
-            stretches; None goes on to the end.
+        minutes: Stop after the epoch in which they are over, for a long run in parts;
+            None has no limit.
         progress: Print a line an epoch.
 
     Returns:
@@ -113,16 +111,11 @@ def pretrain(
         FileNotFoundError: `resume=True` without a checkpoint.
         KeyboardInterrupt: You stopped the run; the text says what is kept.
     """
-    _check_counts(
-        epochs=epochs,
-        steps_per_epoch=steps_per_epoch,
-        batch_size=batch_size,
-        devices=devices,
-        crop=crop,
-    )
+    counts = {"epochs": epochs, "steps_per_epoch": steps_per_epoch, "crop": crop}
+    _check_counts(**counts, batch_size=batch_size, devices=devices)
     if not learning_rate > 0:
         raise ValueError(f"learning_rate is {learning_rate}; it must be above 0.")
-    checkpoint = _checkpoint(folder, resume)
+    checkpoint = find_checkpoint(folder, resume)
     place = choose_device(device)
     _check_adapter(backbone, teacher)
     samples = Samples(data, crop)
@@ -139,16 +132,14 @@ def pretrain(
     )
     log, tracker = _Log(seed, progress, minutes), Tracker()
     writer = Checkpoint(checkpoint)
-    callbacks: list[L.Callback] = [log, tracker, writer]
+    # A generator of its own: making an iterator would draw from the masks' state.
+    own = torch.Generator().manual_seed(seed)
+    loader: DataLoader = DataLoader(samples, batch_size, sampler=draws, generator=own)
+    meter = EnergyMeter(list(range(devices)) if place.type == "cuda" else [])
     with quiet_lightning():
         precision = choose_precision(precision, place)
+        callbacks: list[L.Callback] = [log, tracker, writer]
         trainer = _trainer(place, devices, strategy, precision, epochs, callbacks)
-        # A generator of its own: making an iterator would draw from the masks' state.
-        own = torch.Generator().manual_seed(seed)
-        loader: DataLoader = DataLoader(
-            samples, batch_size, sampler=draws, generator=own
-        )
-        meter = EnergyMeter(list(range(devices)) if place.type == "cuda" else [])
         meter.start()
         began = time.perf_counter()
         backbone.train()
@@ -189,7 +180,7 @@ def _trainer(
     callbacks: list[L.Callback],
 ) -> L.Trainer:
     if devices > 1 and strategy == "auto":
-        # with the teacher alone, what lies behind its stage gets no gradient
+        # with the teacher alone, what comes after its stage gets no gradient
         strategy = "ddp_find_unused_parameters_true"
     return L.Trainer(
         accelerator="gpu" if place.type == "cuda" else "cpu",
@@ -205,20 +196,6 @@ def _trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-
-
-def _checkpoint(folder: str | Path | None, resume: bool) -> Path | None:
-    if folder is None:
-        if resume:
-            raise ValueError("resume=True needs the folder of the run to go on with.")
-        return None
-    checkpoint = Path(folder) / "last.ckpt"
-    if resume and not checkpoint.exists():
-        raise FileNotFoundError(
-            f"{checkpoint} does not exist, so there is nothing to resume. Start with "
-            "resume=False."
-        )
-    return checkpoint
 
 
 def _check_counts(**counts: int | None) -> None:
@@ -269,12 +246,7 @@ class _Log(L.Callback):
         self.samples = 0
 
     def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: Any,
-        outputs: Any,
-        batch: Mapping[str, Tensor],
-        batch_idx: int,
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.losses.append(pl_module.losses)
         self.samples += len(batch["image"]) * trainer.world_size

@@ -33,16 +33,9 @@ def corpus(data: ChipData) -> ChipDataset:
 class Samples(Dataset):
     """The images of a data set, and dense maps and scene facts where it has them.
 
-    Args:
-        data: A `ChipData`, or samples as `pretrain` takes them.
-        crop: Side of random crops in pixels, as in GFM: 67 to 100 % of the area, sides
-            3:4 to 4:3, flipped half of the time; None leaves images as they are.
-
-    Raises:
-        TypeError: Something else.
-        ValueError: No samples, no training chips, images of several dates, or crops of
-            samples with dense maps; later an image that is not finite, or a sample
-            without what the first one has.
+    `data` and `crop` (pixels) are those of `pretrain`; crops have sides of 3:4 to 4:3.
+    Raises TypeError or ValueError for data that cannot be learnt from, at once or when
+    a sample is read.
     """
 
     def __init__(self, data: ChipData | SizedSamples, crop: int | None = None) -> None:
@@ -68,8 +61,8 @@ class Samples(Dataset):
             )
         if crop and "physical" in self.first:
             raise ValueError(
-                "crop cuts images alone, and these samples have dense maps beside "
-                "them. Cut both in the data set, and leave crop out."
+                "crop cuts images alone, but these samples have dense maps as well. "
+                "Cut both in the data set, and leave crop out."
             )
         self.view = None if crop is None else _random_view(crop)
 

@@ -74,8 +74,8 @@ class Objective:
 class PretextTask(L.LightningModule):
     """A backbone with a mask token and one linear head per objective.
 
-    What trains is what `requires_grad` says: all of the backbone, or the adapter alone.
-    `physical` and `scene` count the dense maps and the scene facts of the samples.
+    All of the backbone trains, or the adapter alone. `physical` and `scene` count the
+    dense maps and the scene facts of the samples.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class PretextTask(L.LightningModule):
         checkpoint["recipe"] = self.recipe
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to go on with another recipe: a part of it would be ignored."""
+        """Refuse to resume with another recipe: a part of it would be ignored."""
         then = checkpoint.get("recipe", self.recipe)  # older checkpoints have none
         changed = [
             f"{name}={then[name]!r} (now {now!r})"
@@ -140,8 +140,8 @@ class PretextTask(L.LightningModule):
         ]
         if changed:
             raise ValueError(
-                f"the run to go on with had {', '.join(changed)}. Resume it with the "
-                "arguments it had, or start another one in another folder."
+                f"the run to resume had {', '.join(changed)}. Resume it with the same "
+                "arguments, or start another one in another folder."
             )
 
     def on_fit_start(self) -> None:

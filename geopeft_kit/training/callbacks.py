@@ -5,26 +5,27 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import lightning as L
 import pandas as pd
 import torch
 from torch import Tensor
 
-from geopeft_kit.data.chips import ChipData
 from geopeft_kit.progress import REDRAW_S
-from geopeft_kit.training.evaluate import HEADLINE, evaluate
+from geopeft_kit.training.evaluate import HEADLINE
+from geopeft_kit.training.plan import Plan
 from geopeft_kit.training.task import trained_names
 
 
 class History(L.Callback):
-    """Keeps one row an epoch, with validation scores every `validate_every` epochs."""
+    """Keeps one row an epoch, with the scores of `validate` every so many epochs."""
 
-    def __init__(self, data: ChipData, validate_every: int | None) -> None:
-        self.data = data
-        self.validate_every = validate_every
+    def __init__(self, validate: Callable[[], dict[str, Any]], plan: Plan) -> None:
+        self.validate, self.every = validate, plan.validate_every
         self.rows: list[dict[str, Any]] = []
         self.losses: list[Tensor] = []
 
@@ -39,12 +40,7 @@ class History(L.Callback):
         self.began = time.perf_counter()
 
     def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: Any,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Any, pl_module: Any, outputs: Any, *_: Any
     ) -> None:
         self.losses.append(outputs["loss"].detach())
 
@@ -56,9 +52,9 @@ class History(L.Callback):
             "learning_rate": float(trainer.optimizers[0].param_groups[0]["lr"]),
             "seconds": time.perf_counter() - self.began,
         }
-        if self.validate_every and epoch % self.validate_every == 0:
-            scores = evaluate(pl_module.model, self.data, "val", pl_module.device)
-            row |= {f"val_{name}": value for name, value in scores["overall"].items()}
+        if self.every and epoch % self.every == 0:
+            scores = self.validate()["overall"]
+            row |= {f"val_{name}": value for name, value in scores.items()}
         self.rows.append(row)
 
     def table(self) -> pd.DataFrame:
@@ -67,13 +63,10 @@ class History(L.Callback):
 
 
 class Progress(L.Callback):
-    """Shows epoch, steps, loss, scores and the time that is left.
+    """Shows epoch, steps, loss, scores and the time left on a bar of `progress_bar`.
 
-    Args:
-        bar: From `progress_bar`, without a total yet; the caller closes it.
-        history: Where the scores come from, or None.
-        title: What comes before the epoch.
-        runs: How many trainings, equally long, share the bar.
+    The bar has no total yet, is shared by `runs` trainings of equal length, and is
+    closed by the caller; scores come from `history`.
     """
 
     def __init__(
@@ -93,12 +86,7 @@ class Progress(L.Callback):
         self._name_epoch(trainer)
 
     def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: Any,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Any, pl_module: Any, outputs: Any, *_: Any
     ) -> None:
         if time.monotonic() - self.shown > REDRAW_S / 2:  # a GPU waits to tell a loss
             self._show_numbers(float(outputs["loss"]))
@@ -185,3 +173,34 @@ class Checkpoint(L.Callback):
                 f"could not write the checkpoint {self.path} ({error}). The one of the "
                 "epoch before is untouched; free some space and pass resume=True."
             ) from error
+
+
+def find_checkpoint(folder: str | Path | None, resume: bool) -> Path | None:
+    """Where a run keeps its checkpoint; errors where `resume` finds none to read."""
+    if folder is None:
+        if resume:
+            raise ValueError("resume=True needs the folder of the run to continue.")
+        return None
+    checkpoint = Path(folder) / "last.ckpt"
+    if resume:
+        _check_content(checkpoint)
+    return checkpoint
+
+
+def _check_content(checkpoint: Path) -> None:
+    """Compare each record of a checkpoint with the checksum in its zip file."""
+    if not checkpoint.exists():
+        raise FileNotFoundError(
+            f"{checkpoint.parent} holds no last.ckpt, so there is nothing to resume. "
+            "Start with resume=False; a checkpoint is written after each epoch."
+        )
+    try:
+        with ZipFile(checkpoint) as file:
+            damaged = file.testzip() is not None
+    except BadZipFile:
+        damaged = True
+    if damaged:
+        raise ValueError(
+            f"{checkpoint} was damaged after it was written: its content does not "
+            "match its checksums. Restore it from a copy, or start with resume=False."
+        )

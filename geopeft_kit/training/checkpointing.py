@@ -1,8 +1,8 @@
 """Gradient checkpointing: forget what a block computed, and compute it again.
 
-Training keeps what each layer computed until the backward pass has used it. A block
-that is checkpointed keeps its input alone and runs a second time on the way back: less
-memory, more time, the same numbers. Taught in notebook 08.
+Training keeps what each layer computed until the backward pass has used it. A
+checkpointed block keeps only its input and runs a second time in the backward pass:
+less memory, more time, the same numbers. Taught in notebook 08.
 
 Source: Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost,
 arXiv 1604.06174; `torch.utils.checkpoint`.
@@ -77,7 +77,7 @@ def parts_to_recompute(model: Model, how: str | None) -> list[nn.Module]:
 
 
 def _outermost_mlp(block: nn.Module) -> nn.Module | None:
-    """The module called "mlp" that lies highest in a block, adapters included."""
+    """The outermost module called "mlp" of a block, adapters included."""
     named = block.named_modules()  # parents come before their children
     return next((m for name, m in named if name.split(".")[-1] == "mlp"), None)
 

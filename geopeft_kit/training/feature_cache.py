@@ -1,4 +1,4 @@
-"""Feature cache: what is frozen needs to see each image only once.
+"""Feature cache: a frozen network sees each image only once.
 
 With nothing trainable in the backbone, every epoch would compute the same feature maps
 again. `FeatureCache` computes them once and serves them as a data set, so that later
@@ -9,33 +9,39 @@ and 08.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import hashlib
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from geopeft_kit.data.batch import images_on
+from geopeft_kit.array_store import ArrayStore
+from geopeft_kit.data.batch import Batch
 from geopeft_kit.data.loading import (
     AugmentedKey,
+    ChipDataset,
     drawn_symmetry,
     symmetry,
 )
+from geopeft_kit.download import cache_folder
+from geopeft_kit.files import content_key
 from geopeft_kit.model import Model
 from geopeft_kit.progress import progress_bar
-from geopeft_kit.training.map_store import MapStore, store_key
 from geopeft_kit.training.prefix_cache import Prefix
 
 LIMIT_MIB = 4096.0
+MIB = 2**20
 SYMMETRIES = 8
-
-Compute = Callable[[Mapping[str, Any]], Sequence[Tensor]]
-"""A batch with images on the CPU -> the maps to keep, each (B, ...)."""
+VERSION = 2  # of the stores on disk
 
 
 class FeatureCache(Dataset):
-    """Feature maps of a data set, with the targets beside them.
+    """Feature maps of a data set, with the targets.
 
     Args:
         model: The model whose `features` are kept; put into eval mode meanwhile, so
@@ -64,29 +70,36 @@ class FeatureCache(Dataset):
         progress: bool = False,
     ) -> None:
         chips: Any = loader.dataset
-        self.name = "prefix" if prefix else "features"
-        self.variants = SYMMETRIES if augment else 1
-        self.samples: list[dict[str, Any]] = []
-        self.size: tuple[int, int] = (0, 0)
+        variants = SYMMETRIES if augment else 1
         kept = prefix.kept if prefix else "features"
-        self.store = MapStore(
-            len(chips) * self.variants,
-            limit_mib,
-            lambda: store_key(model, chips, variants=self.variants, kept=kept),
-        )
-        compute: Compute = lambda batch: model.features(*images_on(batch, device))  # noqa: E731
-        if prefix is not None:
-            compute = lambda batch: prefix.record(batch, device)  # noqa: E731
+        self.title = "prefix" if prefix else "features"
+        self.samples: list[dict[str, Any]] = []
+
+        def compute(batch: Batch) -> Sequence[Tensor]:
+            batch = batch.to(device)
+            if prefix is not None:
+                return prefix.record(batch)
+            return model.features(batch.image, batch.meta)
+
         training = model.training
         model.eval()
         try:
             # no_grad rather than inference_mode, whose tensors could not train
             with torch.no_grad():
-                for number in range(self.variants):
-                    batches = progress_bar(
-                        loader, progress, desc=self.name, leave=False, delay=1
-                    )
-                    self._read(batches, number, compute)
+                images = self._read(loader, 0, progress)
+                first = compute(next(images))
+                rows = len(chips) * variants
+                row = sum(m[0].numel() * m.element_size() for m in first)
+                folder = None
+                if row * rows > limit_mib * MIB:
+                    key = _store_key(model, chips, [variants, kept])
+                    folder = cache_folder() / "features" / key
+                if folder is not None and folder.exists():
+                    for _ in images:  # the targets are all that is missing
+                        pass
+                turned = (self._read(loader, n, progress) for n in range(1, variants))
+                rest = map(compute, chain(images, chain.from_iterable(turned)))
+                self.store = MapStore(chain([first], rest), rows, row * rows, folder)
         finally:
             model.train(training)
 
@@ -102,38 +115,121 @@ class FeatureCache(Dataset):
         if augmented and "mask" in sample:
             sample["mask"] = symmetry([sample["mask"]], number)[0]
         row = number * len(self.samples) + position
-        return sample | {self.name: self.store.row(row)}
+        return sample | {"features": self.store.row(row)}
 
     @property
     def maps(self) -> list[Tensor]:
         """Each level's maps of the whole data set as it is, (N, C_i, h, w)."""
-        return [level[: len(self.samples)] for level in self.store.levels]
+        return [level[: len(self.samples)] for level in self.store.whole()]
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """A batch of cached maps, with the image size that outputs are made for."""
-        batch = default_collate(samples)
-        batch["size"] = self.size
-        return batch
+        return default_collate(samples) | {"size": self.size}
 
-    def _read(
-        self, batches: Iterable[dict[str, Any]], number: int, compute: Compute
-    ) -> None:
-        """One pass over the images in one of their symmetries."""
-        for batch in batches:
-            if number == 0:
-                self._keep_targets(batch)
-            if self.store.complete and number:
-                return
-            if self.store.complete:
+    def _read(self, loader: DataLoader, number: int, progress: bool) -> Iterator[Batch]:
+        """The batches in one of the symmetries; the first pass keeps the targets."""
+        bar = progress_bar(loader, progress, desc=self.title, leave=False, delay=1)
+        for loaded in bar:
+            batch = Batch.of(loaded)
+            if number:
+                image = symmetry([loaded["image"]], number)[0]
+                yield batch._replace(image=image)
                 continue
-            images = batch["image"]
-            turned = symmetry([images], number)[0] if number else images
-            self.store.append(compute({**batch, "image": turned}))
+            self.size = batch.size
+            target = "mask" if "mask" in loaded else "label"
+            for value, region in zip(loaded[target], batch.region, strict=True):
+                # clone(), or each sample would keep its whole batch alive
+                self.samples.append({target: value.clone(), "region": region})
+            yield batch
 
-    def _keep_targets(self, batch: Mapping[str, Any]) -> None:
-        self.size = tuple(batch["image"].shape[-2:])
-        target = "mask" if "mask" in batch else "label"
-        for index, region in enumerate(batch["region"]):
-            # clone(), or each sample would keep its whole batch alive
-            kept = {target: batch[target][index].clone(), "region": region}
-            self.samples.append(kept)
+
+class MapStore:
+    """Rows of several maps: in memory, or in a folder that may be there already.
+
+    `maps` yields batches of rows, each (B, ...); OSError if the disk has no room.
+    """
+
+    def __init__(
+        self,
+        maps: Iterator[Sequence[Tensor]],
+        rows: int,
+        size: int,
+        folder: Path | None = None,
+    ) -> None:
+        self.files: ArrayStore | None = None
+        if folder is None:
+            self.levels = _in_memory(maps, rows)
+            return
+        if not folder.exists():
+            _check_room(folder, size)
+        arrays = (
+            {str(i): m.numpy(force=True) for i, m in enumerate(part)} for part in maps
+        )
+        self.files = ArrayStore.write(folder, arrays, rows)
+        self.levels = [torch.from_numpy(a) for a in self.files.arrays.values()]
+
+    def row(self, index: int) -> list[Tensor]:
+        """The maps of one row."""
+        if self.files is not None:
+            self.files.row(index)  # checks its content
+        return [level[index] for level in self.levels]
+
+    def whole(self) -> list[Tensor]:
+        """The maps of all rows."""
+        if self.files is not None:
+            self.files.whole()
+        return self.levels
+
+
+def _in_memory(maps: Iterator[Sequence[Tensor]], rows: int) -> list[Tensor]:
+    levels: list[Tensor] = []
+    filled = 0
+    for part in maps:
+        if not levels:
+            levels = [torch.empty((rows, *m.shape[1:]), dtype=m.dtype) for m in part]
+        for level, new in zip(levels, part, strict=True):
+            level[filled : filled + len(new)] = new.to("cpu")
+        filled += len(part[0])
+    return levels
+
+
+def _store_key(model: Model, dataset: ChipDataset, kept: Any) -> str:
+    """Key of all that maps depend on: weights, preprocessing, bands, pixels."""
+    backbone, table = model.backbone, dataset.table
+    files = [
+        Path(table.reader.folder) / name
+        for row in dataset.rows
+        for name in (table.files["image"][row], table.files["image_after"][row])
+        if name
+    ]
+    outside = [
+        t for n, t in backbone.state_dict().items() if not n.startswith("model.")
+    ]
+    facts = [
+        VERSION,
+        backbone.weights_hash(),
+        _hash([*outside, backbone.mean, backbone.std]),
+        [backbone.normalise, backbone.card.normalisation.scale, backbone.bands],
+        [model.task, model.fusion, model.factor, list(model.decoder.reads)],
+        [t[dataset.rows].tobytes().hex() for t in (table.date, table.lonlat)],
+        kept,
+    ]
+    return content_key(facts, files)[:32]
+
+
+def _hash(tensors: Iterable[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    place = next(path for path in folder.parents if path.exists())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise OSError(
+            f"the maps of this data set need {needed / MIB:,.0f} MiB on disk, and "
+            f"{place} has {free / MIB:,.0f} free. Point GEOPEFT_CACHE at a larger "
+            "disk, pass cache_features=False to fit, or take a smaller data set."
+        )

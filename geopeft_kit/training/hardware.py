@@ -1,7 +1,10 @@
-"""What the machine can do: the device, its free memory, the precision it supports."""
+"""What the machine can do: its device, precision, free memory and peak of memory."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +38,7 @@ def choose_precision(
 
     "auto" is bf16 on GPUs that have it in hardware, 16-bit with loss scaling on older
     ones (a T4 emulates bf16, slowly), and 32-bit on a CPU, where results repeat
-    exactly. With `frozen_precision` it is bf16, since nothing else would use such
-    weights.
+    exactly. With `frozen_precision` it is bf16: no other precision uses such weights.
     """
     allowed = ("auto", "32-true", "bf16-mixed", "16-mixed")
     if precision not in allowed:
@@ -76,6 +78,12 @@ def mixed_precision(device: str = "auto") -> str:
     return "16-mixed" if lacking else "bf16-mixed"
 
 
+def autocast(precision: str, device: str) -> torch.autocast:
+    """A context that computes in a precision of `choose_precision`, as Lightning."""
+    low = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+    return torch.autocast(device, low, enabled=low is not None)
+
+
 def has_bf16(device: torch.device) -> bool:
     """Whether bf16 is computed in hardware there, as far as it says so."""
     if device.type == "cuda":
@@ -87,10 +95,8 @@ def free_gib(device: torch.device) -> float:
     """GiB that can still be taken: of the GPU, or of this machine or container."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
-            device
-        )
-        return (free + unused) / 2**30
+        reserved = torch.cuda.memory_reserved(device)
+        return (free + reserved - torch.cuda.memory_allocated(device)) / 2**30
     free = psutil.virtual_memory().available
     limit, used = Path("/sys/fs/cgroup/memory.max"), psutil.Process().memory_info().rss
     if limit.exists() and limit.read_text().strip().isdigit():
@@ -101,13 +107,66 @@ def free_gib(device: torch.device) -> float:
 def _cpu_flags() -> list[str]:
     """The processor's abilities as Linux names them; empty elsewhere."""
     listed = Path("/proc/cpuinfo")
-    if not listed.exists():
-        return []
-    return next(
-        (
-            line.split()
-            for line in listed.read_text().splitlines()
-            if line.startswith(("flags", "Features"))
-        ),
-        [],
-    )
+    lines = listed.read_text().splitlines() if listed.exists() else []
+    named = (line for line in lines if line.startswith(("flags", "Features")))
+    return next(named, "").split()
+
+
+class PeakMemory:
+    """Peak memory of this process from `start()` on: GPU allocator or resident set.
+
+    On Linux the kernel's own high-water mark is reset and read, so no peak between two
+    samples is missed. Elsewhere the resident set is read at each call of `sample()`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.process = psutil.Process()
+        self.highest = 0
+
+    def start(self) -> None:
+        """Forget earlier peaks and note what is in use now."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.floor = torch.cuda.memory_allocated(self.device)
+            return
+        _return_free_pages()
+        self.has_mark = _reset_high_water_mark()
+        self.floor = self.highest = self.process.memory_info().rss
+
+    def sample(self) -> None:
+        """Take the present resident set into account (needed without a kernel mark)."""
+        if self.device.type != "cuda":
+            self.highest = max(self.highest, self.process.memory_info().rss)
+
+    def peak(self) -> int:
+        """The highest number of bytes since `start()`."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        self.sample()
+        return max(self.highest, _high_water_mark() if self.has_mark else 0)
+
+
+def _return_free_pages() -> None:
+    """Return freed heap pages, or an earlier run would count in this run's floor."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)
+
+
+def _reset_high_water_mark() -> bool:
+    """Whether Linux forgot the peak so far; hardened containers forbid it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:  # not Linux, or forbidden: `PeakMemory.sample` still sees each step
+        return False
+    return True
+
+
+def _high_water_mark() -> int:
+    """Peak resident set in bytes since the last reset."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(li.split()[1]) for li in lines if li.startswith("VmHWM"))

@@ -1,9 +1,9 @@
 """The head start: standardised features, and a head that starts from the probe.
 
-A fresh head on raw features is under-trained long after the backbone has moved, and
-then tells false stories about every method. So features are standardised per channel
-first, and a linear head is trained alone before anything else trains: linear probing,
-then fine-tuning (Kumar et al. 2022, arXiv 2202.10054). Taught in notebook 02.
+A fresh head on raw features stays under-trained long after the backbone has changed,
+which misleads about every method. So features are standardised per channel first, and a
+linear head is trained alone before anything else: linear probing, then fine-tuning
+(Kumar et al. 2022, arXiv 2202.10054). Taught in notebook 02.
 """
 
 from __future__ import annotations
@@ -11,20 +11,14 @@ from __future__ import annotations
 import torch
 from torch.utils.data import DataLoader
 
-from geopeft_kit.data.batch import batch_target, images_on
+from geopeft_kit.data.batch import Batch
 from geopeft_kit.data.chips import ChipData
 from geopeft_kit.devices import moved
 from geopeft_kit.model import WHOLE_IMAGE_TASKS, Model
 from geopeft_kit.progress import progress_bar
 from geopeft_kit.training.feature_cache import FeatureCache
-from geopeft_kit.training.task import compute_loss
-
-
-def resolve_head_start(model: Model, how: str) -> str:
-    """What "auto" means for a model: "probe" or "calibrate"; other words stay."""
-    if how != "auto":
-        return how
-    return "probe" if model.has_linear_head else "calibrate"
+from geopeft_kit.training.plan import resolve_head_start
+from geopeft_kit.training.step import make_loss, step
 
 
 def start_decoder(
@@ -60,7 +54,8 @@ def calibrate(
     loader = chosen.dataloader("train", augment=False)
     batches = progress_bar(loader, progress, desc="features", leave=False, delay=1)
     # One batch at a time: four large maps of many chips would fill the memory.
-    model.calibrate(model.features(*images_on(batch, device)) for batch in batches)
+    there = (Batch.of(batch).to(device) for batch in batches)
+    model.calibrate(model.features(batch.image, batch.meta) for batch in there)
 
 
 def start_head(
@@ -73,21 +68,10 @@ def start_head(
     seed: int = 0,
     progress: bool = False,
 ) -> FeatureCache:
-    """Train the decoder alone, on features of the backbone as it stands.
+    """Train the decoder alone on features of the backbone; returns those features.
 
-    Args:
-        model: Standardised and trained in place; its backbone does not change.
-        data: Its training split is read once.
-        device: Where to compute.
-        steps: Optimiser steps, enough for a linear head to converge.
-        batch_size: Cached samples a step; None takes 64 whole images, or 8 maps, which
-            have a label for each pixel.
-        learning_rate: Highest rate of a one-cycle cosine.
-        seed: Order of the samples.
-        progress: As for `start_decoder`.
-
-    Returns:
-        The features, so that a probe can go on from them.
+    `batch_size` None takes 64 whole images, or 8 maps, which have a label for each
+    pixel. `learning_rate` is the peak of the cosine.
 
     Source: the first stage of LP-FT, Kumar et al. 2022 (arXiv 2202.10054), section 3.
     """
@@ -104,14 +88,12 @@ def start_head(
     parameters = [p for p in model.decoder_parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    loss = make_loss(model.task, data.ignore_index)
     model.train()
     for batch in progress_bar(loader, progress, desc="probe", leave=False, delay=1):
-        batch = moved(batch, device)
-        output = model.from_features(batch["features"], batch["size"])
-        target = batch_target(batch)
-        loss = compute_loss(output, target, model.task, data.ignore_index)
+        value = step(model, Batch.of(batch).to(device), loss)
         optimiser.zero_grad()
-        loss.backward()
+        value.backward()
         optimiser.step()
         schedule.step()
     return cache

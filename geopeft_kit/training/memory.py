@@ -2,9 +2,9 @@
 
     gk.estimate_memory(model, batch_size=8)
 
-One training step is rehearsed on tensors without numbers (see `shadow.py`), under the
-same count that `Tracker` uses, so that prediction and measurement can stand in one
-table. Taught in notebook 08.
+One training step is rehearsed on tensors without numbers (see `shadow.py`) and counted
+as `Tracker` counts, so that prediction and measurement fit in one table. Taught in
+notebook 08.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from geopeft_kit.training.checkpointing import parts_to_recompute
 from geopeft_kit.training.frozen_precision import (
     check_frozen_precision,
     frozen_weights,
+    saved_bytes,
     to_bf16,
 )
 from geopeft_kit.training.hardware import choose_device, choose_precision
 from geopeft_kit.training.optimisers import optimiser_state_bytes
-from geopeft_kit.training.quantised_weights import saved_bytes
 from geopeft_kit.training.shadow import Shadow, Shapes
 from geopeft_kit.training.tracker import MIB, weight_bytes
 
@@ -44,7 +44,7 @@ USABLE = 0.9
 
 CAUSES = {
     "weights": "all weights, frozen ones included",
-    "originals": "weights kept beside the network: what `detach` brings back",
+    "originals": "weights kept outside the network: what `detach` brings back",
     "gradients": "one number for each trained one",
     "optimiser": "two running means for each trained number",
     "activations": "kept from the forward for the backward pass",
@@ -54,20 +54,15 @@ CAUSES = {
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """What one training run will hold in memory; all in MiB.
+    """What one training run will hold in memory, in MiB by cause (see `CAUSES`).
 
     Attributes:
         method: Key of the active method.
         batch_size: Images in a batch.
         image_size: Height and width, pixels.
         precision, checkpointing, frozen_precision, optimiser: As for `fit`.
-        weights_mib: All weights of the model, frozen ones included.
-        originals_mib: Weights in hand beside the network: the originals that `full` and
-            its relatives replace by copies, and adapters that are not active.
-        gradients_mib: Gradients of what is trained.
-        optimiser_mib: State of the optimiser.
-        activations_mib: Tensors kept for the backward pass.
-        temporary_mib: What the step needs for a moment on top of all that.
+        originals_mib: Of `full` and its relatives, which train copies; and adapters
+            that are not active.
         per_image_mib: What one more image in the batch adds.
     """
 
@@ -97,19 +92,11 @@ class MemoryEstimate:
         return sum(self.causes.values())
 
     def fits(self, card: str | float) -> bool:
-        """Whether the run fits.
-
-        Args:
-            card: A name in `CARDS`, or a memory size in GiB.
-        """
+        """Whether the run fits a card of `CARDS`, or a memory size in GiB."""
         return self.total_mib <= usable_mib(card)
 
     def largest_batch(self, card: str | float) -> int:
-        """The largest batch that fits a card; 0 where not even one image does.
-
-        Args:
-            card: A name in `CARDS`, or a memory size in GiB.
-        """
+        """The largest batch that fits, see `fits`; 0 where not even one image does."""
         spare = usable_mib(card) - self.total_mib
         more = math.floor(spare / self.per_image_mib)
         return max(0, self.batch_size + more)
@@ -157,19 +144,19 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Predict what training a model will hold in memory, without training it.
 
-    The model is neither changed nor copied. It may be one without numbers, built inside
-    ``with torch.device("meta"):``, so a network of any size can be asked about on any
-    laptop. Weights, gradients and optimiser state are exact; activations follow the
-    rules of PyTorch's CPU kernels. Not measured on a GPU.
+    The model is neither changed nor copied. It may be built without numbers, inside
+    ``with torch.device("meta"):``, so a laptop can answer for a network of any size.
+    Weights, gradients and optimiser state are exact; activations follow the rules of
+    PyTorch's CPU kernels. Not measured on a GPU.
 
     Args:
         model: From `build_model`, its method attached.
         batch_size: Images in a batch.
         image_size: Pixels, one number or (height, width); None is the backbone's.
-        precision: "auto", "32-true", "bf16-mixed" or "16-mixed".
-        checkpointing: None, "blocks" or "mlp", as for `fit`.
-        frozen_precision: None, "bf16" or "nf4", as for `fit`.
-        optimiser: "adamw", "fused" or "8bit", as for `fit`.
+        precision: As for `fit`.
+        checkpointing: As for `fit`.
+        frozen_precision: As for `fit`.
+        optimiser: As for `fit`.
 
     Returns:
         The `MemoryEstimate`; notebooks show it as a table.

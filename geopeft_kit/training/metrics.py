@@ -1,9 +1,7 @@
-"""Scores, pooled over a data set: overall and for each region.
+"""Scores from counts: every chip is counted, and a score is computed from the sums.
 
-Every chip is turned into counts: a confusion matrix, or sums of errors. A score is
-computed once, from the summed counts of all chips. The mean of the scores of batches is
-another number: it depends on how the data was cut into batches, and rare classes
-distort it. Notebooks 00 and 09.
+The mean of the scores of batches is another number: it depends on how the data was cut
+into batches, and rare classes distort it. Taught in notebooks 00 and 09.
 
 `miou` and `f1` are macro means: each class counts alike, however rare. A class that
 neither the truth nor the prediction holds is left out. A class that is predicted
@@ -33,16 +31,8 @@ TASKS = (*CLASS_TASKS, "multilabel", *VALUE_TASKS)
 class ChipCounts:
     """Turns outputs and targets of a task into counts, one array for each chip.
 
-    Args:
-        task: "segmentation", "change", "classification", "multilabel", "regression" or
-            "super_resolution".
-        num_classes: Classes (or labels) K; without effect for values.
-        ignore_index: Target value that carries no label. In regression NaN carries none
-            either, and a value equal to `ignore_index` is left out as well: pass None
-            where it can be a real one.
-
-    Raises:
-        ValueError: Unknown task.
+    A target of `ignore_index` carries no label. In regression NaN carries none either;
+    pass None where the value can be a real one.
     """
 
     def __init__(
@@ -56,21 +46,12 @@ class ChipCounts:
         self.ignore_index = ignore_index
 
     def __call__(self, output: Tensor, target: Tensor) -> np.ndarray:
-        """Count a batch of B chips.
+        """Count a batch of B chips; outputs and targets as for `compute_loss`.
 
-        Args:
-            output: (B, K, H, W) or (B, K) logits, (B, 1, H, W) values, or (B, K, H, W)
-                values for super-resolution.
-            target: (B, H, W) or (B,) class numbers, (B, K) zeros and ones, (B, H, W)
-                values with NaN where unknown, or (B, K, H, W) for super-resolution.
-
-        Returns:
-            (B, K, K) confusion matrices, truth by prediction; (B, K, 2, 2) for
-            multilabel; (B, 3) pixels, absolute and squared errors for regression;
-            (B, 4) values, squared errors, SSIM and 1 for super-resolution; float64.
-
-        Raises:
-            ValueError: Shapes that do not fit, or a class number out of range.
+        Returns float64: (B, K, K) confusion matrices, truth by prediction; (B, K, 2, 2)
+        for multilabel; (B, 3) pixels, absolute and squared errors for regression;
+        (B, 4) values, squared errors, SSIM and 1 for super-resolution. Raises
+        ValueError for shapes that do not fit, or a class number out of range.
         """
         prediction, target = self._predict(output.cpu()), target.cpu()
         if prediction.shape != target.shape:
@@ -161,34 +142,19 @@ class RegionalMetrics:
             self.sums[region] = self.sums.get(region, 0) + chip
 
     def compute(self) -> dict[str, Any]:
-        """Scores so far.
-
-        Returns:
-            `{"overall": {metric: value}, "regions": {name: {metric: value}}}`, names in
-            alphabetical order; NaN where there was not one label.
-        """
-        return {
-            "overall": self._scores(sum(self.sums.values())),
-            "regions": {
-                name: self._scores(self.sums[name]) for name in sorted(self.sums)
-            },
-        }
+        """Scores so far: "overall", and "regions" by name; NaN without a label."""
+        regions = {name: self._scores(self.sums[name]) for name in sorted(self.sums)}
+        return {"overall": self._scores(sum(self.sums.values())), "regions": regions}
 
     def _scores(self, sums: Any) -> dict[str, float]:
         return {name: float(v) for name, v in scores_of(sums, self.task).items()}
 
 
 def scores_of(sums: np.ndarray, task: str) -> dict[str, np.ndarray]:
-    """Scores from summed counts; a class that nobody names is left out of the means.
+    """Metric -> (...) scores, from summed counts (..., *) of `ChipCounts`.
 
-    `psnr` (dB) and `ssim` take a reflectance of 1 as the range of values.
-
-    Args:
-        sums: (..., K, K), (..., K, 2, 2), (..., 3) or (..., 4), see `ChipCounts`.
-        task: The model's task.
-
-    Returns:
-        Metric -> (...) scores: `miou`, `f1`, `accuracy`; `rmse`, `mae`; `psnr`, `ssim`.
+    A class that nobody names is left out of the means. `psnr` (dB) and `ssim` take a
+    reflectance of 1 as the range of values.
     """
     with np.errstate(invalid="ignore", divide="ignore"):
         if task == "regression":

@@ -1,14 +1,14 @@
-"""The optimisers that `fit` offers: AdamW, and two that cost less.
+"""The optimisers that `fit` offers: AdamW, and two that cost less; their schedule.
 
-AdamW keeps two running means for each trained number, in 32 bits each. The fused one
-keeps the same in one kernel a step; the 8-bit one keeps them in a byte each, with a
-scale for every 256 (Dettmers et al. 2022, arXiv 2110.02861, section 2). Taught in
-notebook 08.
+AdamW keeps two running means in 32 bits for each trained number. "fused" updates them
+in one kernel a step; "8bit" keeps each in a byte, with a scale for every 256 (Dettmers
+et al. 2022, arXiv 2110.02861, section 2). Taught in notebook 08.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,22 @@ def optimiser_state_bytes(sizes: Sequence[int], kind: str = "adamw") -> int:
         small = kind == "8bit" and size >= SMALLEST
         total += 2 * (size + 4 * -(-size // BLOCK)) if small else 8 * size
     return total + 4 * len(sizes)
+
+
+def cosine_with_warmup(total_steps: int, warmup_steps: int) -> Callable[[int], float]:
+    """The factor on the learning rate at each step: linear warm-up, then a cosine to 0.
+
+    Source: Loshchilov & Hutter 2017 (arXiv 1608.03983), without restarts.
+    """
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        span = max(1, total_steps - warmup_steps)
+        progress = min(1.0, (step - warmup_steps) / span)
+        return 0.5 * (1 + math.cos(math.pi * progress))
+
+    return factor
 
 
 def _find_8bit() -> Any:

@@ -7,13 +7,13 @@ left out of every step. Taught in notebook 08.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from geopeft_kit.data.batch import images_on
+from geopeft_kit.data.batch import Batch
 from geopeft_kit.model import Model
 from geopeft_kit.training.checkpointing import replaced_forward
 
@@ -46,22 +46,19 @@ class Prefix:
         ]
         self.checked = False
 
-    def record(
-        self, batch: Mapping[str, Any], device: torch.device | str
-    ) -> list[Tensor]:
+    def record(self, batch: Batch) -> list[Tensor]:
         """The kept blocks' outputs for a batch; ValueError if a replay differs."""
         blocks = [block for _, block in self.model.backbone.blocks]
         found: dict[int, Tensor] = {}
         hooks = [blocks[i].register_forward_hook(_keep(found, i)) for i in self.kept]
         try:
-            maps = self.model.features(*images_on(batch, device))
+            maps = self.model.features(batch.image, batch.meta)
         finally:
             for hook in hooks:
                 hook.remove()
         stored = [found[i] for i in self.kept]
         if not self.checked:
-            size = (batch["image"].shape[-2], batch["image"].shape[-1])
-            self._check(maps, self.features(stored, size))
+            self._check(maps, self.features(stored, batch.size))
         return stored
 
     def features(self, stored: Sequence[Tensor], size: tuple[int, int]) -> list[Tensor]:

@@ -1,8 +1,8 @@
 """A shadow of a model: its shapes without its numbers, to rehearse a training step.
 
-PyTorch's fake tensors have a shape, a number type and a device but no memory behind
-them. One training step on them runs the code of the real one, and shows what it would
-keep, for a model of any size on any laptop. Taught in notebook 08.
+PyTorch's fake tensors have a shape, a number type and a device, but no memory. One
+training step on them runs the code of the real one and shows what it would keep, for a
+model of any size on any laptop. Taught in notebook 08.
 
 Source: PyTorch's fake tensors, https://docs.pytorch.org/docs/stable/
 torch.compiler_fake_tensor.html
@@ -22,9 +22,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from geopeft_kit.data.batch import Batch
 from geopeft_kit.model import Model
 from geopeft_kit.training.checkpointing import checkpointed
-from geopeft_kit.training.task import Task
+from geopeft_kit.training.hardware import autocast
+from geopeft_kit.training.step import make_loss, rule_of, step
 from geopeft_kit.training.tracker import count_saved_bytes, gradient_bytes
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -35,12 +37,8 @@ Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 class Rehearsal:
     """What one rehearsed training step takes, in bytes.
 
-    Attributes:
-        trained: Numbers in each tensor that got a gradient.
-        gradients: Of all of them.
-        activations: Kept from the forward for the backward pass, as the tracker counts.
-        peak: The most that was alive at once beside weights: activations, gradients
-            and what comes and goes between.
+    `trained` has the size of each tensor that got a gradient; `peak` is the most that
+    was alive at once besides weights.
     """
 
     trained: list[int]
@@ -53,8 +51,7 @@ class Shadow:
     """A copy of a model that has shapes only, in training mode.
 
     The model may be on a CPU, a GPU or the meta device. `beside` counts the bytes that
-    adapters hold outside the network: originals that copies replace, and inactive
-    adapters.
+    adapters hold outside the network.
     """
 
     def __init__(self, model: Model) -> None:
@@ -71,17 +68,13 @@ class Shadow:
     ) -> Rehearsal:
         """Run one training step without numbers, for the shapes of a batch."""
         parameters = list(self.model.parameters())
-        low = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
-        task = Task(self.model, 255, 0.0, 0.0, 0.0, 1, 0, 0)
+        loss, rule = make_loss(self.model.task), rule_of(self.model)
         live = _LiveBytes(parameters)
         with self.fakes, checkpointed(self.model, checkpointing), live:
             fakes = {n: torch.empty(s, dtype=kind) for n, (s, kind) in batch.items()}
-            with (
-                torch.autocast("cpu", low, enabled=low is not None),
-                count_saved_bytes(self.model) as saved,
-            ):
-                loss = task.training_step(fakes, 0)
-            loss.backward()
+            with autocast(precision, "cpu"), count_saved_bytes(self.model) as saved:
+                value = step(self.model, Batch.of(fakes), loss, rule=rule)
+            value.backward()
         found = Rehearsal(
             trained=[p.numel() for p in parameters if p.grad is not None],
             gradients=gradient_bytes(self.model),

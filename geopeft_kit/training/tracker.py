@@ -1,9 +1,8 @@
 """What training costs: time per step, peak memory, and what the memory is spent on.
 
-All methods are measured by the same `Tracker`, so that a row for LoRA and a row for
-full fine-tuning can stand in one table. Activations are counted exactly: the bytes
-that autograd keeps between the forward and the backward pass, one count per storage,
-parameters excluded. Taught in notebooks 02 and 08.
+Activations are counted exactly: the bytes that autograd keeps between the forward and
+the backward pass, each storage once, parameters excluded. Taught in notebooks 02
+and 08.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from geopeft_kit.training.peak_memory import PeakMemory
+from geopeft_kit.training.hardware import PeakMemory
 
 MIB = 2**20
 
@@ -63,11 +62,10 @@ class Resources:
 
 @contextmanager
 def count_saved_bytes(model: nn.Module) -> Iterator[dict[int, int]]:
-    """Count the bytes autograd saves for the backward pass inside this context.
+    """Count the bytes that autograd saves for the backward pass inside this context.
 
-    A storage that several tensors share counts once; storages of the model's own
-    parameters do not count, because they are there with or without training. Tensors
-    without memory behind them (meta, fake) are counted as if they had it.
+    A storage that several tensors share counts once; the model's own parameters do not
+    count. Tensors without memory behind them (meta, fake) count as if they had it.
 
     Args:
         model: The model whose parameters are left out.
@@ -102,13 +100,13 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def gradient_bytes(model: nn.Module) -> int:
-    """Bytes of the gradients that are there now."""
+    """Bytes of the gradients that exist now."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     return sum(g.numel() * g.element_size() for g in gradients)
 
 
 def optimiser_bytes(optimiser: torch.optim.Optimizer) -> int:
-    """Bytes of the tensors an optimiser keeps beside the gradients."""
+    """Bytes of an optimiser's own tensors."""
     return sum(
         value.numel() * value.element_size()
         for state in optimiser.state.values()
@@ -120,12 +118,9 @@ def optimiser_bytes(optimiser: torch.optim.Optimizer) -> int:
 class Tracker(L.Callback):
     """A Lightning callback that measures time and memory of a training run.
 
-    The first `warmup` steps are not timed; the saved tensors are counted in the first
-    of them, so that counting does not disturb the clock.
-
-    Args:
-        warmup: Steps left out of the timing. With fewer steps than that in all, the
-            last step is timed alone.
+    The first `warmup` steps are not timed (of fewer steps in all, the last is timed
+    alone). Saved tensors are counted in the first, so that counting does not disturb
+    the clock.
     """
 
     def __init__(self, warmup: int = 3) -> None:
@@ -136,53 +131,33 @@ class Tracker(L.Callback):
         self.weights = self.gradients = self.optimiser = 0
         self._counting: Any = None
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         self.memory = PeakMemory(pl_module.device)
         self.memory.start()
         self.precision = str(trainer.precision)
 
-    def on_train_batch_start(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        self._synchronise(pl_module.device)
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self._synchronise()
         self._began = time.perf_counter()
         if self.saved is None:
             self._counting = count_saved_bytes(pl_module)
             self.saved = self._counting.__enter__()
 
-    def on_before_backward(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor
-    ) -> None:
+    def on_before_backward(self, *_: Any) -> None:
         self._stop_counting()
 
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, *_: Any) -> None:
         self._stop_counting()
 
-    def on_before_optimizer_step(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        optimizer: torch.optim.Optimizer,
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         if not self.gradients:
             self.weights = weight_bytes(pl_module)
             self.gradients = gradient_bytes(pl_module)
 
     def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._synchronise(pl_module.device)
+        self._synchronise()
         self.times.append(time.perf_counter() - self._began)
         count = len(batch["region"] if "region" in batch else batch["image"])
         self.samples = max(self.samples, count)
@@ -190,7 +165,7 @@ class Tracker(L.Callback):
             self.optimiser = optimiser_bytes(trainer.optimizers[0])
         self.memory.sample()
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, *_: Any) -> None:
         self.peak = self.memory.peak()
 
     def resources(self) -> Resources:
@@ -203,10 +178,9 @@ class Tracker(L.Callback):
         timed = np.array(self.times[self.warmup :] or self.times[-1:]) * 1000
         median = float(np.median(timed))
         device = self.memory.device
+        on_gpu = device.type == "cuda"
         return Resources(
-            device="cpu"
-            if device.type == "cpu"
-            else torch.cuda.get_device_name(device),
+            device=torch.cuda.get_device_name(device) if on_gpu else "cpu",
             precision=self.precision,
             step_ms=median,
             step_ms_p90=float(np.percentile(timed, 90)),
@@ -225,7 +199,6 @@ class Tracker(L.Callback):
             self._counting.__exit__(None, None, None)
             self._counting = None
 
-    @staticmethod
-    def _synchronise(device: torch.device) -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+    def _synchronise(self) -> None:
+        if self.memory.device.type == "cuda":
+            torch.cuda.synchronize(self.memory.device)
