@@ -17,7 +17,7 @@ from pyproj import Geod, Transformer
 from rasterio.transform import from_origin
 
 import geopeft_kit as gk
-from geopeft_kit.data.own.pixel_size import metres_per_unit
+from geopeft_kit.geodesy import metres_per_unit
 from geopeft_kit.data.own.regions import draw_regions
 from geopeft_kit.data.own.scale_check import propose_scale, sample_values
 

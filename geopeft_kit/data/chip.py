@@ -16,7 +16,7 @@ from rasterio.crs import CRS
 from rasterio.transform import array_bounds, from_bounds
 from rasterio.warp import transform_geom
 
-from geopeft_kit.data.open_raster import ALONE, open_raster
+from geopeft_kit.open_raster import ALONE, open_raster
 
 
 @dataclass

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from geopeft_kit.data.chip import check_same_size
 from geopeft_kit.data.info import DatasetInfo, mask_value_message
-from geopeft_kit.data.open_raster import ALONE, open_raster
+from geopeft_kit.open_raster import ALONE, open_raster
 
 NOWHERE = (float("nan"),) * 4
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from geopeft_kit.data.chip import Chip, Outline, check_same_size
 from geopeft_kit.data.info import DatasetInfo
-from geopeft_kit.data.open_raster import open_raster
+from geopeft_kit.open_raster import open_raster
 from geopeft_kit.data.reading import ChipReader, Grid
 
 RASTERS = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".jp2", ".img")

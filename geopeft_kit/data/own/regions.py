@@ -21,9 +21,9 @@ import shapely
 from affine import Affine
 from rasterio.crs import CRS
 
-from geopeft_kit.data.open_raster import open_raster
+from geopeft_kit.open_raster import open_raster
 from geopeft_kit.data.own.pairs import Pair
-from geopeft_kit.data.own.pixel_size import apply_affine, footprint_of, metres_per_unit
+from geopeft_kit.geodesy import apply_affine, footprint_of, metres_per_unit
 from geopeft_kit.data.own.shapes import AREAS, read_vector
 
 MOST_BLOCKS = 100_000

@@ -18,7 +18,7 @@ import numpy as np
 import rasterio
 
 from geopeft_kit.bands import BANDS, SENSORS, resolve_bands
-from geopeft_kit.data.open_raster import ALONE, open_raster
+from geopeft_kit.open_raster import ALONE, open_raster
 
 FILES, SIDE = 8, 256  # files looked at, and pixels along a side of each
 BRIGHT = 1.6  # reflectance above this is glint, cloud or a wrong scale

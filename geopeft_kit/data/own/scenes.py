@@ -22,9 +22,9 @@ from rasterio.windows import Window
 
 from geopeft_kit.data.chip import Chip
 from geopeft_kit.data.info import DatasetInfo
-from geopeft_kit.data.open_raster import open_raster
+from geopeft_kit.open_raster import open_raster
 from geopeft_kit.data.own.pairs import RASTERS, safe_name
-from geopeft_kit.data.own.pixel_size import footprint_of
+from geopeft_kit.geodesy import footprint_of
 from geopeft_kit.data.own.regions import Cutting, pixel_regions
 from geopeft_kit.data.own.shapes import (
     POINTS,

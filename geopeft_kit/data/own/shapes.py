@@ -18,8 +18,8 @@ from pyogrio.errors import DataSourceError
 from rasterio.warp import transform_bounds
 
 from geopeft_kit.data.info import DatasetInfo
-from geopeft_kit.data.open_raster import open_raster
-from geopeft_kit.data.own.pixel_size import apply_affine, footprint_of
+from geopeft_kit.open_raster import open_raster
+from geopeft_kit.geodesy import apply_affine, footprint_of
 from geopeft_kit.data.own.tables import read_csv
 
 AREAS, POINTS = {"Polygon", "MultiPolygon"}, {"Point"}
