@@ -49,6 +49,7 @@ LEVEL |= dict.fromkeys(
 LEVEL["applicability"] = LEVEL["inference"]
 LEVEL["saved_model"] = LEVEL["model"]
 LEVEL |= {"baselines": LEVEL["comparison"], "indices": LEVEL["bands"]}
+LEVEL |= dict.fromkeys(["geodesy", "open_raster"], LEVEL["bands"])
 LEVEL["geo_aware"] = LEVEL["pretraining"]
 
 

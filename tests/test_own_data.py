@@ -17,9 +17,9 @@ from pyproj import Geod, Transformer
 from rasterio.transform import from_origin
 
 import geopeft_kit as gk
-from geopeft_kit.geodesy import metres_per_unit
 from geopeft_kit.data.own.regions import draw_regions
 from geopeft_kit.data.own.scale_check import propose_scale, sample_values
+from geopeft_kit.geodesy import metres_per_unit
 
 HLS = ("BLUE", "GREEN", "RED", "NIR_NARROW", "SWIR_1", "SWIR_2")
 UTM = "EPSG:32632"
@@ -256,7 +256,7 @@ def test_chips_that_are_written_and_cannot_be_split_stay(pairs: Path) -> None:
             "image,label,date\nx.tif,dry,31st of May\n",
             "row 0: '31st of May' is not a date",
         ),
-        ("image,label\nx.tif,dry\nx.tif,wet\n", "rows 0 and 1 both make a chip"),
+        ("image,label\nx.tif,dry\nx.tif,wet\n", "rows 0 and 1 name the same image"),
     ],
 )
 def test_tables_that_cannot_be_right(tmp_path: Path, table: str, message: str) -> None:
