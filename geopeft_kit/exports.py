@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,10 +21,12 @@ import rasterio
 import rasterio.shutil
 from rasterio.enums import Resampling
 
-from .files import whole_file
+from .files import check_not_input, whole_file
+from .geodesy import equal_area, footprint_of, placed, to_degrees
 from .map_layers import MapLayer, class_names
+from .open_raster import open_raster
 from .pictures import Colours, class_colours
-from .rasters import colour_to_rgba
+from .rasters import check_whole, colour_to_rgba
 
 PIECES = 2_000_000  # polygons above this are no longer a file that anybody opens
 SIDE = 4096  # pixels of a picture
@@ -60,6 +61,7 @@ def export_prediction(
         raise FileNotFoundError(f"{str(lost)!r} does not exist. Check the path.")
     names = class_names(MapLayer("export", source, "classes", classes=classes))
     table = _colours(source, names, colours)
+    check_not_input([folder / f"{source.stem}.png"], [str(source)])
     written = {
         "cog": folder / f"{source.stem}_cog.tif",
         "geojson": folder / f"{source.stem}.geojson",
@@ -74,7 +76,7 @@ def export_prediction(
 def _colours(source: Path, names: Sequence[str], colours: Colours | None) -> list[str]:
     """The caller's colours, else the file's, else the kit's own."""
     if colours is None:
-        with rasterio.open(source) as raster:
+        with open_raster(source) as raster:
             if raster.colorinterp[0].name == "palette":
                 table = raster.colormap(1)
                 colours = [table[i][:3] for i in range(len(names))]
@@ -93,14 +95,19 @@ def save_cog(
         tempfile.TemporaryDirectory(dir=target.parent) as box,
     ):
         painted = Path(box) / "painted.tif"
-        shutil.copyfile(source, painted)
-        with rasterio.open(painted, "r+") as raster:
-            table = {i: colour_to_rgba(colour) for i, colour in enumerate(colours)}
-            raster.write_colormap(1, table)
-            raster.update_tags(classes=json.dumps(list(names)))
+        table = {i: colour_to_rgba(colour) for i, colour in enumerate(colours)}
+        # A copy by blocks: GDAL crashes where it opens a damaged file to change it.
+        with open_raster(source) as raster:
+            profile = raster.profile | {"driver": "GTiff", "count": 1}
+            with rasterio.open(painted, "w", **profile) as copy:
+                for _, window in raster.block_windows(1):
+                    copy.write(raster.read(1, window=window), 1, window=window)
+                copy.write_colormap(1, table)
+                copy.update_tags(classes=json.dumps(list(names)))
         # Overviews take the commonest class: no mean of numbers that are names.
         rasterio.shutil.copy(painted, part, driver="COG", compress="deflate",
                              overview_resampling="mode", blocksize=256)  # fmt: skip
+        check_whole(part)
     return target
 
 
@@ -117,15 +124,24 @@ def save_polygons(
     import shapely
     from rasterio.features import shapes
 
-    with rasterio.open(source) as raster:
-        if not raster.crs:
+    with open_raster(source) as raster:
+        if not placed(raster.crs):
             raise ValueError(
-                f"{source} has no coordinate system, so no place on Earth."
+                f"{source} has {raster.crs or 'no coordinate system'}, so no place on "
+                "Earth."
             )
+        place = to_degrees(
+            [footprint_of(raster.transform, raster.height, raster.width)], raster.crs
+        )
         band = rasterio.band(raster, 1)
         found, numbers = [], []
         for shape, number in shapes(band, mask=raster.dataset_mask(), connectivity=4):
             found.append(shapely.geometry.shape(shape))
+            if not 0 <= number < len(names):
+                raise ValueError(
+                    f"{source} holds class {number:g}, but {len(names)} classes are "
+                    f"named: {', '.join(names)}. Pass classes= with a name for each."
+                )
             numbers.append(int(number))
             if len(found) > PIECES:
                 raise ValueError(
@@ -137,8 +153,10 @@ def save_polygons(
         {"class": [names[n] for n in numbers], "number": numbers},
         geometry=found, crs=crs,
     )  # fmt: skip
-    table["area_m2"] = table.to_crs("EPSG:6933").area.round(1)
-    kept = table[table["area_m2"] >= smallest_m2].to_crs("EPSG:4326")
+    plane = equal_area(shapely.get_coordinates(place))
+    table["area_m2"] = table.to_crs(plane).area.round(1)
+    kept = table[table["area_m2"] >= smallest_m2]
+    kept = kept.set_geometry(to_degrees(kept.geometry, crs), crs="EPSG:4326")
     with whole_file(target) as part:
         part.write_text(kept.to_json(drop_id=True), encoding="utf-8")
     return target
@@ -151,7 +169,7 @@ def save_picture(source: Path, target: Path, colours: Sequence[str]) -> Path:
     """
     from PIL import Image
 
-    with rasterio.open(source) as raster:
+    with open_raster(source) as raster:
         thin = max(1.0, max(raster.width, raster.height) / SIDE)
         shape = (
             max(1, round(raster.height / thin)),

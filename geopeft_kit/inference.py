@@ -26,11 +26,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import rasterio
 import torch
+from rasterio.control import GroundControlPoint
+from rasterio.rpc import RPC
 from rasterio.transform import Affine
 from torch import nn
 
 from .devices import device_of, moved
+from .files import check_not_input
 from .kept_rows import KeptRows
 from .pictures import Colours, class_colours
 from .progress import progress_bar
@@ -51,9 +55,10 @@ def predict_scene(
     device: str | torch.device | None = None,
     progress: bool = True,
     *,
-    bands: Sequence[str] | None = None,
-    scale: float | None = None,
-    offset: float = 0.0,
+    bands: str | Sequence[str] | None = None,
+    scale: float | Sequence[float] | None = None,
+    offset: float | Sequence[float] = 0.0,
+    nodata: float | None = None,
     classes: Sequence[str] | None = None,
     colours: Colours | None = None,
     probabilities: bool = False,
@@ -72,23 +77,26 @@ def predict_scene(
             (`"regression"`) or to (B, K, r*h, r*w) bands (`"super_resolution"`, where
             `model.factor` is r). `model.backbone.bands`, where present, says which
             bands it wants.
-        source: Any raster that rasterio opens: a GeoTIFF, a VRT, a URL.
+        source: Any raster that rasterio opens: a GeoTIFF, a VRT, a URL, a name of
+            GDAL's as "NETCDF:file.nc:name".
         target: The GeoTIFF to write: uint8 class numbers (nodata 255) or float32
             values (nodata NaN), of super-resolution one band per predicted band, under
             the names of the bands that went in where as many come out. An existing
-            file is replaced once all is written.
+            file, but never the source, is replaced once all is written.
         window: Side of the square that the model sees, in pixels. By default the
             image size of the backbone, else 256.
         overlap: Share of a window that its neighbour sees too, at least 0, below 1.
         batch_size: Windows per forward pass.
         device: Where to run; by default where the model's parameters are.
         progress: Show a progress bar.
-        bands: Names of the source's bands, in its order. By default its own band
-            descriptions.
-        scale: Reflectance = stored value * scale + offset. By default the scale that
+        bands: Names of the source's bands, in its order, or a sensor. By default its
+            own band descriptions.
+        scale: Reflectance = stored value * scale + offset, one number or one for each
+            band of the source. By default the scale that
             the raster itself states; integers that state none are an error, since
             10000, 255 and 1 are all in use.
         offset: See `scale`; used only together with it.
+        nodata: A stored value that means no data where the source does not say so.
         classes: Class names, kept as a tag of the file. By default `model.classes`.
         colours: One "#rrggbb" per class (a list, or a dict by class), kept as the
             colour table of the file. By default `model.colours`.
@@ -111,7 +119,8 @@ def predict_scene(
 
     Raises:
         FileNotFoundError: `source` or the folder of `target` does not exist.
-        ValueError: Bands, scale, overlap, window or task do not fit.
+        ValueError: Bands, scale, overlap, window or task do not fit; or the target is
+            the source.
         RuntimeError: The prediction could not be written whole (a full disk); no
             file is left behind.
     """
@@ -139,7 +148,10 @@ def predict_scene(
     wanted = getattr(getattr(model, "backbone", None), "bands", None)
     with ExitStack() as stack:
         stack.enter_context(_predicting(model.to(device)))
-        reader = stack.enter_context(SceneReader(source, wanted, bands, scale, offset))
+        reader = stack.enter_context(
+            SceneReader(source, wanted, bands, scale, offset, nodata, window)
+        )
+        check_not_input([target, _beside(target)], reader.raster.files)
         predict = _Predictor(model, task, device, batch_size, meta, precision, finer)
         # One empty window shows the number of channels, and that model and scene fit.
         empty = np.zeros((1, len(reader.indexes), window, window), np.float32)
@@ -148,7 +160,7 @@ def predict_scene(
         kept = None
         if resume:
             how = [window, step, batch_size, probabilities, predict.precision, finer]
-            job = _job(model, source, reader, *how)
+            job = _job(model, source, reader, *how, nodata)
             kept = KeptRows(target.with_name(f".{target.name}.rows"), job)
         done = 0 if kept is None else len(kept)
         rows = blended_rows(
@@ -171,10 +183,11 @@ def _job(
         weights.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         weights.update(flat.view(torch.uint8).numpy())
-    path = Path(os.fspath(source))
-    facts = path.stat() if path.exists() else None
+    files = [Path(name) for name in reader.raster.files]  # a VRT and what is in it
+    stats = [(str(path), path.stat()) for path in files if path.exists()]
+    facts = [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
     return {
-        "source": [str(source), *([facts.st_size, facts.st_mtime_ns] if facts else [])],
+        "source": [str(source), *facts],
         "grid": [reader.width, reader.height, *reader.raster.transform],
         "bands": reader.indexes,
         "scaling": [reader.gain.ravel().tolist(), reader.offset.ravel().tolist()],
@@ -434,13 +447,8 @@ def _write_scene(
     finer: int = 1,
 ) -> Path:
     """Turn strips of rows into files; all of them appear, or none."""
-    a, b, x, d, e, y = reader.raster.transform[:6]
-    grid = {
-        "width": reader.width * finer,
-        "height": reader.height * finer,
-        "transform": Affine(a / finer, b / finer, x, d / finer, e / finer, y),
-        "crs": reader.raster.crs,
-    }
+    size = {"width": reader.width * finer, "height": reader.height * finer}
+    grid = size | _place(reader.raster, finer)
     numbers = {**grid, "count": 1, "dtype": "uint8", "nodata": CLASS_NODATA}
     floats = {**grid, "count": channels, "dtype": "float32", "nodata": float("nan")}
     tags = {"classes": json.dumps(list(classes))} if classes is not None else {}
@@ -453,8 +461,7 @@ def _write_scene(
     writers = [RowWriter(target, profile, *look)]
     try:
         if probabilities:
-            beside = target.with_name(f"{target.stem}_probabilities.tif")
-            writers.append(RowWriter(beside, floats, names, folder=place))
+            writers.append(RowWriter(_beside(target), floats, names, folder=place))
         for strip in strips if kept is None else kept.go_on(strips):
             for writer, rows in zip(writers, strip, strict=True):
                 writer.write(rows)
@@ -468,6 +475,31 @@ def _write_scene(
     if kept is not None:
         kept.discard()
     return target
+
+
+def _beside(target: Path) -> Path:
+    """Where the probabilities of a prediction are written."""
+    return target.with_name(f"{target.stem}_probabilities.tif")
+
+
+def _place(raster: rasterio.DatasetReader, finer: int) -> dict[str, Any]:
+    """The place of a scene with `finer` times as many rows and columns.
+
+    A scene that was never warped has control points or RPCs instead of a transform.
+    """
+    points, crs = raster.gcps
+    if points:
+        moved = [GroundControlPoint(p.row * finer, p.col * finer, p.x, p.y, p.z)
+                 for p in points]  # fmt: skip
+        return {"gcps": moved, "crs": crs}
+    if raster.rpcs is not None:
+        rpcs = raster.rpcs.to_dict()
+        for name in ("line_off", "line_scale", "samp_off", "samp_scale"):
+            rpcs[name] *= finer
+        return {"rpcs": RPC(**rpcs)}
+    a, b, x, d, e, y = raster.transform[:6]
+    transform = Affine(a / finer, b / finer, x, d / finer, e / finer, y)
+    return {"transform": transform, "crs": raster.crs}
 
 
 def _value_names(reader: SceneReader, channels: int, task: str) -> list[str]:

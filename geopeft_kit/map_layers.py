@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import rasterio
 from rasterio.transform import Affine, from_bounds
 
+from .open_raster import open_raster
 from .pictures import Colours, as_numpy
 
 KINDS = ("image", "classes", "values", "errors")
@@ -118,8 +118,17 @@ def class_names(layer: MapLayer) -> list[str]:
     """Class names of a layer: its own, or those that the file carries."""
     classes, first = layer.classes, sources_of(layer.source)[0]
     if classes is None and not isinstance(first, Raster):
-        with rasterio.open(first) as raster:
-            classes = json.loads(raster.tags().get("classes", "null"))
+        with open_raster(first) as raster:
+            text = raster.tags().get("classes", "null")
+        try:
+            classes = json.loads(text)
+        except (json.JSONDecodeError, RecursionError):
+            classes = text
+        if classes is not None and not isinstance(classes, list):
+            raise ValueError(
+                f"{first} has a tag classes that is no list of names: {text[:40]!r}. "
+                "Pass classes=[...]."
+            )
     if classes is None:
         raise ValueError(
             f"Layer {layer.name!r} needs classes=[...], the names of its classes."

@@ -77,10 +77,11 @@ def open_raster(
 
 
 def _opened(name: str, strict: bool) -> rasterio.DatasetReader:
-    allowed = DRIVERS.get(Path(name).suffix.lower(), ())
+    allowed = DRIVERS.get(Path(name.split("?")[0]).suffix.lower(), ())
     if not allowed and strict:
         allowed = tuple(dict.fromkeys(sum(DRIVERS.values(), ())))
-    if not allowed or not Path(name).exists():
+    remote = name.startswith(("http://", "https://", "s3://", "gs://"))
+    if not allowed or not (remote or Path(name).exists()):
         return rasterio.open(name)
     if strict and Path(f"{name}.msk").exists():
         # GDAL opens the mask beside a raster by any driver, a VRT among them.

@@ -16,16 +16,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import rasterio
 from rasterio.enums import Resampling
-from rasterio.errors import RasterioIOError
 from rasterio.transform import from_origin
 from rasterio.vrt import WarpedVRT
 from rasterio.warp import transform_bounds
 
 from .bands import resolve_bands
-from .files import whole_file
+from .files import check_not_input
+from .geodesy import placed
 from .inference import predict_scene
 from .map_layers import MapLayer
-from .rasters import SceneReader
+from .open_raster import UnreadableRaster, open_raster
+from .rasters import RowWriter, SceneReader
 from .stac import BandFile, band_files, cloud_file, find_item
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 Box = tuple[float, float, float, float]
 LARGEST = 4096  # pixels along a side of a box
+GRID = ("width", "height", "crs", "transform")
 # What GDAL has to know to read a window of a file on the web, and no more of it.
 REMOTE = {
     "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
@@ -53,6 +55,7 @@ def fetch_scene(
     mask_clouds: bool = True,
     scale: float | None = None,
     offset: float = 0.0,
+    nodata: float | None = None,
     modifier: Callable[[Any], Any] | None = None,
 ) -> Path:
     """Write the pixels of a box as a GeoTIFF of reflectance.
@@ -72,6 +75,7 @@ def fetch_scene(
         mask_clouds: Leave out what the scene's own cloud band (SCL or Fmask) hides.
         scale: Reflectance per stored unit of a raster that does not say it.
         offset: Used together with `scale`.
+        nodata: A stored value of a raster that means no data, where it does not say so.
         modifier: Signs the items of an API that asks for it.
 
     Returns:
@@ -107,7 +111,9 @@ def fetch_scene(
             image = np.stack([_read_band(file, grid) for file in files.values()])
         else:
             grid = _grid(os.fspath(source), box, crs, resolution)
-            image = _read_raster(source, names, grid, scale, offset)
+            image = _read_raster(source, names, grid, scale, offset, nodata)
+            with _opened(os.fspath(source)) as raster:
+                check_not_input([target], raster.files)
         if hidden is not None:
             address, rule = hidden
             clouds = _warped(address, [1], grid, Resampling.nearest, None)[0]
@@ -168,9 +174,8 @@ def predict_place(
     with rasterio.open(chances) as raster:
         highest = np.nanmax(raster.read(), axis=0, initial=0.0)[None]
         highest[highest == 0] = np.nan
-        profile = {**raster.profile, "count": 1}
-    with whole_file(sure) as part, rasterio.open(part, "w", **profile) as raster:
-        raster.write(highest)
+        profile = raster.profile
+    _write(sure, highest, [], {name: profile[name] for name in GRID}, {})
     label = f"{name} of box {number}"
     return [
         MapLayer(f"image of box {number}", scene, bands=model.backbone.bands),
@@ -207,12 +212,17 @@ def _grid(name: str, box: Box, crs: Any, resolution: float | None) -> dict[str, 
     with _opened(name) as raster:
         crs = crs or raster.crs
         own = raster.crs == crs
-        if not raster.crs:
-            raise ValueError(f"{name} has no coordinate system, so no place is in it.")
+        if not placed(crs):
+            raise ValueError(
+                f"{name} has {crs or 'no coordinate system'}, so no place is in it."
+            )
         west, south, east, north = transform_bounds("EPSG:4326", crs, *box)
         side = resolution or (abs(raster.transform.a) if own else None)
-        if side is None:
-            raise ValueError(f"resolution= is needed with crs={crs}: a pixel's side.")
+        if side is None or side <= 0:
+            raise ValueError(
+                f"resolution={resolution} is no side of a pixel in units of {crs}; it "
+                "is needed with crs=, and above 0."
+            )
         # On the file's own corner, so that without warping no value is interpolated.
         x0, y0 = (raster.transform.c, raster.transform.f) if own else (0.0, 0.0)
     left = x0 + np.floor((west - x0) / side + 1e-6) * side
@@ -235,16 +245,14 @@ def _grid(name: str, box: Box, crs: Any, resolution: float | None) -> dict[str, 
 @contextlib.contextmanager
 def _opened(name: str) -> Any:
     try:
-        with rasterio.open(name) as raster:
+        with open_raster(name) as raster:
             yield raster
-    except RasterioIOError as error:
-        remote = name.startswith(("http", "/vsi"))
-        if not remote and not Path(name).exists():
-            raise FileNotFoundError(
-                f"There is no raster at {name!r}. Check the path."
-            ) from error
-        what = "check the network" if remote else "is it whole?"
-        raise RuntimeError(f"{name} cannot be read: {what} ({error})") from error
+    except UnreadableRaster as error:
+        if not name.startswith(("http", "/vsi")):
+            raise
+        raise RuntimeError(
+            f"{name} cannot be read: check the network ({error.__cause__})"
+        ) from error
 
 
 def _warped(
@@ -272,11 +280,12 @@ def _read_raster(
     grid: dict[str, Any],
     scale: float | None,
     offset: float,
+    nodata: float | None,
 ) -> np.ndarray:
     """A local raster; its bands and scale are read as `predict_scene` reads them."""
     with SceneReader(source, names, scale=scale, offset=offset) as reader:
         indexes, gain, shift = reader.indexes, reader.gain, reader.offset
-    stored = _warped(os.fspath(source), indexes, grid, Resampling.bilinear, None)
+    stored = _warped(os.fspath(source), indexes, grid, Resampling.bilinear, nodata)
     if not np.isfinite(stored).any():
         raise ValueError(
             f"{source} has no data in this box. Draw the box on the raster."
@@ -291,9 +300,12 @@ def _write(
     grid: dict[str, Any],
     tags: dict[str, str],
 ) -> None:
-    profile = {"driver": "GTiff", "count": len(image), "dtype": "float32",
-               "nodata": float("nan"), "compress": "deflate", **grid}  # fmt: skip
-    with whole_file(target) as part, rasterio.open(part, "w", **profile) as raster:
-        raster.write(image.astype(np.float32))
-        raster.descriptions = tuple(names)
-        raster.update_tags(**tags)
+    """A GeoTIFF of float32, read back before it takes its place."""
+    profile = {"count": len(image), "dtype": "float32", "nodata": float("nan"), **grid}
+    writer = RowWriter(target, profile, names, tags=tags)
+    try:
+        writer.write(image.astype(np.float32))
+        writer.check()
+        writer.publish()
+    finally:
+        writer.discard()

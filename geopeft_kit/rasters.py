@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,8 @@ from rasterio.errors import RasterioError, RasterioIOError
 from rasterio.windows import Window
 
 from .bands import resolve_bands
+from .files import remove_side_files
+from .open_raster import open_raster, tags_of
 
 BLOCK = 256  # rows and columns of one block of the tiled GeoTIFF that is written
 
@@ -30,8 +32,11 @@ class SceneReader:
         source: Anything that rasterio opens.
         wanted: Bands that the model wants, in its order; None takes all as they are.
         bands: Names of the source's bands in its order; None reads its descriptions.
-        scale: Reflectance per stored unit; None reads the raster's own.
+        scale: Reflectance per stored unit, one number or one a band of the source;
+            None reads the raster's own.
         offset: Added after scaling, used together with `scale`.
+        nodata: A stored value without data, beside what the source says itself.
+        window: Side of the windows that will be read, row after row.
 
     Attributes:
         names: Of the bands that are read, in their order; None where one has none.
@@ -41,19 +46,21 @@ class SceneReader:
         self,
         source: str | os.PathLike[str],
         wanted: Sequence[str] | None,
-        bands: Sequence[str] | None = None,
-        scale: float | None = None,
-        offset: float = 0.0,
+        bands: str | Sequence[str] | None = None,
+        scale: float | Sequence[float] | None = None,
+        offset: float | Sequence[float] = 0.0,
+        nodata: float | None = None,
+        window: int = 0,
     ) -> None:
-        name = os.fspath(source)
-        remote = "://" in name or name.startswith(("/vsi", "<VRTDataset"))
-        if not remote and not Path(name).exists():
-            raise FileNotFoundError(f"There is no raster at {name!r}. Check the path.")
-        # GDAL's own block cache would otherwise grow to a share of all memory.
-        self._environment = rasterio.Env(GDAL_CACHEMAX=128 * 1024 * 1024)
-        self._environment.__enter__()
+        bands = resolve_bands(bands) if isinstance(bands, str) else bands
+        self.nodata = nodata
+        self._stack = ExitStack()
         try:
-            self.raster = _open(name)
+            self.raster = self._stack.enter_context(open_raster(source))
+            tags_of(self.raster)  # refuses complex numbers
+            # GDAL's own block cache would otherwise grow to a share of all memory.
+            cache = rasterio.Env(GDAL_CACHEMAX=_cache_for(self.raster, window))
+            self._stack.enter_context(cache)
             self.indexes = _band_indexes(self.raster, wanted, bands)
             self.names = list(wanted or bands or self.raster.descriptions)
             self.gain, self.offset = _scaling(self.raster, self.indexes, scale, offset)
@@ -79,6 +86,8 @@ class SceneReader:
                 f"{error}. The file may be truncated: copy or download it again."
             ) from error
         valid &= np.isfinite(stored).all(axis=0)
+        if self.nodata is not None:
+            valid &= (stored != np.float32(self.nodata)).all(axis=0)
         image = stored * self.gain + self.offset
         image[:, ~valid] = 0.0
         if not self.stated and image.max(initial=0) > 20:
@@ -95,9 +104,7 @@ class SceneReader:
 
     def close(self) -> None:
         """Close the raster."""
-        if hasattr(self, "raster"):
-            self.raster.close()
-        self._environment.__exit__(None, None, None)
+        self._stack.close()
 
     def __enter__(self) -> SceneReader:
         return self
@@ -106,14 +113,17 @@ class SceneReader:
         self.close()
 
 
-def _open(name: str) -> rasterio.DatasetReader:
-    try:
-        return rasterio.open(name)
-    except RasterioIOError as error:
-        raise ValueError(
-            f"{name[:200]!r} cannot be opened as a raster: {error}. Pass a GeoTIFF, a "
-            "VRT or anything else that GDAL reads."
-        ) from error
+def _cache_for(raster: rasterio.DatasetReader, window: int) -> int:
+    """Bytes that hold a row of windows of a file in strips, else 128 MB.
+
+    Each strip would otherwise be decoded once for every window that it crosses.
+    """
+    height, width = raster.block_shapes[0]
+    least = 128 * 1024**2
+    if width < raster.width:
+        return least
+    pixel = sum(np.dtype(dtype).itemsize for dtype in raster.dtypes)
+    return min(max(least, 2 * (window + height) * width * pixel), 2**31 - 1)
 
 
 def _band_indexes(
@@ -159,14 +169,22 @@ def _canonical(name: str) -> str:
 def _scaling(
     raster: rasterio.DatasetReader,
     indexes: Sequence[int],
-    scale: float | None,
-    offset: float,
+    scale: float | Sequence[float] | None,
+    offset: float | Sequence[float],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Gain and offset per band, (C, 1, 1) each, stated and never guessed."""
     shape = (len(indexes), 1, 1)
     if scale is not None:
-        return np.full(shape, scale, np.float32), np.full(shape, offset, np.float32)
-    if offset:
+        wrong = {np.size(scale), np.size(offset)} - {1, raster.count}
+        if wrong:
+            raise ValueError(
+                f"scale or offset has {wrong.pop()} numbers for the {raster.count} "
+                f"bands of {raster.name}. Give one number for all, or one a band."
+            )
+        full = np.broadcast_arrays(scale, offset, np.zeros(raster.count))[:2]
+        chosen = [each[np.array(indexes) - 1].reshape(shape) for each in full]
+        return chosen[0].astype("f4"), chosen[1].astype("f4")
+    if np.any(offset):
         raise ValueError(f"offset={offset} needs scale too: value * scale + offset.")
     gains = np.array([raster.scales[i - 1] for i in indexes], np.float32).reshape(shape)
     offsets = np.array([raster.offsets[i - 1] for i in indexes], np.float32).reshape(
@@ -255,16 +273,13 @@ class RowWriter:
             self._flush(left)
         with self._naming_the_disk():
             self.raster.close()
-            with rasterio.open(self.part) as written:
-                for block, box in written.block_windows(1):
-                    if written.block_size(1, *block) <= 0:
-                        raise RasterioIOError(f"block {block} is missing")
-                    written.read(window=box)
+            check_whole(self.part)
 
     def publish(self) -> None:
         """Put the checked file in its place."""
         os.chmod(self.part, 0o644)  # a temporary file starts out private
         os.replace(self.part, self.target)
+        remove_side_files(self.target)
 
     def discard(self) -> None:
         """Leave nothing unfinished behind; a published file stays."""
@@ -284,6 +299,15 @@ class RowWriter:
                 f"{error}. Is the disk full? Free some space or choose another folder, "
                 "then run again."
             ) from error
+
+
+def check_whole(path: Path) -> None:
+    """Read a GeoTIFF once; raise RasterioIOError where a block never arrived."""
+    with rasterio.open(path) as written:
+        for block, box in written.block_windows(1):
+            if written.block_size(1, *block) <= 0:
+                raise RasterioIOError(f"block {block} is missing")
+            written.read(window=box)
 
 
 def colour_to_rgba(colour: str) -> tuple[int, int, int, int]:

@@ -186,7 +186,9 @@ def test_masks_with_other_numbers_are_renumbered(pairs: Path) -> None:
     )
     expected = np.random.default_rng(4).integers(0, 2, (16, 16))
     assert torch.equal(data.dataset("test")[0]["mask"], torch.tensor(expected))
-    with pytest.raises(ValueError, match="mask value 200 is none of 7, 9"):
+    with pytest.raises(
+        ValueError, match="mask value 200 is outside the classes; allowed are 7, 9"
+    ):
         gk.ChipData.from_pairs(
             **masks, **STATED, classes={7: "land", 9: "w"}, folder=pairs / "no"
         )
