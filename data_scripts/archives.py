@@ -189,7 +189,8 @@ def _unzip(parts: Sequence[Path], folder: Path) -> None:
 def _untar(parts: Sequence[Path], folder: Path) -> None:
     with _Joined(parts) as whole, tarfile.open(fileobj=whole, mode="r|*") as file:
         for member in file:
-            if _leads_out(member.name):
+            # A data set needs no links, and a chain of them leads anywhere.
+            if _leads_out(member.name) or member.issym() or member.islnk():
                 _refuse(parts[-1], member.name)
             try:
                 file.extract(member, folder, filter="data")

@@ -25,8 +25,26 @@ def whole_file(target: Path) -> Iterator[Path]:
         yield part
         part.chmod(0o666 & ~_umask())  # a temporary file starts out private
         os.replace(part, target)
+        remove_side_files(target)
     finally:
         part.unlink(missing_ok=True)
+
+
+def remove_side_files(raster: Path) -> None:
+    """Remove overviews, statistics and masks beside a raster that was replaced."""
+    for end in (".ovr", ".aux.xml", ".msk"):
+        Path(f"{raster}{end}").unlink(missing_ok=True)
+
+
+def check_not_input(targets: Iterable[Path], inputs: Iterable[str]) -> None:
+    """Refuse to write onto a file that is read, whatever its path is spelled like."""
+    for target in filter(Path.exists, targets):
+        for name in inputs:
+            if Path(name).exists() and target.samefile(name):
+                raise ValueError(
+                    f"{target} is the input itself, {name}. Choose another name for "
+                    "what is written."
+                )
 
 
 @contextmanager

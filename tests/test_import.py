@@ -30,13 +30,14 @@ FLOORS = (
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 # Rooms that serve the ones above and stand on their floors.
 LEVEL |= dict.fromkeys(
-    ["array_store", "devices", "pictures", "progress", "files", "raster_files"],
+    ["array_store", "devices", "pictures", "progress", "files", "open_raster"],
     LEVEL["plots"],
 )
 LEVEL["exports"] = LEVEL["maps"]
 LEVEL["applicability"] = LEVEL["scenes"]
 LEVEL["saved_model"] = LEVEL["model"]
 LEVEL |= {"baselines": LEVEL["comparison"], "indices": LEVEL["bands"]}
+LEVEL |= dict.fromkeys(["geodesy", "open_raster"], LEVEL["bands"])
 LEVEL["geo_aware"] = LEVEL["pretraining"]
 
 

@@ -338,7 +338,7 @@ def test_bad_scenes_and_models_say_what_to_do(tmp_path):
         predict_scene(pixelwise(), tmp_path / "nowhere.tif", target)
     with pytest.raises(FileNotFoundError, match="no_folder"):
         predict_scene(pixelwise(), source, tmp_path / "no_folder" / "out.tif")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="cannot be read as a raster"):
         predict_scene(pixelwise(), broken, target)
     with pytest.raises(ValueError, match="no descriptions"):
         predict_scene(pixelwise(), nameless, target)

@@ -17,9 +17,9 @@ from pyproj import Geod, Transformer
 from rasterio.transform import from_origin
 
 import geopeft_kit as gk
-from geopeft_kit.data.own.pixel_size import metres_per_unit
 from geopeft_kit.data.own.regions import draw_regions
 from geopeft_kit.data.own.scale_check import propose_scale, sample_values
+from geopeft_kit.geodesy import metres_per_unit
 
 HLS = ("BLUE", "GREEN", "RED", "NIR_NARROW", "SWIR_1", "SWIR_2")
 UTM = "EPSG:32632"
@@ -186,7 +186,9 @@ def test_masks_with_other_numbers_are_renumbered(pairs: Path) -> None:
     )
     expected = np.random.default_rng(4).integers(0, 2, (16, 16))
     assert torch.equal(data.dataset("test")[0]["mask"], torch.tensor(expected))
-    with pytest.raises(ValueError, match="mask value 200 is none of 7, 9"):
+    with pytest.raises(
+        ValueError, match="mask value 200 is outside the classes; allowed are 7, 9"
+    ):
         gk.ChipData.from_pairs(
             **masks, **STATED, classes={7: "land", 9: "w"}, folder=pairs / "no"
         )
@@ -256,7 +258,7 @@ def test_chips_that_are_written_and_cannot_be_split_stay(pairs: Path) -> None:
             "image,label,date\nx.tif,dry,31st of May\n",
             "row 0: '31st of May' is not a date",
         ),
-        ("image,label\nx.tif,dry\nx.tif,wet\n", "rows 0 and 1 both make a chip"),
+        ("image,label\nx.tif,dry\nx.tif,wet\n", "rows 0 and 1 name the same image"),
     ],
 )
 def test_tables_that_cannot_be_right(tmp_path: Path, table: str, message: str) -> None:

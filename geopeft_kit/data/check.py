@@ -24,6 +24,7 @@ from geopeft_kit.data.info import DatasetInfo
 from geopeft_kit.data.leakage import touching_chips
 from geopeft_kit.data.own.scale_check import BRIGHT, StoredValues, propose_scale
 from geopeft_kit.data.report import DataReport, Finding
+from geopeft_kit.open_raster import Tags
 
 RARE, MOST = 0.01, 0.95  # a class below, and above, is worth a word
 
@@ -62,6 +63,8 @@ def check_data(
         *_files(chips),
         *_sizes(chips),
         *_places(chips),
+        *_pixel_sizes(chips),
+        *_tags(chips),
         *_nodata(chips, info),
         *_range(bands, pixels, info, chips),
         *_labels(chips, classes),
@@ -111,6 +114,27 @@ def _places(chips: pd.DataFrame) -> Iterator[Finding]:
         )  # fmt: skip
 
 
+def _pixel_sizes(chips: pd.DataFrame) -> Iterator[Finding]:
+    sizes = chips["pixel"].value_counts()
+    if len(sizes) and sizes.index.max() > 1.5 * sizes.index.min():
+        yield Finding(
+            "pixel sizes", "warning", f"{len(sizes)} pixel sizes: "
+            + ", ".join(f"{size:g} m ({n})" for size, n in sizes.head(3).items()),
+            chips["chip"][chips["pixel"] != sizes.index[0]],
+            "Warp them to one size: models take one resolution for all chips.",
+        )  # fmt: skip
+
+
+def _tags(chips: pd.DataFrame) -> Iterator[Finding]:
+    said = chips[chips["tags"].fillna("") != ""]
+    if len(said):
+        yield Finding(
+            "tags", "warning", f"{len(said)} files contradict the facts of the data "
+            f"set: {said['tags'].iloc[0]}", said["chip"],
+            "Find out which is right, and write the folder again with these facts.",
+        )  # fmt: skip
+
+
 def _nodata(chips: pd.DataFrame, info: DatasetInfo) -> Iterator[Finding]:
     share = chips["nodata"].mean()
     mostly = chips["chip"][chips["nodata"] > 0.5]
@@ -142,7 +166,7 @@ def _range(
     ]
     if len(wrong):
         number, offset, why = propose_scale(
-            StoredValues(len(pixels), pixels.dtype.name, (), pixels, None, None)
+            StoredValues(Tags(len(pixels), pixels.dtype.name, None, None, None), pixels)
         )
         yield Finding(
             "reflectance", "error", f"out of 0 to 1 in {', '.join(wrong.index)}: "
@@ -169,6 +193,13 @@ def _range(
 
 
 def _labels(chips: pd.DataFrame, classes: pd.DataFrame) -> Iterator[Finding]:
+    if "sentinel" in chips and (marked := chips[chips["sentinel"].notna()]).size:
+        yield Finding(
+            "targets", "warning", f"{len(marked)} masks repeat "
+            f"{marked['sentinel'].iloc[0]:g}, far from all other values",
+            marked["chip"], "If it means no label, say so: "
+            "facts={'ignore_index': ...}, or write it as nodata of the masks.",
+        )  # fmt: skip
     if "labelled" in chips:
         empty = chips["chip"][chips["labelled"] == 0]
     else:

@@ -13,10 +13,10 @@ import numpy as np
 import rasterio
 from affine import Affine
 from rasterio.crs import CRS
-from rasterio.transform import array_bounds, from_bounds
-from rasterio.warp import transform_geom
+from rasterio.transform import from_bounds
 
-from geopeft_kit.data.open_raster import ALONE, open_raster
+from geopeft_kit.geodesy import footprint_of, placed, to_degrees
+from geopeft_kit.open_raster import UNLISTED, Tags, open_raster, tags_of
 
 
 @dataclass
@@ -82,12 +82,12 @@ def outline_of(chip: Chip, height: int, width: int) -> Outline:
     return Outline(height, width, crs, transform)
 
 
-def inspect(path: Path) -> tuple[int, Outline]:
-    """Band count and outline of a raster file."""
-    with rasterio.Env(**ALONE), open_raster(path) as raster:
-        transform = raster.transform if raster.crs else None
-        size = raster.height, raster.width
-        return raster.count, Outline(*size, raster.crs, transform)
+def inspect(chip: str, path: Path) -> tuple[Tags, Outline, list[Path]]:
+    """Tags and outline of a raster file, and the files that it consists of."""
+    with rasterio.Env(**UNLISTED), open_raster(path, chip) as raster:
+        crs = raster.crs if placed(raster.crs) else None
+        outline = Outline(raster.height, raster.width, crs, raster.transform)
+        return tags_of(raster), outline, [Path(name) for name in raster.files]
 
 
 def check_same_size(name: str, what: str, found: Any, image: Any) -> None:
@@ -100,24 +100,18 @@ def check_same_size(name: str, what: str, found: Any, image: Any) -> None:
 
 
 def footprints(outlines: Sequence[Outline]) -> list[Any]:
-    """Polygons in longitude and latitude; None where a raster has no georeference.
-
-    A raster across the 180th meridian gives two polygons in one.
-    """
-    from shapely.geometry import box, mapping, shape
-
+    """Polygons in longitude and latitude; None where a raster has no georeference."""
     found: list[Any] = [None] * len(outlines)
     groups: dict[str, list[int]] = {}
     for number, outline in enumerate(outlines):
         if outline.crs is not None and outline.transform is not None:
             groups.setdefault(outline.crs.to_wkt(), []).append(number)
     for wkt, members in groups.items():
-        boxes = []
-        for number in members:
-            o = outlines[number]
-            boxes.append(mapping(box(*array_bounds(o.height, o.width, o.transform))))
-        for number, geometry in zip(
-            members, transform_geom(wkt, "EPSG:4326", boxes), strict=True
-        ):
-            found[number] = shape(geometry)
+        shapes = [
+            footprint_of(o.transform or Affine.identity(), o.height, o.width)
+            for o in (outlines[number] for number in members)
+        ]
+        shapes = to_degrees(shapes, CRS.from_wkt(wkt))
+        for number, shape in zip(members, shapes, strict=True):
+            found[number] = shape
     return found

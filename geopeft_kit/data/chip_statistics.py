@@ -6,17 +6,22 @@
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import geopandas as gpd
 import numpy as np
 import pandas as pd
+from affine import Affine
+from rasterio.crs import CRS
 from tqdm.auto import tqdm
 
 from geopeft_kit.data.info import CLASS_TASKS, DatasetInfo
-from geopeft_kit.data.reading import ChipReader, StoredChip
+from geopeft_kit.data.own.scale_check import contradictions
+from geopeft_kit.data.reading import ChipReader, Grid, StoredChip
 from geopeft_kit.data.splits import sorted_splits
+from geopeft_kit.geodesy import metres_per_unit
 
 PIXELS = 500  # of each chip that take part in the statistics of bands
 
@@ -49,12 +54,14 @@ def read_facts(
                 str(image),
                 after if info.task == "change" else None,
                 mask if info.target == "mask" else None,
+                (row["height"], row["width"]),
             )
         except (ValueError, RuntimeError) as error:
             rows.append(known | {"error": str(error)})
             continue
         facts, sample = _facts_of(stored, info, rng)
-        rows.append(known | facts | {"error": None})
+        said = contradictions(reader.asked[str(image)].tags, info)
+        rows.append(known | facts | {"tags": "; ".join(said), "error": None})
         samples.append(sample)
     if not samples:
         raise ValueError(f"no chip of {folder} can be read. {rows[0]['error']}")
@@ -76,6 +83,7 @@ def _facts_of(
     chosen = rng.permutation(values.shape[1])[:PIXELS]
     facts = {
         "crs": stored.grid.crs or "(none)",
+        "pixel": _pixel_size(stored.grid),
         "nodata": 1 - valid.mean(),
         "zeros": float((values == 0).all(axis=0).mean()) if values.size else 0.0,
         "constant": not values.size or bool((values == values[:, :1]).all()),
@@ -91,8 +99,29 @@ def _facts_of(
             facts["counts"] = np.bincount(known, minlength=len(info.classes))
         else:
             known = mask[np.isfinite(mask)]
+            facts["sentinel"] = _sentinel(known)
         facts["labelled"] = known.size / mask.size
     return facts, values[:, chosen]
+
+
+@lru_cache(maxsize=100_000)
+def _pixel_size(grid: Grid) -> float:
+    """Metres along a side of a pixel, to two digits; NaN without a place."""
+    if not grid.crs:
+        return np.nan
+    crs, transform = CRS.from_string(grid.crs), Affine(*grid.transform)
+    return float(f"{metres_per_unit(crs, transform, grid.height, grid.width):.2g}")
+
+
+def _sentinel(values: np.ndarray) -> float:
+    """A value that is repeated far beyond all others, as -9999 is; NaN for none."""
+    for end in (values.min(initial=np.inf), values.max(initial=-np.inf)):
+        rest = values[values != end]
+        if values.size - rest.size > 1 and rest.size:
+            gap = np.abs(rest - end).min()
+            if gap > 10 * max(np.ptp(rest), np.abs(rest).max()):
+                return float(end)
+    return np.nan
 
 
 def bands_table(pixels: np.ndarray, info: DatasetInfo) -> pd.DataFrame:

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from geopeft_kit.geodesy import centres
+
 if TYPE_CHECKING:
     import geopandas as gpd
 
@@ -92,8 +94,8 @@ def _centres(index: gpd.GeoDataFrame, by: str) -> tuple[np.ndarray, np.ndarray]:
             f"split={by!r} needs places, and {len(lost)} chips have none; the first "
             f"is {lost['chip'].iloc[0]!r}. Use split='region', or drop these chips."
         )
-    west, south, east, north = index.geometry.bounds.to_numpy().T
-    return (west + east) / 2, (south + north) / 2
+    lon, lat = centres(index.geometry.to_numpy()).T
+    return lon, lat
 
 
 def _east_of_the_widest_gap(lon: np.ndarray) -> np.ndarray:

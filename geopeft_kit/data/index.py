@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import shapely
 
 from geopeft_kit.data.chip import Outline, footprints
 from geopeft_kit.data.info import DatasetInfo
+from geopeft_kit.geodesy import centres
 
 if TYPE_CHECKING:
     import geopandas as gpd
@@ -31,7 +31,7 @@ def make_index(
     table = pd.DataFrame(rows)
     for name in ("date", "date_after"):
         if name in table:
-            table[name] = pd.to_datetime(table[name], errors="raise")
+            table[name] = dates_from(table[name], "the chips")
     if info.target not in table:
         table[info.target] = None
     if info.task == "classification" and "label" in table:
@@ -39,6 +39,19 @@ def make_index(
     order = [c for c in (*COLUMNS, "image_after", "mask", "label") if c in table]
     table = table[[*order, *(c for c in table if c not in order)]]
     return geopandas.GeoDataFrame(table, geometry=footprints(outlines), crs="EPSG:4326")
+
+
+def dates_from(column: pd.Series, where: str) -> pd.Series:
+    """Days and times without a zone, of dates or ISO text with or without one."""
+    text = column.astype(object).where(column.notna(), None).map(str, "ignore")
+    days = pd.to_datetime(text, format="ISO8601", errors="coerce", utc=True)
+    wrong = (days.isna() & column.notna()).to_numpy()
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise ValueError(
+            f"{where}, row {row}: {column.iloc[row]!r} is not a date. Write 2024-05-31."
+        )
+    return days.dt.tz_localize(None)
 
 
 def check_index(folder: Path, index: gpd.GeoDataFrame, info: DatasetInfo) -> None:
@@ -65,6 +78,12 @@ def check_index(folder: Path, index: gpd.GeoDataFrame, info: DatasetInfo) -> Non
     for name in ("chip", "image", "region"):
         if index[name].isna().any():
             raise ValueError(f"{folder / INDEX}: column {name!r} has empty cells.")
+    nowhere = index["chip"][index.geometry.notna() & index.geometry.is_empty]
+    if len(nowhere):
+        raise ValueError(
+            f"{folder / INDEX}: the footprint of chip {nowhere.iloc[0]!r} is empty; "
+            "write the chip folder again."
+        )
     if index.crs is not None and index.crs.to_epsg() != 4326:
         raise ValueError(
             f"{folder / INDEX}: footprints are in {index.crs.to_string()}; expected "
@@ -109,19 +128,26 @@ def _check_files(folder: Path, index: gpd.GeoDataFrame) -> None:
         for name in index[column].dropna()
     ]
     outside = [n for n in names if Path(n).is_absolute() or ".." in Path(n).parts]
+    # One listing a folder: asking for 27,000 files one by one takes seconds.
+    parents = {Path(name).parent for name in names} if not outside else set()
+    there: dict[str, os.DirEntry] = {}
+    home = folder.resolve()
+    for parent in parents:
+        if not (folder / parent).resolve().is_relative_to(home):
+            outside.append(str(parent))
+        elif (folder / parent).is_dir():
+            for entry in os.scandir(folder / parent):
+                there[(parent / entry.name).as_posix()] = entry
+    outside += [
+        name
+        for name, entry in there.items()
+        if entry.is_symlink() and not Path(entry).resolve().is_relative_to(home)
+    ]
     if outside:
         raise ValueError(
             f"{folder / INDEX}: {outside[0]!r} points out of the folder; paths are "
             "relative to it and stay inside."
         )
-    # One listing a folder: asking for 27,000 files one by one takes seconds.
-    parents = {Path(name).parent for name in names}
-    there = {
-        (parent / entry.name).as_posix()
-        for parent in parents
-        if (folder / parent).is_dir()
-        for entry in os.scandir(folder / parent)
-    }
     missing = sorted({name for name in names if Path(name).as_posix() not in there})
     if missing:
         raise FileNotFoundError(
@@ -188,5 +214,4 @@ def dates_of(index: gpd.GeoDataFrame, pair: bool) -> np.ndarray:
 
 def lonlat_of(index: gpd.GeoDataFrame) -> np.ndarray:
     """Centres of the footprints, (N, 2) float32 degrees; NaN without a footprint."""
-    centres = shapely.centroid(index.geometry.to_numpy())
-    return np.stack([shapely.get_x(centres), shapely.get_y(centres)], 1).astype("f4")
+    return centres(index.geometry.to_numpy()).astype("f4")

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from geopeft_kit.bands import resolve_bands
 
 TASKS = ("segmentation", "regression", "classification", "multilabel", "change")
@@ -39,7 +41,8 @@ class DatasetInfo:
         offset: Added after scaling: reflectance = stored * scale + offset.
         nodata: Stored value that means "no data"; None leaves it to each file's own
             nodata tag.
-        ignore_index: Mask value without a label; left out of losses and scores.
+        ignore_index: Mask value without a label; left out of losses and scores. In
+            regression 255 is a value like any other.
         licence: Of the data.
         citation: How to cite it.
         source: Where it comes from.
@@ -123,6 +126,26 @@ class DatasetInfo:
             f"{len(self.classes) - 1} ({', '.join(self.classes)})."
         )
 
+    def class_numbers(self, labels: Any) -> list[int]:
+        """Numbers of several classes: a list, or text as "a;b", "a|b" or "['a', 'b']".
+
+        A comma separates only where the text as a whole is no class.
+        """
+        if not isinstance(labels, str):
+            labels = [labels] if np.ndim(labels) == 0 else labels
+            return [self.class_number(label) for label in labels]
+        text = labels.strip()
+        if text in self.classes:
+            return [self.class_number(text)]
+        text = text.removeprefix("[").removesuffix("]")
+        mark = next((mark for mark in ";|" if mark in text), ",")
+        parts = [part.strip(" '\"") for part in text.split(mark)]
+        return [
+            self.class_number(int(part) if part.isdecimal() else part)
+            for part in parts
+            if part
+        ]
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DatasetInfo:
         """Build from the attributes by name; an unknown name is a ValueError."""
@@ -176,13 +199,17 @@ class DatasetInfo:
             raise ValueError(f"{path}: {error}") from error
 
 
-def mask_value_message(name: str, wrong: Sequence[float], info: DatasetInfo) -> str:
+def mask_value_message(
+    name: str, wrong: Sequence[float], info: DatasetInfo, numbers: Any = None
+) -> str:
     """What to say about mask values of a chip that are not a class."""
+    allowed = f"0-{len(info.classes) - 1} ({', '.join(info.classes)})"
+    if numbers:
+        allowed = ", ".join(map(str, numbers))
     return (
         f"chip {name!r}: mask value {', '.join(f'{v:g}' for v in wrong[:5])} is "
-        f"outside the classes; allowed are 0-{len(info.classes) - 1} "
-        f"({', '.join(info.classes)}) and {info.ignore_index} (no label). Correct the "
-        "mask, or add the class to the data set."
+        f"outside the classes; allowed are {allowed} and {info.ignore_index} (no "
+        "label). Correct the mask, or add it to classes; {number: None} is no label."
     )
 
 

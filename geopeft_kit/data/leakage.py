@@ -57,8 +57,9 @@ def _near_pairs(
     """Positions of pairs that touch or are within the buffer, also across 180°."""
     import shapely
 
-    shapes = test.geometry.to_numpy()
-    left, low, right, high = test.bounds.to_numpy().T
+    # A footprint across 180 degrees has two parts.
+    shapes, owners = shapely.get_parts(test.geometry.to_numpy(), return_index=True)
+    left, low, right, high = shapely.bounds(shapes).T
     if buffer_m:
         dy = buffer_m / METRES_PER_DEGREE
         polewards = np.minimum(np.maximum(np.abs(low), np.abs(high)) + dy, 89.9)
@@ -72,7 +73,8 @@ def _near_pairs(
             turned = shapely.box(left + turn, low, right + turn, high)[rows]
             a, b = rest.sindex.query(turned, predicate="intersects")
             pairs.append(np.stack([rows[a], b]))
-    found = np.unique(np.concatenate(pairs, axis=1), axis=1)
+    part, other = np.concatenate(pairs, axis=1)
+    found = np.unique([owners[part], other], axis=1)
     return found[0], found[1]
 
 

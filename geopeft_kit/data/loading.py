@@ -22,7 +22,7 @@ from geopeft_kit.array_store import DamagedStoreError
 from geopeft_kit.data.augmentation import Augmentation
 from geopeft_kit.data.index import dates_of, labels_of, lonlat_of
 from geopeft_kit.data.packing import PackedChips
-from geopeft_kit.data.reading import ChipReader, StoredChip
+from geopeft_kit.data.reading import ChipReader, Files, StoredChip
 
 if TYPE_CHECKING:
     import geopandas as gpd
@@ -112,6 +112,8 @@ class ChipTable:
         info, index = self.reader.info, self.index
         self.chips = index["chip"].astype(str).tolist()
         self.regions = index["region"].astype(str).tolist()
+        sizes = index["height"].tolist(), index["width"].tolist()
+        self.sizes = list(zip(*sizes, strict=True))
         self.files = {
             name: [f if isinstance(f, str) else None for f in index[name]]
             if name in index
@@ -146,10 +148,10 @@ class ChipTable:
             warnings.warn(f"{error} Until then files are read.", stacklevel=2)
             return self.reader.read(*self.files_of(row))
 
-    def files_of(self, row: int) -> tuple[str, str, str | None, str | None]:
+    def files_of(self, row: int) -> Files:
         """The arguments of `ChipReader.read` for a row."""
         image, after, mask = (self.files[name][row] for name in self.files)
-        return self.chips[row], str(image), after, mask
+        return self.chips[row], str(image), after, mask, self.sizes[row]
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker process that is spawned starts with an empty memory.
@@ -187,7 +189,8 @@ class ChipDataset(Dataset):
 
         image (C,H,W) float32 reflectance, or (C,2,H,W) for change; mask (H,W) int64 or
         float32, or label () int64 or (K,) float32; chip, region, crs; bounds (4,) in
-        that CRS; date (T,2) and lonlat (2,) where known.
+        that CRS; transform (6,) of the image unless it is turned; date (T,2) and
+        lonlat (2,) where known.
         """
         return self.__getitems__([key])[0]
 
@@ -226,6 +229,10 @@ class ChipDataset(Dataset):
             "crs": stored.grid.crs,
             "bounds": torch.tensor(stored.grid.bounds, dtype=torch.float64),
         }
+        if not isinstance(key, AugmentedKey):
+            grid = stored.grid.transform or (np.nan,) * 6
+            sample["transform"] = torch.tensor(grid, dtype=torch.float64)
+            sample["transform"][[0, 1, 3, 4]] *= self.factor
         if self.has_date:
             sample["date"] = torch.from_numpy(table.date[row])
         if self.has_lonlat:

@@ -7,23 +7,29 @@ a mask value that is not a class. Taught in `notebooks/14_your_own_data.ipynb`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import rasterio
 import torch
-from rasterio.crs import CRS
+from affine import Affine
+from rasterio.enums import ColorInterp, MaskFlags
+from rasterio.windows import Window
 from torch import Tensor
 
 from geopeft_kit.data.chip import check_same_size
 from geopeft_kit.data.info import DatasetInfo, mask_value_message
-from geopeft_kit.data.open_raster import ALONE, open_raster
+from geopeft_kit.geodesy import apply_affine, crs_name, same_crs
+from geopeft_kit.open_raster import UNLISTED, Tags, open_raster, tags_of
 
 NOWHERE = (float("nan"),) * 4
+UNKNOWN = np.iinfo(np.int64).min  # a mask value that is no whole number, or no class
+
+# The arguments of `ChipReader.read`: chip, image, image_after, mask, height and width.
+Files = tuple[str, str, str | None, str | None, tuple[int, int] | None]
 
 
 class Grid(NamedTuple):
@@ -46,24 +52,47 @@ class StoredChip:
     grid: Grid  # of the image
 
 
-class ChipReader:
-    """Reads chips of a folder: some bands, by position in `info.bands`, as stored."""
+class About(NamedTuple):
+    """What a file says about itself, asked once."""
 
-    def __init__(self, folder: Path, info: DatasetInfo, bands: Sequence[int]) -> None:
-        self.folder, self.info = folder, info
+    grid: Grid
+    tags: Tags
+    masked: bool  # by a mask inside or beside the file, or an alpha band
+
+
+class ChipReader:
+    """Reads chips of a folder: some bands, by position in `info.bands`, as stored.
+
+    `numbers` are number in the masks -> number of the class, None for no label; empty
+    where they agree.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        info: DatasetInfo,
+        bands: Sequence[int],
+        numbers: Mapping[int, int | None] | None = None,
+    ) -> None:
+        self.folder, self.info, self.numbers = folder, info, numbers
         self.indexes = [position + 1 for position in bands]  # rasterio counts from 1
         self.scale = self._per_band(info.scale)
         self.offset = self._per_band(info.offset)
-        # Asking GDAL for CRS and nodata takes as long as decoding a mask, so each file
+        # Asking GDAL for CRS and tags takes as long as decoding a mask, so each file
         # is asked when it is first read, and again only if its size has changed.
-        self._asked: dict[str, tuple[Grid, float | None]] = {}
+        self.asked: dict[str, About] = {}
 
     def _per_band(self, value: float | tuple[float, ...]) -> np.ndarray:
         full = np.broadcast_to(np.asarray(value, "f4"), len(self.info.bands))
         return full[[i - 1 for i in self.indexes]]  # (C,)
 
     def read(
-        self, chip: str, image: str, after: str | None = None, mask: str | None = None
+        self,
+        chip: str,
+        image: str,
+        after: str | None = None,
+        mask: str | None = None,
+        size: tuple[int, int] | None = None,
     ) -> StoredChip:
         """Read and check the files of one chip, paths inside the folder.
 
@@ -72,42 +101,44 @@ class ChipReader:
             image: The image.
             after: The second date of a change pair.
             mask: The mask.
+            size: Height and width that the index states.
 
         Raises:
             RuntimeError: A file is missing or cannot be decoded.
             ValueError: Files that do not fit the data set or each other.
         """
-        return self.read_many([(chip, image, after, mask)])[0]
+        return self.read_many([(chip, image, after, mask, size)])[0]
 
-    def read_many(
-        self, files: Iterable[tuple[str, str, str | None, str | None]]
-    ) -> list[StoredChip]:
+    def read_many(self, files: Iterable[Files]) -> list[StoredChip]:
         """Several chips, each given by the arguments of `read`, in one GDAL set-up."""
-        with rasterio.Env(**ALONE):
+        with rasterio.Env(**UNLISTED):
             return [self._read(*each) for each in files]
 
-    def _about(
-        self, name: str, raster: rasterio.DatasetReader
-    ) -> tuple[Grid, float | None]:
-        """Size and place of a file, and its own nodata value."""
-        known = self._asked.get(name)
-        if known is None or known[0][:2] != raster.shape:
-            known = self._asked[name] = _grid(raster), raster.nodata
+    def _about(self, name: str, raster: rasterio.DatasetReader) -> About:
+        known = self.asked.get(name)
+        if known is None or known.grid[:2] != raster.shape:
+            flags = raster.mask_flag_enums
+            masked = any(MaskFlags.per_dataset in each for each in flags)
+            known = self.asked[name] = About(_grid(raster), tags_of(raster), masked)
         return known
 
     def _read(
-        self, chip: str, image: str, after: str | None, mask: str | None
+        self,
+        chip: str,
+        image: str,
+        after: str | None,
+        mask: str | None,
+        size: tuple[int, int] | None,
     ) -> StoredChip:
-        pixels, invalid, grid = self._read_image(chip, image)
+        pixels, invalid, grid = self._read_image(chip, image, size)
         if after is not None:
-            second, invalid_2, grid_2 = self._read_image(chip, after)
+            second, invalid_2, grid_2 = self._read_image(chip, after, grid[:2])
             _same_grid(chip, "image_after", grid_2, grid)
             pixels = np.stack([pixels, second], axis=1)  # (C, 2, H, W)
-            if invalid is not None or invalid_2 is not None:
-                none = np.zeros(pixels.shape[-2:], bool)
-                invalid = (none if invalid is None else invalid) | (
-                    none if invalid_2 is None else invalid_2
-                )
+            if invalid is None or invalid_2 is None:
+                invalid = invalid_2 if invalid is None else invalid
+            else:
+                invalid |= invalid_2
         target = self._read_mask(chip, mask, grid) if mask is not None else None
         if target is not None and invalid is not None:
             empty = np.nan if target.dtype.kind == "f" else self.info.ignore_index
@@ -115,7 +146,7 @@ class ChipReader:
         return StoredChip(pixels, target, invalid, grid)
 
     def _read_image(
-        self, chip: str, name: str
+        self, chip: str, name: str, size: tuple[int, int] | None
     ) -> tuple[np.ndarray, np.ndarray | None, Grid]:
         count = len(self.info.bands)
         with open_raster(self.folder / name, chip) as raster:
@@ -125,15 +156,15 @@ class ChipReader:
                     f"names {count}: {', '.join(self.info.bands)}. Correct the file, "
                     "or the bands of the data set."
                 )
+            if size is not None and raster.shape != size:
+                raise ValueError(
+                    f"chip {chip!r}: {name} is {raster.height} x {raster.width} pixels "
+                    f"instead of {size[0]} x {size[1]}. Was the file replaced? Write "
+                    "the chip folder again."
+                )
+            about = self._about(name, raster)
             pixels = raster.read(self.indexes)
-            grid, own = self._about(name, raster)
-            nodata = own if self.info.nodata is None else self.info.nodata
-        invalid: np.ndarray | None = None
-        if nodata is not None:
-            # (H, W): a pixel is whole or it is nothing
-            invalid = np.any(_equals(pixels, nodata), axis=0)
-            if not invalid.any():
-                invalid = None
+            invalid = invalid_pixels(raster, pixels, self.info.nodata, about.masked)
         if pixels.dtype.kind == "f":
             bad = ~np.isfinite(pixels)
             if invalid is not None:
@@ -144,41 +175,44 @@ class ChipReader:
                     "are NaN or infinite, and nodata is not declared so. Fill them, or "
                     "write the folder with nodata=float('nan') in its facts."
                 )
-        return pixels, invalid, grid
+        return pixels, invalid, about.grid
 
     def _read_mask(self, chip: str, name: str, image: Grid) -> np.ndarray:
         info = self.info
         with open_raster(self.folder / name, chip) as raster:
-            if raster.count != 1:
-                raise ValueError(
-                    f"chip {chip!r}: mask {name} has {raster.count} bands; expected 1."
-                )
-            values = raster.read(1)
-            grid, nodata = self._about(name, raster)
-            _same_grid(chip, f"mask {name}", grid, image)
+            about = self._about(name, raster)
+            _same_grid(chip, f"mask {name}", about.grid, image)
+            values, empty = read_target(raster, f"chip {chip!r}: mask {name}")
         if info.task == "regression":
             values = values.astype(np.float32)
-            if nodata is not None:
-                values[_equals(values, float(np.float32(nodata)))] = np.nan
-            values[~np.isfinite(values)] = np.nan
+            values[empty] = np.nan
+            if info.ignore_index != 255:  # the default, which may be a true value
+                values[values == info.ignore_index] = np.nan
             return values
         if values.dtype.kind == "f":  # class numbers saved as floats
-            whole = np.where(values == np.floor(values), values, -1).astype(np.int64)
+            values = np.where(empty, 0, values)
+            found = np.where(values == np.floor(values), values, UNKNOWN)
+            found = found.astype(np.int64)
         else:
-            whole = values.astype(np.int64)
-        if nodata is not None and nodata != info.ignore_index:
-            whole[_equals(values, nodata)] = info.ignore_index
-        if np.min(whole) < 0 or np.max(whole) >= len(info.classes):
-            self._check_classes(chip, values, whole)
-        return whole
+            found = values.astype(np.int64)
+        if self.numbers:
+            found = self._numbered(found)
+        found[empty] = info.ignore_index
+        if np.min(found) < 0 or np.max(found) >= len(info.classes):
+            bad = (found < 0) | (found >= len(info.classes))
+            bad &= found != info.ignore_index
+            if bad.any():
+                wrong = np.unique(values[bad]).tolist()
+                raise ValueError(mask_value_message(chip, wrong, info, self.numbers))
+        return found
 
-    def _check_classes(self, chip: str, values: np.ndarray, whole: np.ndarray) -> None:
-        """Say which mask values are not a class."""
-        bad = (whole < 0) | (whole >= len(self.info.classes))
-        bad &= whole != self.info.ignore_index
-        if bad.any():
-            wrong = np.unique(values[bad]).tolist()
-            raise ValueError(mask_value_message(chip, wrong, self.info))
+    def _numbered(self, whole: np.ndarray) -> np.ndarray:
+        """Numbers of classes (H, W) of the numbers in a mask."""
+        found = np.full(whole.shape, UNKNOWN)
+        ignore = self.info.ignore_index
+        for value, number in {ignore: None, **(self.numbers or {})}.items():
+            found[whole == value] = ignore if number is None else number
+        return found
 
     def reflectance(self, stored: StoredChip) -> Tensor:
         """(C, H, W) or (C, 2, H, W) float32 reflectance, 0 where there is no data."""
@@ -195,40 +229,81 @@ class ChipReader:
         return image
 
 
-def _equals(values: np.ndarray, nodata: float) -> np.ndarray:
-    """Where values are nodata, which may be NaN."""
-    return np.isnan(values) if np.isnan(nodata) else values == nodata
+def invalid_pixels(
+    raster: rasterio.DatasetReader,
+    pixels: np.ndarray,
+    nodata: float | None = None,
+    masked: bool = True,
+    window: Window | None = None,
+) -> np.ndarray | None:
+    """Where an open raster has no data, (H, W) bool; None where it has data everywhere.
+
+    A pixel of `pixels` (C, H, W) is whole or it is nothing: it has none where a band
+    holds `nodata` (None: the file's own value), or a mask or an alpha band hides it.
+    `pixels` are of the `window`, None for the whole raster, perhaps thinned out.
+    """
+    nodata = raster.nodata if nodata is None else nodata
+    invalid = np.zeros(pixels.shape[-2:], bool)
+    if nodata is not None:
+        if pixels.dtype.kind == "f":  # as the file holds it
+            nodata = float(pixels.dtype.type(nodata))
+        equal = np.isnan(pixels) if np.isnan(nodata) else pixels == nodata
+        invalid |= equal.any(axis=0)
+    if masked:
+        flags = raster.mask_flag_enums
+        if any(MaskFlags.per_dataset in each for each in flags):
+            size = None if window else pixels.shape[-2:]
+            invalid |= raster.dataset_mask(out_shape=size, window=window) == 0
+    return invalid if invalid.any() else None
+
+
+def read_target(
+    raster: rasterio.DatasetReader, what: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Values (H, W) of an open mask file, and (H, W) bool where they are no label.
+
+    Several bands are taken where they are one picture in grey, with or without alpha.
+    """
+    kinds = zip(raster.indexes, raster.colorinterp, strict=True)
+    bands = [i for i, kind in kinds if kind is not ColorInterp.alpha]
+    layers = raster.read(bands)
+    if any((layer != layers[0]).any() for layer in layers[1:]):
+        raise ValueError(
+            f"{what} has {len(bands)} bands; expected 1 with a number for each class. "
+            "Turn colours into such numbers first, or one band for each class by "
+            "argmax."
+        )
+    values = layers[0]
+    empty = invalid_pixels(raster, values[None])
+    empty = np.zeros(values.shape, bool) if empty is None else empty
+    return values, empty | ~np.isfinite(values) if values.dtype.kind == "f" else empty
 
 
 def _grid(raster: rasterio.DatasetReader) -> Grid:
     size = raster.height, raster.width
-    if raster.crs is None:
+    crs = crs_name(raster.crs) if raster.crs else ""
+    if not crs:
         return Grid(*size, "", (), NOWHERE)
-    crs = _crs_text(raster.crs)
     return Grid(*size, crs, tuple(raster.transform)[:6], tuple(raster.bounds))
-
-
-@lru_cache(maxsize=256)
-def _crs_text(crs: CRS) -> str:
-    """Short name of a CRS; looking it up takes longer than a chip's mask."""
-    return crs.to_string()
 
 
 def _same_grid(chip: str, what: str, found: Grid, image: Grid) -> None:
     """Refuse two rasters of different size, CRS or place (by more than a pixel/10)."""
     check_same_size(chip, what, found, image)
-    if not found.crs or not image.crs:
-        return  # a PNG mask of a GeoTIFF: the size is all there is to compare
-    if found.crs != image.crs:
+    if not found.crs or not image.crs or found[2:] == image[2:]:
+        return  # of a PNG mask of a GeoTIFF, the size is all there is to compare
+    if not same_crs(found.crs, image.crs):
         raise ValueError(
             f"chip {chip!r}: {what} is in {found.crs}, its image in {image.crs}. Warp "
             "the mask to the image's grid (nearest neighbour)."
         )
-    pixel = abs(image.transform[0]) + abs(image.transform[1])
-    shift = max(abs(a - b) for a, b in zip(found.bounds, image.bounds, strict=True))
-    if shift > 0.1 * pixel:
+    corners = np.array([0, image.width, 0]), np.array([0, 0, image.height])
+    places = apply_affine(Affine(*found.transform), *corners)
+    column, row = apply_affine(~Affine(*image.transform), *places)
+    shift = np.hypot(column - corners[0], row - corners[1]).max()
+    if shift > 0.1:
         raise ValueError(
-            f"chip {chip!r}: {what} is {shift / pixel:.1f} pixels away from its "
-            f"image (bounds {found.bounds} and {image.bounds}). Warp it to the image's "
-            "grid."
+            f"chip {chip!r}: {what} is {shift:.1f} pixels away from its image "
+            f"(transforms {found.transform} and {image.transform}). Warp it to the "
+            "image's grid."
         )

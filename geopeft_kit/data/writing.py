@@ -28,9 +28,10 @@ from geopeft_kit.data.chip import (
 )
 from geopeft_kit.data.index import COLUMNS
 from geopeft_kit.data.info import DatasetInfo, mask_value_message
+from geopeft_kit.open_raster import Tags, check_alike
 
 FOLDERS = {"image": "images", "image_after": "images_after", "mask": "masks"}
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_NAME = re.compile(r"\w[\w.-]*")  # letters of any script
 
 
 class ChipWriter:
@@ -43,6 +44,7 @@ class ChipWriter:
     def __init__(self, folder: Path, part: Path, info: DatasetInfo) -> None:
         self.folder, self.part, self.info = folder, part, info
         self.outlines: list[Outline] = []
+        self.first: tuple[Path, Tags] | None = None  # of the images that are files
         self.names: set[str] = set()
 
     def add(self, chip: Chip) -> dict[str, Any]:
@@ -96,7 +98,7 @@ class ChipWriter:
         label: Any = chip.label
         try:
             if self.info.task == "multilabel":
-                return sorted({self.info.class_number(c) for c in label})
+                return sorted(set(self.info.class_numbers(label)))
             return self.info.class_number(label)
         except (ValueError, TypeError) as error:
             raise ValueError(f"chip {chip.name!r}: {error}") from error
@@ -132,19 +134,25 @@ class ChipWriter:
             raise FileNotFoundError(
                 f"chip {chip.name!r}: there is no file {source} for its {column}."
             )
-        count, outline = inspect(source)
-        if column != "mask" and count != len(self.info.bands):
+        tags, outline, files = inspect(chip.name, source)
+        if column != "mask" and tags.count != len(self.info.bands):
             raise ValueError(
-                f"chip {chip.name!r}: {source} has {count} bands, but the data set "
-                f"names {len(self.info.bands)}: {', '.join(self.info.bands)}."
+                f"chip {chip.name!r}: {source} has {tags.count} bands, but the data "
+                f"set names {len(self.info.bands)}: {', '.join(self.info.bands)}."
             )
+        if column != "mask":
+            self.first = self.first or (source, tags)
+            check_alike(source, tags, *self.first)
         home = self.folder.resolve()
         if source.resolve().is_relative_to(home):
             row[column] = source.resolve().relative_to(home).as_posix()
         else:
-            row[column] = f"{FOLDERS[column]}/{chip.name}{source.suffix}"
-            with self.new_file(row[column]) as path:
-                shutil.copyfile(source, path)
+            stem = f"{FOLDERS[column]}/{chip.name}"
+            row[column] = f"{stem}{source.suffix}"
+            for file in files:  # the raster, and .aux.xml, .msk, .hdr ... beside it
+                end = file.name.removeprefix(source.stem)
+                with self.new_file(f"{stem}{end}") as path:
+                    shutil.copyfile(file, path)
         return outline
 
     @contextmanager

@@ -230,6 +230,12 @@ def _chip_raster(sample: Mapping[str, Any], array: Any) -> Raster:
             "place on a map. Show it with gk.plots.show_chip instead."
         )
     array = as_numpy(array)
-    box = [float(value) for value in as_numpy(sample["bounds"]).ravel()]
-    transform = from_bounds(*box, array.shape[-1], array.shape[-2])
+    height, width = array.shape[-2:]
+    if "transform" in sample:  # rotated rasters are more than their bounds
+        rows, columns = sample["image"].shape[-2:]
+        own = Affine(*map(float, as_numpy(sample["transform"]).ravel()))
+        transform = own @ Affine.scale(columns / width, rows / height)
+    else:
+        box = map(float, as_numpy(sample["bounds"]).ravel())
+        transform = from_bounds(*box, width, height)
     return Raster(array, transform, sample["crs"], str(sample.get("region", "")))

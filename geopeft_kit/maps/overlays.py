@@ -15,12 +15,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from rasterio.crs import CRS
 from rasterio.enums import Resampling
 from rasterio.transform import Affine, array_bounds, from_origin
 from rasterio.vrt import WarpedVRT
 from rasterio.warp import reproject, transform_bounds
 
+from geopeft_kit.geodesy import placed
 from geopeft_kit.maps.layers import MapLayer, Raster, Source, classes_of, sources_of
+from geopeft_kit.open_raster import open_raster
 from geopeft_kit.pictures import (
     OKABE_ITO,
     picture_bands,
@@ -29,9 +32,9 @@ from geopeft_kit.pictures import (
     stretch,
     stretch_limits,
 )
-from geopeft_kit.raster_files import open_raster
 
 MERCATOR = "EPSG:3857"
+METRES_PER_DEGREE = np.pi * 6378137 / 180  # of EPSG:3857
 MAX_SIDE = 1500  # pixels; a browser keeps every layer of a map in memory
 MISSED, FALSE_ALARM = OKABE_ITO["vermillion"], OKABE_ITO["purple"]
 
@@ -136,8 +139,10 @@ class _Grid:
         return west <= x <= east and south <= y <= north
 
     def degrees(self) -> tuple[tuple[float, float], tuple[float, float]]:
-        west, south, east, north = transform_bounds(MERCATOR, "EPSG:4326", *self.box)
-        return (south, west), (north, east)
+        """South, west and north, east; a place across 180 degrees ends above 180."""
+        west, south, east, north = self.box
+        _, low, _, high = transform_bounds(MERCATOR, "EPSG:4326", 0, south, 0, north)
+        return (low, west / METRES_PER_DEGREE), (high, east / METRES_PER_DEGREE)
 
     def window(self, box: Box) -> tuple[slice, slice]:
         """Rows and columns that a box touches."""
@@ -157,10 +162,12 @@ def _footprint(source: Source) -> _Footprint:
         with open_raster(source) as raster:
             height, width, crs = raster.height, raster.width, raster.crs
             transform, place, name = raster.transform, "", raster.name
-    if not crs:
+    crs = CRS.from_user_input(crs) if crs else None
+    if not placed(crs):
         raise ValueError(
-            f"{name} has no coordinate system, so it has no place on a map. Pass "
-            "gk.Raster(array, transform, crs), or show it with gk.plots.show_chip."
+            f"{name} has {crs or 'no coordinate system'}, so it has no place on a "
+            "map. Pass gk.Raster(array, transform, crs), or show it with "
+            "gk.plots.show_chip."
         )
     degrees = transform_bounds(
         crs, "EPSG:4326", *array_bounds(height, width, transform), densify_pts=21
@@ -170,7 +177,10 @@ def _footprint(source: Source) -> _Footprint:
             f"{name} reaches latitude {degrees[1]:.1f} to {degrees[3]:.1f}; a web map "
             "ends at 85 degrees. Check transform and crs, or crop it."
         )
-    box = transform_bounds("EPSG:4326", MERCATOR, *degrees)
+    west, south, east, north = degrees
+    east += 360 * (east < west)  # across 180 degrees
+    _, low, _, high = transform_bounds("EPSG:4326", MERCATOR, 0, south, 0, north)
+    box = (west * METRES_PER_DEGREE, low, east * METRES_PER_DEGREE, high)
     pixel = max((box[2] - box[0]) / width, (box[3] - box[1]) / height)
     return _Footprint(box, pixel, place)
 

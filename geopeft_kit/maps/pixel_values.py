@@ -16,10 +16,10 @@ from rasterio.windows import Window
 from geopeft_kit.bands import resolve_bands
 from geopeft_kit.maps.layers import MapLayer, Raster, Source, classes_of, sources_of
 from geopeft_kit.maps.page import markup
+from geopeft_kit.open_raster import open_raster
 from geopeft_kit.pictures import png_url
 from geopeft_kit.plots import plot_spectrum
 from geopeft_kit.plots.drawing import figure_png
-from geopeft_kit.raster_files import open_raster
 
 
 @dataclass(frozen=True)

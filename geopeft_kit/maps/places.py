@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rasterio
 
-from geopeft_kit.files import whole_file
 from geopeft_kit.maps.layers import MapLayer
+from geopeft_kit.open_raster import open_raster
 from geopeft_kit.pictures import Colours
-from geopeft_kit.raster_files import open_raster
-from geopeft_kit.scenes.fetch import fetch_scene
+from geopeft_kit.scenes.fetch import fetch_scene, write_values
 from geopeft_kit.scenes.inference import predict_scene
+
+GRID = ("width", "height", "crs", "transform")
 
 
 def predict_place(
@@ -65,9 +65,8 @@ def predict_place(
     with open_raster(chances) as raster:
         highest = np.nanmax(raster.read(), axis=0, initial=0.0)[None]
         highest[highest == 0] = np.nan
-        profile = {**raster.profile, "count": 1}
-    with whole_file(confidence) as part, rasterio.open(part, "w", **profile) as raster:
-        raster.write(highest)
+        grid = {key: raster.profile[key] for key in GRID}
+    write_values(confidence, highest, [], grid)
     label = f"{name} of box {number}"
     return [
         MapLayer(f"image of box {number}", scene, bands=model.backbone.bands),

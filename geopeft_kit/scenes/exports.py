@@ -10,7 +10,6 @@ Source:
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +19,11 @@ import rasterio
 import rasterio.shutil
 from rasterio.enums import Resampling
 
-from geopeft_kit.files import whole_file
+from geopeft_kit.files import check_not_input, whole_file
+from geopeft_kit.geodesy import equal_area, footprint_of, placed, to_degrees
+from geopeft_kit.open_raster import open_raster
 from geopeft_kit.pictures import Colours, rgb_of
-from geopeft_kit.raster_files import open_raster
-from geopeft_kit.scenes.rasters import class_look, write_classes
+from geopeft_kit.scenes.rasters import check_whole, class_look, write_classes
 
 MAX_POLYGONS = 2_000_000  # a larger file is too slow to open
 MAX_SIDE = 4096  # pixels of a picture
@@ -57,6 +57,7 @@ def export_prediction(
         lost = source if not source.is_file() else folder
         raise FileNotFoundError(f"{str(lost)!r} does not exist. Check the path.")
     names, table = class_look(source, classes, colours, f"{source.name}")
+    check_not_input([folder / f"{source.stem}.png"], [str(source)])
     written = {
         "cog": folder / f"{source.stem}_cog.tif",
         "geojson": folder / f"{source.stem}.geojson",
@@ -80,12 +81,17 @@ def save_cog(
         tempfile.TemporaryDirectory(dir=target.parent) as box,
     ):
         painted = Path(box) / "painted.tif"
-        shutil.copyfile(source, painted)
-        with rasterio.open(painted, "r+") as raster:
-            write_classes(raster, names, colours)
+        # A copy by blocks: GDAL crashes if it opens a damaged file to change it.
+        with open_raster(source) as raster:
+            profile = raster.profile | {"driver": "GTiff", "count": 1}
+            with rasterio.open(painted, "w", **profile) as copy:
+                for _, window in raster.block_windows(1):
+                    copy.write(raster.read(1, window=window), 1, window=window)
+                write_classes(copy, names, colours)
         # Overviews take the most frequent class: class numbers have no mean.
         rasterio.shutil.copy(painted, part, driver="COG", compress="deflate",
                              overview_resampling="mode", blocksize=256)  # fmt: skip
+        check_whole(part)
     return target
 
 
@@ -103,15 +109,22 @@ def save_polygons(
     from rasterio.features import shapes
 
     with open_raster(source) as raster:
-        if not raster.crs:
+        if not placed(raster.crs):
             raise ValueError(
-                f"{source} has no coordinate system, so its polygons have no place on "
-                "Earth. Set its CRS first."
+                f"{source} has {raster.crs or 'no coordinate system'}, so its polygons "
+                "have no place on Earth. Set its CRS first."
             )
+        outline = footprint_of(raster.transform, raster.height, raster.width)
+        place = to_degrees([outline], raster.crs)
         band = rasterio.band(raster, 1)
         found, numbers = [], []
         for shape, number in shapes(band, mask=raster.dataset_mask(), connectivity=4):
             found.append(shapely.geometry.shape(shape))
+            if not 0 <= number < len(names):
+                raise ValueError(
+                    f"{source} holds class {number:g}, but {len(names)} classes are "
+                    f"named: {', '.join(names)}. Pass classes= with a name for each."
+                )
             numbers.append(int(number))
             if len(found) > MAX_POLYGONS:
                 raise ValueError(
@@ -123,8 +136,10 @@ def save_polygons(
         {"class": [names[n] for n in numbers], "number": numbers},
         geometry=found, crs=crs,
     )  # fmt: skip
-    table["area_m2"] = table.to_crs("EPSG:6933").area.round(1)
-    kept = table[table["area_m2"] >= smallest_m2].to_crs("EPSG:4326")
+    plane = equal_area(shapely.get_coordinates(place))
+    table["area_m2"] = table.to_crs(plane).area.round(1)
+    kept = table[table["area_m2"] >= smallest_m2]
+    kept = kept.set_geometry(to_degrees(kept.geometry, crs), crs="EPSG:4326")
     with whole_file(target) as part:
         part.write_text(kept.to_json(drop_id=True), encoding="utf-8")
     return target

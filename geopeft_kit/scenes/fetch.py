@@ -19,9 +19,10 @@ from rasterio.vrt import WarpedVRT
 from rasterio.warp import transform_bounds
 
 from geopeft_kit.bands import resolve_bands
-from geopeft_kit.files import whole_file
-from geopeft_kit.raster_files import open_raster
-from geopeft_kit.scenes.rasters import SceneReader
+from geopeft_kit.files import check_not_input
+from geopeft_kit.geodesy import placed
+from geopeft_kit.open_raster import open_raster
+from geopeft_kit.scenes.rasters import RowWriter, SceneReader
 from geopeft_kit.scenes.stac import BandFile, band_files, cloud_file, find_item
 
 Box = tuple[float, float, float, float]
@@ -46,6 +47,7 @@ def fetch_scene(
     mask_clouds: bool = True,
     scale: float | None = None,
     offset: float = 0.0,
+    nodata: float | None = None,
     modifier: Callable[[Any], Any] | None = None,
 ) -> Path:
     """Write the pixels of a box as a GeoTIFF of reflectance.
@@ -66,6 +68,7 @@ def fetch_scene(
         mask_clouds: Leave out the pixels that the scene's SCL or Fmask calls cloudy.
         scale: Reflectance per stored unit of a raster that does not say it.
         offset: Used together with `scale`.
+        nodata: A stored value of a raster that means no data, where it does not say so.
         modifier: Signs the items of an API that asks for it.
 
     Returns:
@@ -101,7 +104,9 @@ def fetch_scene(
             image = np.stack([_read_band(file, grid) for file in files.values()])
         else:
             grid = _grid(os.fspath(source), box, crs, resolution)
-            image = _read_raster(source, names, grid, scale, offset)
+            image = _read_raster(source, names, grid, scale, offset, nodata)
+            with open_raster(source) as raster:
+                check_not_input([target], raster.files)
         if hidden is not None:
             address, rule = hidden
             clouds = _warped(address, [1], grid, Resampling.nearest, None)[0]
@@ -111,7 +116,7 @@ def fetch_scene(
             f"{tags.get('scene', source)} has no clear pixel in the box. Take other "
             "dates, or mask_clouds=False to look at the clouds."
         )
-    _write(target, image, names, grid, tags)
+    write_values(target, image, names, grid, tags)
     return target
 
 
@@ -141,12 +146,18 @@ def _grid(name: str, box: Box, crs: Any, resolution: float | None) -> dict[str, 
     with open_raster(name) as raster:
         crs = crs or raster.crs
         same = raster.crs == crs
-        if not raster.crs:
-            raise ValueError(f"{name} has no coordinate system. Set its CRS first.")
+        if not placed(crs):
+            raise ValueError(
+                f"{name} has {crs or 'no coordinate system'}, so it has no place on "
+                "Earth. Set its CRS first."
+            )
         west, south, east, north = transform_bounds("EPSG:4326", crs, *box)
         side = resolution or (abs(raster.transform.a) if same else None)
-        if side is None:
-            raise ValueError(f"resolution= is needed with crs={crs}: a pixel's side.")
+        if side is None or side <= 0:
+            raise ValueError(
+                f"resolution={resolution} is not the side of a pixel in {crs}; "
+                "it is needed with crs=, and above 0."
+            )
         # Aligned with the file's pixels, so that without warping nothing is resampled.
         x0, y0 = (raster.transform.c, raster.transform.f) if same else (0.0, 0.0)
     left = x0 + np.floor((west - x0) / side + 1e-6) * side
@@ -191,11 +202,12 @@ def _read_raster(
     grid: dict[str, Any],
     scale: float | None,
     offset: float,
+    nodata: float | None,
 ) -> np.ndarray:
     """A local raster; its bands and scale are read as `predict_scene` reads them."""
     with SceneReader(source, names, scale=scale, offset=offset) as reader:
         indexes, gain, shift = reader.indexes, reader.gain, reader.offset
-    stored = _warped(os.fspath(source), indexes, grid, Resampling.bilinear, None)
+    stored = _warped(os.fspath(source), indexes, grid, Resampling.bilinear, nodata)
     if not np.isfinite(stored).any():
         raise ValueError(
             f"{source} has no data in this box. Draw the box on the raster."
@@ -203,16 +215,17 @@ def _read_raster(
     return stored * gain + shift
 
 
-def _write(
+def write_values(
     target: Path,
     image: np.ndarray,
     names: Sequence[str],
     grid: dict[str, Any],
-    tags: dict[str, str],
+    tags: dict[str, str] | None = None,
 ) -> None:
-    profile = {"driver": "GTiff", "count": len(image), "dtype": "float32",
-               "nodata": float("nan"), "compress": "deflate", **grid}  # fmt: skip
-    with whole_file(target) as part, rasterio.open(part, "w", **profile) as raster:
-        raster.write(image.astype(np.float32))
-        raster.descriptions = tuple(names)
-        raster.update_tags(**tags)
+    """A GeoTIFF of float32 (C, H, W), read back before it takes its place."""
+    profile = {"count": len(image), "dtype": "float32", "nodata": float("nan"), **grid}
+    with RowWriter(target, profile, names) as writer:
+        writer.raster.update_tags(**tags or {})
+        writer.write(image.astype(np.float32))
+        writer.check()
+        writer.publish()

@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import rasterio
 import torch
+from rasterio.control import GroundControlPoint
+from rasterio.rpc import RPC
 from rasterio.transform import Affine
 from torch import nn
 
 from geopeft_kit.devices import device_of, moved
-from geopeft_kit.files import content_key, whole_file
+from geopeft_kit.files import check_not_input, content_key, whole_file
 from geopeft_kit.pictures import Colours, class_colours
 from geopeft_kit.scenes.blending import blended_rows
 from geopeft_kit.scenes.rasters import RowWriter, SceneReader
@@ -39,9 +42,10 @@ def predict_scene(
     device: str | torch.device | None = None,
     progress: bool = True,
     *,
-    bands: Sequence[str] | None = None,
-    scale: float | None = None,
-    offset: float = 0.0,
+    bands: str | Sequence[str] | None = None,
+    scale: float | Sequence[float] | None = None,
+    offset: float | Sequence[float] = 0.0,
+    nodata: float | None = None,
     classes: Sequence[str] | None = None,
     colours: Colours | None = None,
     probabilities: bool = False,
@@ -59,22 +63,24 @@ def predict_scene(
             (`"regression"`) or to (B, K, r*h, r*w) bands (`"super_resolution"`, where
             `model.factor` is r). `model.backbone.bands`, where present, says which
             bands it wants.
-        source: Any raster that rasterio opens: a GeoTIFF, a VRT, a URL.
+        source: Any raster that rasterio opens: a GeoTIFF, a VRT, a URL, a name of
+            GDAL's as "NETCDF:file.nc:name".
         target: The GeoTIFF to write: uint8 class numbers (nodata 255) or float32
-            values (nodata NaN), with one band per predicted band. An existing file is
-            replaced once everything is written.
+            values (nodata NaN), with one band per predicted band. An existing file,
+            but never the source, is replaced once everything is written.
         window: Side of the square that the model sees, in pixels. By default the
             image size of the backbone, else 256.
         overlap: Share of a window that its neighbour sees too, at least 0, below 1.
         batch_size: Windows per forward pass.
         device: Where to run; by default where the model's parameters are.
         progress: Show a progress bar.
-        bands: Names of the source's bands, in its order. By default its own band
-            descriptions.
-        scale: Reflectance = stored value * scale + offset. By default the raster's
-            own scale; integers without one are an error, since 10000, 255 and 1 are
-            all in use.
+        bands: Names of the source's bands, in its order, or a sensor. By default its
+            own band descriptions.
+        scale: Reflectance = stored value * scale + offset, one number or one for each
+            band of the source. By default the raster's own scale; integers without
+            one are an error, since 10000, 255 and 1 are all in use.
         offset: See `scale`; used only together with it.
+        nodata: A stored value that means no data where the source does not say so.
         classes: Class names, kept as a tag of the file. By default `model.classes`.
         colours: One "#rrggbb" per class (a list, or a dict by class), kept as the
             colour table of the file. By default `model.colours`.
@@ -97,7 +103,8 @@ def predict_scene(
 
     Raises:
         FileNotFoundError: `source` or the folder of `target` does not exist.
-        ValueError: Bands, scale, overlap, window or task do not fit.
+        ValueError: Bands, scale, overlap, window or task do not fit; or the target is
+            the source.
         RuntimeError: The prediction could not be written whole (a full disk); no
             file is left behind.
     """
@@ -127,7 +134,10 @@ def predict_scene(
     wanted = getattr(getattr(model, "backbone", None), "bands", None)
     with ExitStack() as stack:
         stack.enter_context(_predicting(model.to(device)))
-        reader = stack.enter_context(SceneReader(source, wanted, bands, scale, offset))
+        reader = stack.enter_context(
+            SceneReader(source, wanted, bands, scale, offset, nodata, window)
+        )
+        check_not_input([target, _probabilities_of(target)], reader.raster.files)
         predict = _Predictor(model, task, device, meta, precision, finer)
         # One empty window shows the number of channels, and that model and scene fit.
         empty = np.zeros((1, len(reader.indexes), window, window), np.float32)
@@ -136,7 +146,7 @@ def predict_scene(
         finished, done = None, 0
         if resume:
             how = [window, step, batch_size, probabilities, predict.precision, finer]
-            key = _content_key(model, source, reader, how)
+            key = _content_key(model, source, reader, [*how, nodata])
             finished = FinishedRows(target.with_name(f".{target.name}.rows"), key)
             done = len(finished)
         rows = blended_rows(
@@ -166,8 +176,9 @@ def _content_key(
         weights.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         weights.update(flat.view(torch.uint8).numpy())
-    path = Path(source)
-    facts = [path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else []
+    files = [Path(name) for name in reader.raster.files]  # a VRT and what is in it
+    stats = [(str(path), path.stat()) for path in files if path.exists()]
+    facts = [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
     return content_key(
         {
             "source": [str(source), *facts],
@@ -314,13 +325,8 @@ def _writers(
     folder: Path | None,
 ) -> Iterator[RowWriter]:
     """The file of the prediction, then that of its probabilities."""
-    a, b, x, d, e, y = reader.raster.transform[:6]
-    grid = {
-        "width": reader.width * finer,
-        "height": reader.height * finer,
-        "transform": Affine(a / finer, b / finer, x, d / finer, e / finer, y),
-        "crs": reader.raster.crs,
-    }
+    size = {"width": reader.width * finer, "height": reader.height * finer}
+    grid = size | _place(reader.raster, finer)
     values = {**grid, "count": channels, "dtype": "float32", "nodata": float("nan")}
     if task != "segmentation":
         names = _value_names(reader, channels, task)
@@ -329,9 +335,8 @@ def _writers(
     numbers = {**grid, "count": 1, "dtype": "uint8", "nodata": CLASS_NODATA}
     yield RowWriter(target, numbers, ["class"], classes, colours, folder)
     if probabilities:
-        beside = target.with_name(f"{target.stem}_probabilities.tif")
         names = list(map(str, classes or range(channels)))
-        yield RowWriter(beside, values, names, folder=folder)
+        yield RowWriter(_probabilities_of(target), values, names, folder=folder)
 
 
 def _write(strips: Iterator[list[np.ndarray]], writers: Iterator[RowWriter]) -> None:
@@ -345,6 +350,31 @@ def _write(strips: Iterator[list[np.ndarray]], writers: Iterator[RowWriter]) -> 
             writer.check()
         for writer in opened:
             writer.publish()
+
+
+def _probabilities_of(target: Path) -> Path:
+    """Where the probabilities of a prediction are written."""
+    return target.with_name(f"{target.stem}_probabilities.tif")
+
+
+def _place(raster: rasterio.DatasetReader, finer: int) -> dict[str, Any]:
+    """The place of a scene with `finer` times as many rows and columns.
+
+    A scene that was never warped has control points or RPCs instead of a transform.
+    """
+    points, crs = raster.gcps
+    if points:
+        moved = [GroundControlPoint(p.row * finer, p.col * finer, p.x, p.y, p.z)
+                 for p in points]  # fmt: skip
+        return {"gcps": moved, "crs": crs}
+    if raster.rpcs is not None:
+        rpcs = raster.rpcs.to_dict()
+        for name in ("line_off", "line_scale", "samp_off", "samp_scale"):
+            rpcs[name] *= finer
+        return {"rpcs": RPC(**rpcs)}
+    a, b, x, d, e, y = raster.transform[:6]
+    transform = Affine(a / finer, b / finer, x, d / finer, e / finer, y)
+    return {"transform": transform, "crs": raster.crs}
 
 
 def _value_names(reader: SceneReader, channels: int, task: str) -> list[str]:

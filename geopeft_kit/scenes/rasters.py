@@ -20,8 +20,9 @@ from rasterio.errors import RasterioError, RasterioIOError
 from rasterio.windows import Window
 
 from geopeft_kit.bands import resolve_bands
+from geopeft_kit.files import remove_side_files
+from geopeft_kit.open_raster import open_raster, tags_of
 from geopeft_kit.pictures import Colours, class_colours, rgb_of
-from geopeft_kit.raster_files import open_raster
 
 BLOCK = 256  # rows and columns of one block of the tiled GeoTIFF that is written
 
@@ -33,8 +34,11 @@ class SceneReader:
         source: Anything that rasterio opens.
         wanted: Bands that the model wants, in its order; None takes all as they are.
         bands: Names of the source's bands in its order; None reads its descriptions.
-        scale: Reflectance per stored unit; None reads the raster's own.
+        scale: Reflectance per stored unit, one number or one a band of the source;
+            None reads the raster's own.
         offset: Added after scaling, used together with `scale`.
+        nodata: A stored value without data, beside what the source says itself.
+        window: Side of the windows that will be read, row after row.
 
     Attributes:
         names: Of the bands that are read, in their order; None where one has none.
@@ -44,14 +48,20 @@ class SceneReader:
         self,
         source: str | os.PathLike[str],
         wanted: Sequence[str] | None,
-        bands: Sequence[str] | None = None,
-        scale: float | None = None,
-        offset: float = 0.0,
+        bands: str | Sequence[str] | None = None,
+        scale: float | Sequence[float] | None = None,
+        offset: float | Sequence[float] = 0.0,
+        nodata: float | None = None,
+        window: int = 0,
     ) -> None:
+        bands = resolve_bands(bands) if isinstance(bands, str) else bands
+        self.nodata = nodata
         with ExitStack() as stack:
-            # GDAL's own block cache would otherwise grow to a share of all memory.
-            stack.enter_context(rasterio.Env(GDAL_CACHEMAX=128 * 1024 * 1024))
             self.raster = stack.enter_context(open_raster(source))
+            tags_of(self.raster)  # refuses complex numbers
+            # GDAL's own block cache would otherwise grow to a share of all memory.
+            cache = rasterio.Env(GDAL_CACHEMAX=_cache_for(self.raster, window))
+            stack.enter_context(cache)
             self.indexes = _band_indexes(self.raster, wanted, bands)
             self.names = list(wanted or bands or self.raster.descriptions)
             self.gain, self.offset = _scaling(self.raster, self.indexes, scale, offset)
@@ -75,6 +85,8 @@ class SceneReader:
                 f"{error}. The file may be truncated: copy or download it again."
             ) from error
         valid &= np.isfinite(stored).all(axis=0)
+        if self.nodata is not None:
+            valid &= (stored != np.float32(self.nodata)).all(axis=0)
         image = stored * self.gain + self.offset
         image[:, ~valid] = 0.0
         if not self.scale_is_given and image.max(initial=0) > 20:
@@ -94,6 +106,19 @@ class SceneReader:
 
     def __exit__(self, *_: object) -> None:
         self._opened.close()
+
+
+def _cache_for(raster: rasterio.DatasetReader, window: int) -> int:
+    """Bytes that hold a row of windows of a file in strips, else 128 MB.
+
+    Each strip would otherwise be decoded once for every window that it crosses.
+    """
+    height, width = raster.block_shapes[0]
+    least = 128 * 1024**2
+    if width < raster.width:
+        return least
+    pixel = sum(np.dtype(dtype).itemsize for dtype in raster.dtypes)
+    return min(max(least, 2 * (window + height) * width * pixel), 2**31 - 1)
 
 
 def _band_indexes(
@@ -139,14 +164,22 @@ def _canonical(name: str) -> str:
 def _scaling(
     raster: rasterio.DatasetReader,
     indexes: Sequence[int],
-    scale: float | None,
-    offset: float,
+    scale: float | Sequence[float] | None,
+    offset: float | Sequence[float],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Gain and offset per band, (C, 1, 1) each, stated and never guessed."""
     shape = (len(indexes), 1, 1)
     if scale is not None:
-        return np.full(shape, scale, np.float32), np.full(shape, offset, np.float32)
-    if offset:
+        wrong = {np.size(scale), np.size(offset)} - {1, raster.count}
+        if wrong:
+            raise ValueError(
+                f"scale or offset has {wrong.pop()} numbers for the {raster.count} "
+                f"bands of {raster.name}. Give one number for all, or one a band."
+            )
+        full = np.broadcast_arrays(scale, offset, np.zeros(raster.count))[:2]
+        chosen = [each[np.array(indexes) - 1].reshape(shape) for each in full]
+        return chosen[0].astype("f4"), chosen[1].astype("f4")
+    if np.any(offset):
         raise ValueError(f"offset={offset} needs scale too: value * scale + offset.")
     first, *_ = indexes = [index - 1 for index in indexes]
     gains = np.array(raster.scales, np.float32)[indexes].reshape(shape)
@@ -231,16 +264,13 @@ class RowWriter:
             self._flush(left)
         with self._naming_the_disk():
             self.raster.close()
-            with rasterio.open(self.part) as written:
-                for block, box in written.block_windows(1):
-                    if written.block_size(1, *block) <= 0:
-                        raise RasterioIOError(f"block {block} is missing")
-                    written.read(window=box)
+            check_whole(self.part)
 
     def publish(self) -> None:
         """Put the checked file in its place."""
         os.chmod(self.part, 0o644)  # a temporary file starts out private
         os.replace(self.part, self.target)
+        remove_side_files(self.target)
 
     def __enter__(self) -> RowWriter:
         return self
@@ -265,6 +295,15 @@ class RowWriter:
             ) from error
 
 
+def check_whole(path: Path) -> None:
+    """Read a GeoTIFF once; raise RasterioIOError if a block never arrived."""
+    with rasterio.open(path) as written:
+        for block, box in written.block_windows(1):
+            if written.block_size(1, *block) <= 0:
+                raise RasterioIOError(f"block {block} is missing")
+            written.read(window=box)
+
+
 # --- class names and colours of a class map -------------------------------------------
 
 
@@ -282,15 +321,17 @@ def write_classes(
         raster.write_colormap(1, {number: (*rgb, 255) for number, rgb in table})
 
 
-def read_classes(
-    path: str | os.PathLike[str],
-) -> tuple[list[str] | None, Colours | None]:
+def read_classes(path: str | os.PathLike[str]) -> tuple[Any, Colours | None]:
     """Class names and colours that a class map carries, None where it has none."""
     with open_raster(path) as raster:
-        names = json.loads(raster.tags().get("classes", "null"))
+        text = raster.tags().get("classes", "null")
         # Without a colour table the interpretation is "gray".
         table = raster.colorinterp[0].name == "palette"
-        return names, raster.colormap(1) if table else None
+        colours = raster.colormap(1) if table else None
+    try:
+        return json.loads(text), colours
+    except (json.JSONDecodeError, RecursionError):
+        return text, colours  # refused where it is used
 
 
 def class_look(
@@ -307,6 +348,11 @@ def class_look(
         stored = read_classes(path)
         classes = stored[0] if classes is None else classes
         colours = stored[1] if colours is None else colours
+    if isinstance(classes, str) or not isinstance(classes, Sequence | None):
+        raise ValueError(
+            f"{path} has a tag classes that is not a list of names: "
+            f"{str(classes)[:40]!r}. Pass classes=[...]."
+        )
     if classes is None:
         raise ValueError(f"{title} needs classes=[...], the names of its classes.")
     names = [str(name) for name in classes]

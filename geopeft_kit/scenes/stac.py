@@ -34,6 +34,7 @@ COMMON = {
 SCL_HIDDEN = (0, 1, 3, 8, 9, 10)  # no data, saturated, shadow, cloud, cloud, cirrus
 FMASK_HIDDEN = 0b0000_1110  # cloud, next to cloud or shadow, shadow
 FMASK_NODATA = 255
+WEB = ("https://", "http://", "s3://", "gs://")
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def find_item(
     scenes are compared. Raises RuntimeError if the API cannot be reached, LookupError
     if it has no scene there.
     """
+    import pystac
     import pystac_client
     import requests
     from pystac_client.exceptions import APIError
@@ -71,6 +73,11 @@ def find_item(
             max_items=limit, limit=min(limit, 100),
         )  # fmt: skip
         items = list(search.items())
+    except (TypeError, KeyError, ValueError, pystac.STACError) as error:
+        raise RuntimeError(
+            f"{api} does not answer as a STAC API does ({type(error).__name__}: "
+            f"{str(error)[:80]}). Check the address; does it want a login?"
+        ) from error
     except (APIError, requests.exceptions.RequestException) as error:
         raise RuntimeError(
             f"The STAC API at {api} cannot be reached ({type(error).__name__}): check "
@@ -89,13 +96,16 @@ def _shown(item: pystac.Item, box: tuple[float, float, float, float]) -> float:
     """Share of the box that the item's footprint covers, in steps of five per cent."""
     import shapely
 
+    if item.geometry is None:  # a scene that does not say where it is
+        return 0.0
     frame = shapely.box(*box)
     footprint = shapely.geometry.shape(item.geometry)
     return round(20 * footprint.intersection(frame).area / frame.area) / 20
 
 
 def _cloud_cover(item: pystac.Item) -> float:
-    return float(item.properties.get("eo:cloud_cover", 101.0))
+    stated = item.properties.get("eo:cloud_cover")
+    return 101.0 if stated is None else float(stated)
 
 
 def band_files(item: pystac.Item, bands: Sequence[str]) -> dict[str, BandFile]:
@@ -147,8 +157,9 @@ def _band_file(item: pystac.Item, asset: pystac.Asset) -> BandFile:
     for name in ("scale", "offset", "nodata"):
         for spelling in (f"raster:{name}", name):  # STAC 1.1 has the first
             for holder in (fields, dict(stated)):
-                if spelling in holder:
+                if holder.get(spelling) is not None:
                     stated[name] = holder[spelling]
+    stated = {name: value for name, value in stated.items() if value is not None}
     sentinel = "sentinel-2" in (item.collection_id or "").lower()
     hls = "hls" in (item.collection_id or item.id).lower()
     if "scale" not in stated and not (sentinel or hls):
@@ -156,15 +167,41 @@ def _band_file(item: pystac.Item, asset: pystac.Asset) -> BandFile:
             f"the scene {item.id} does not say how its numbers become reflectance "
             "(raster:scale). Download it, and pass the file with scale=."
         )
-    scale = float(stated.get("scale", 1e-4))
+    scale = _number(item, "scale", stated.get("scale", 1e-4))
     offset = stated.get("offset")
     if _offset_is_applied(item):
         offset = 0.0
     elif offset is None:
         offset = -1000 * scale if sentinel and _baseline(item) >= 4 else 0.0
-    nodata = stated.get("nodata", -9999 if hls else 0)
-    return BandFile(asset.get_absolute_href() or asset.href, scale, float(offset),
-                    float(nodata))  # fmt: skip
+    offset = _number(item, "offset", offset)
+    if not scale or not np.isfinite([scale, offset]).all():
+        raise ValueError(
+            f"the scene {item.id} states scale={scale}, offset={offset}. Take another "
+            "scene, or download it and pass scale=."
+        )
+    nodata = _number(item, "nodata", stated.get("nodata", -9999 if hls else 0))
+    return BandFile(address_of(item, asset), scale, offset, nodata)
+
+
+def _number(item: pystac.Item, name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"the scene {item.id} states {name}={value!r}, which is no number. Take "
+            "another scene, or download it and pass scale=."
+        ) from error
+
+
+def address_of(item: pystac.Item, asset: pystac.Asset) -> str:
+    """Where a file is; only the web is read, never a file of this machine."""
+    href = asset.get_absolute_href() or asset.href
+    if not href.startswith(WEB):
+        raise ValueError(
+            f"the scene {item.id} points to {href[:80]!r}; only addresses that begin "
+            f"with {', '.join(WEB)} are read."
+        )
+    return href
 
 
 def _offset_is_applied(item: pystac.Item) -> bool:
@@ -190,15 +227,19 @@ def cloud_file(item: pystac.Item) -> tuple[str, Callable[[np.ndarray], np.ndarra
     """
     for key, asset in item.assets.items():
         plain = re.sub(r"_\d+m$", "", key).lower()
-        href = asset.get_absolute_href() or asset.href
         if plain == "scl":
-            return href, lambda values: np.isin(values, SCL_HIDDEN)
+            return address_of(item, asset), scl_hides
         if plain == "fmask":
-            return href, fmask_hides
+            return address_of(item, asset), fmask_hides
     raise LookupError(
         f"the scene {item.id} has neither SCL nor Fmask, so clouds cannot be masked. "
         "Pass mask_clouds=False to keep them."
     )
+
+
+def scl_hides(values: np.ndarray) -> np.ndarray:
+    """Whether Sentinel-2's scene classification says cloud, shadow, or nothing."""
+    return np.isin(values, SCL_HIDDEN)
 
 
 def fmask_hides(values: np.ndarray) -> np.ndarray:

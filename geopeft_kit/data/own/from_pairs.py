@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,10 +22,11 @@ from geopeft_kit.data.own.pairs import found_targets, pair_chips, pair_files
 from geopeft_kit.data.own.regions import Cutting, draw_regions, place_pairs
 from geopeft_kit.data.own.scale_check import (
     check_scale,
+    contradictions,
     require_bands_and_scale,
     sample_values,
 )
-from geopeft_kit.data.own.scenes import check_nodata, scene_chips, scene_files
+from geopeft_kit.data.own.scenes import check_scenes, scene_chips, scene_files
 from geopeft_kit.data.own.shapes import (
     check_places,
     is_vector,
@@ -78,7 +80,7 @@ def from_pairs(
         scale: Reflectance of one stored unit, one number or one a band.
         offset: Added after scaling.
         classes: Names in the order of their numbers; or number in the masks ->
-            name, which needs `folder`. None for regression.
+            name, None for no label, which needs `folder`. None for regression.
         task: As in `DatasetInfo`. None is "segmentation", or "classification" for
             a table with labels.
         folder: Chip folder to write, whole or not at all. None leaves masks and
@@ -158,12 +160,23 @@ class Stated:
     facts: Mapping[str, Any]
 
     @property
-    def numbers(self) -> dict[int, int]:
+    def names(self) -> list[str]:
+        """Names of the classes in the order of their numbers."""
+        if not isinstance(self.classes, Mapping):
+            return list(self.classes or ())
+        named = (name for name in self.classes.values() if name is not None)
+        return list(dict.fromkeys(named))
+
+    @property
+    def numbers(self) -> dict[int, int | None]:
         """Number in the user's masks -> number of the class; empty where they agree."""
         if not isinstance(self.classes, Mapping):
             return {}
-        names = list(dict.fromkeys(self.classes.values()))
-        return {value: names.index(name) for value, name in self.classes.items()}
+        names = self.names
+        return {
+            value: None if name is None else names.index(name)
+            for value, name in self.classes.items()
+        }
 
     @property
     def renumbers(self) -> bool:
@@ -185,14 +198,14 @@ class Stated:
         stored = sample_values(images, facts.get("nodata"))
         require_bands_and_scale(stored, self.bands, self.scale)
         bands = resolve_bands(self.bands or ())
-        if stored.count != len(bands):
+        if (count := stored.tags.count) != len(bands):
             raise ValueError(
-                f"{images[0]} has {stored.count} bands, but {len(bands)} are named: "
+                f"{images[0]} has {count} bands, but {len(bands)} are named: "
                 f"{', '.join(bands)}. Name every band of the files, in their order; "
                 "ChipData(bands=...) chooses among them afterwards."
             )
         check_scale(stored, bands, self.scale, self.offset)
-        classes = self.classes or ()
+        classes = self.names
         if task in CLASS_TASKS and not classes:
             raise ValueError(
                 f"what are the classes? Found are {found()}. Pass classes=[...], their "
@@ -201,15 +214,16 @@ class Stated:
             )
         if task not in CLASS_TASKS and classes:
             raise ValueError(f"task {task!r} has no classes; leave classes out.")
-        if isinstance(classes, Mapping):
-            classes = list(dict.fromkeys(classes.values()))
         if keep_nodata:
-            facts.setdefault("nodata", stored.nodata)
-        return DatasetInfo.from_dict(
+            facts.setdefault("nodata", stored.tags.nodata)
+        info = DatasetInfo.from_dict(
             facts
             | {"name": self.name, "task": task, "bands": bands, "classes": classes}
             | {"scale": self.scale, "offset": self.offset}
         )
+        for text in contradictions(stored.tags, info):
+            warnings.warn(f"{text}. What you state is used.", stacklevel=5)
+        return info
 
 
 class Found(NamedTuple):
@@ -282,8 +296,7 @@ def _from_scenes(
         return ", ".join(map(str, sorted(set(table[column]), key=str)[:20]))
 
     info = stated.info(task, scenes, found, keep_nodata=True)
-    if "nodata" not in stated.facts:
-        check_nodata(scenes)
+    check_scenes(scenes, "nodata" in stated.facts)
     regions = cutting.regions
     if regions is None:
         regions = "scene" if len(scenes) > 1 else "blocks"

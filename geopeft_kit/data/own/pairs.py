@@ -12,13 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 
-from geopeft_kit.data.chip import Chip, Outline, check_same_size
+from geopeft_kit.data.chip import Chip
 from geopeft_kit.data.info import DatasetInfo
-from geopeft_kit.data.open_raster import open_raster
-from geopeft_kit.data.reading import ChipReader, Grid
+from geopeft_kit.data.reading import ChipReader, read_target
+from geopeft_kit.open_raster import open_raster
 
 RASTERS = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".jp2", ".img")
 
@@ -61,9 +62,10 @@ def pair_files(
             f"ending.{_suffix_hint(found, partners)} Remove the others, or add what "
             "is missing."
         )
+    keys = sorted(found)
     return [
-        Pair(safe_name(key), path, partners[key][0], region=region)
-        for key, (path, region) in sorted(found.items())
+        Pair(name, found[key][0], partners[key][0], region=found[key][1])
+        for name, key in zip(unique_names(keys), keys, strict=True)
     ]
 
 
@@ -96,7 +98,8 @@ def _by_stem(
     for path, folder in listed:
         region = None if folder in (None, ".") else folder
         stem = path.stem.removesuffix(suffix)
-        key = f"{region}/{stem}" if region else stem
+        # A Mac writes the letter "ä" as two characters, other systems as one.
+        key = normalize("NFC", f"{region}/{stem}" if region else stem)
         if key in result:
             raise ValueError(
                 f"two {what}s are called {key!r}: {result[key][0]} and {path}. Rename "
@@ -128,12 +131,24 @@ def _suffix_hint(images: dict[str, Any], masks: dict[str, Any]) -> str:
 
 def safe_name(key: str) -> str:
     """The key with "_" for all that cannot be in the name of a file."""
-    name = re.sub(r"[^A-Za-z0-9_.-]+", "_", key)
-    return name if re.match(r"[A-Za-z0-9_]", name) else f"_{name}"
+    name = re.sub(r"[^\w.-]+", "_", normalize("NFC", key))
+    return name if re.match(r"\w", name) else f"_{name}"
+
+
+def unique_names(keys: Sequence[str]) -> list[str]:
+    """Safe names of different keys; where two would be the same, with a number."""
+    names: dict[str, None] = {}
+    for key in keys:
+        name = base = safe_name(key)
+        number = 2
+        while name in names:
+            name, number = f"{base}_{number}", number + 1
+        names[name] = None
+    return list(names)
 
 
 def pair_chips(
-    pairs: Sequence[Pair], info: DatasetInfo, numbers: Mapping[int, int]
+    pairs: Sequence[Pair], info: DatasetInfo, numbers: Mapping[int, int | None]
 ) -> Iterator[Chip]:
     """Chips of pairs, each read once and checked; files stay where they are.
 
@@ -143,28 +158,15 @@ def pair_chips(
     Raises:
         ValueError: Files that do not fit the facts or each other.
     """
-    reader = ChipReader(Path(), info, range(len(info.bands)))
+    reader = ChipReader(Path(), info, range(len(info.bands)), numbers)
     same = all(value == number for value, number in numbers.items())
-    types: dict[str, str] = {}
     for pair in pairs:
-        mask: Any = pair.mask
-        plain = mask is None or info.target != "mask" or same
-        stored = reader.read(
-            pair.name, str(pair.image), mask=str(mask) if mask and plain else None
-        )
-        types.setdefault(stored.image.dtype.name, pair.name)
-        if len(types) > 1:
-            (one, a), (other, b) = types.items()
-            raise ValueError(
-                f"image {a!r} is {one}, {b!r} is {other}; one scale cannot be right "
-                "for both. Convert them alike."
-            )
-        if not plain:
-            mask = _renumbered(pair, numbers, info, stored.grid)
+        mask = str(pair.mask) if pair.mask else None
+        stored = reader.read(pair.name, str(pair.image), mask=mask)
         yield Chip(
             pair.name,
             pair.image.resolve(),
-            mask.resolve() if isinstance(mask, Path) else mask,
+            pair.mask.resolve() if pair.mask and same else stored.mask,
             label=pair.label,
             region=pair.region or "everywhere",
             split=pair.split,
@@ -173,41 +175,16 @@ def pair_chips(
         )
 
 
-def _renumbered(
-    pair: Pair, numbers: Mapping[int, int], info: DatasetInfo, grid: Grid
-) -> np.ndarray:
-    """A mask whose values are class numbers instead of the user's own."""
-    assert pair.mask is not None  # only masks are renumbered
-    values = read_mask(pair.mask)
-    height, width = values.shape
-    check_same_size(pair.name, "mask", Outline(height, width, None, None), grid)
-    unknown = np.iinfo(np.int64).min
-    result = np.full(values.shape, unknown, np.int64)
-    result[values == info.ignore_index] = info.ignore_index
-    for value, number in numbers.items():
-        result[values == value] = number
-    strange = np.unique(values[result == unknown]).tolist()
-    if strange:
-        raise ValueError(
-            f"chip {pair.name!r}: mask value {strange[0]:g} is none of "
-            f"{', '.join(map(str, numbers))} and {info.ignore_index} (no label). Add "
-            "it to classes."
-        )
-    return result
-
-
-def read_mask(path: Path) -> np.ndarray:
-    """The first band (H, W) of a file."""
-    with open_raster(path) as raster:
-        return raster.read(1)
-
-
 def found_targets(pairs: Sequence[Pair]) -> str:
     """Labels, or mask values of up to eight masks, for a question."""
-    values: set[Any] = {pair.label for pair in pairs if pair.label is not None}
+    values: set[Any] = set()
+    for label in (pair.label for pair in pairs if pair.label is not None):
+        values |= {label} if np.ndim(label) == 0 else set(label)
     masks = [pair.mask for pair in pairs if pair.mask is not None]
     for mask in masks[:: max(1, len(masks) // 8)][:8]:
-        values |= set(np.unique(read_mask(mask)).tolist())
+        with open_raster(mask, mask.stem) as raster:
+            found, empty = read_target(raster, f"mask {mask}")
+        values |= set(np.unique(found[~empty]).tolist())
     ordered = sorted(values, key=lambda value: (isinstance(value, str), value))
     shown = ", ".join(map(str, ordered[:20]))
     return f"{shown}{', ...' if len(values) > 20 else ''}"

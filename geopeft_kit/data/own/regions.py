@@ -21,10 +21,19 @@ import shapely
 from affine import Affine
 from rasterio.crs import CRS
 
-from geopeft_kit.data.open_raster import open_raster
 from geopeft_kit.data.own.pairs import Pair
-from geopeft_kit.data.own.pixel_size import apply_affine, footprint_of, metres_per_unit
 from geopeft_kit.data.own.shapes import AREAS, read_vector
+from geopeft_kit.geodesy import (
+    CYLINDER,
+    apply_affine,
+    crs_name,
+    equal_area,
+    footprint_of,
+    metres_per_unit,
+    placed,
+    to_degrees,
+)
+from geopeft_kit.open_raster import open_raster
 
 MOST_BLOCKS = 100_000
 BLOCKS = 4  # along the longer side, where no block size is given
@@ -271,15 +280,15 @@ def _footprints(paths: Sequence[Path]) -> gpd.GeoDataFrame | None:
     shapes, systems = [], []
     for path in paths:
         with open_raster(path) as raster:
-            if raster.crs is None:
+            if not placed(raster.crs):
                 return None
-            systems.append(raster.crs.to_wkt())
+            systems.append(raster.crs)
             shapes.append(footprint_of(raster.transform, raster.height, raster.width))
-    if len(set(systems)) == 1:
-        return gpd.GeoDataFrame(geometry=shapes, crs=systems[0])
-    shared = "EPSG:6933"  # metres on an equal-area cylinder, for several UTM zones
-    moved = [
-        gpd.GeoSeries([shape], crs=system).to_crs(shared).iloc[0]
-        for shape, system in zip(shapes, systems, strict=True)
-    ]
-    return gpd.GeoDataFrame(geometry=moved, crs=shared)
+    one = len(set(map(crs_name, systems))) == 1
+    if one and systems[0].is_projected:
+        return gpd.GeoDataFrame(geometry=shapes, crs=systems[0].to_wkt())
+    pairs = zip(shapes, systems, strict=True)
+    degrees = np.concatenate([to_degrees([shape], crs) for shape, crs in pairs])
+    shared = equal_area(shapely.get_coordinates(degrees))
+    table = gpd.GeoDataFrame(geometry=degrees, crs="EPSG:4326")
+    return table if one and shared == CYLINDER else table.to_crs(shared)

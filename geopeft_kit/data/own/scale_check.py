@@ -17,8 +17,16 @@ from pathlib import Path
 import numpy as np
 import rasterio
 
-from geopeft_kit.bands import BANDS, SENSORS, resolve_bands
-from geopeft_kit.data.open_raster import ALONE, open_raster
+from geopeft_kit.bands import BANDS, SENSORS
+from geopeft_kit.data.info import DatasetInfo
+from geopeft_kit.data.reading import invalid_pixels
+from geopeft_kit.open_raster import (
+    UNLISTED,
+    Tags,
+    check_alike,
+    open_raster,
+    tags_of,
+)
 
 FILES, SIDE = 8, 256  # files looked at, and pixels along a side of each
 BRIGHT = 1.6  # reflectance above this is glint, cloud or a wrong scale
@@ -28,66 +36,66 @@ BRIGHT = 1.6  # reflectance above this is glint, cloud or a wrong scale
 class StoredValues:
     """A sample of what some files hold."""
 
-    count: int  # bands
-    dtype: str
-    names: tuple[str | None, ...]  # band descriptions of the first file
+    tags: Tags  # of the first file
     values: np.ndarray  # (C, N) stored values that are data
-    tags: tuple[float, float] | None  # scale and offset that the files state themselves
-    nodata: float | None  # that the files state
 
 
 def sample_values(files: Sequence[Path], nodata: float | None = None) -> StoredValues:
     """A few pixels of up to eight of the files; `nodata` None takes the files' own.
 
     Raises:
-        ValueError: A file is not a raster, or has other bands or another type than the
-            first.
+        ValueError: A file is not a raster, or its tags disagree with the first's.
     """
     step = max(1, len(files) // FILES)
     found: list[StoredValues] = []
     for path in files[::step][:FILES]:
         seen = _sample_of(path, nodata)
-        first = found[0] if found else seen
-        for what in ("count", "dtype"):
-            here, there = getattr(seen, what), getattr(first, what)
-            if here != there:
-                word = {"count": "bands", "dtype": "values"}[what]
-                raise ValueError(
-                    f"{path} holds {here} {word}, {files[0]} {there}. One scale and "
-                    "one list of bands cannot be right for both: convert them alike."
-                )
         found.append(seen)
+        check_alike(path, seen.tags, files[0], found[0].tags)
     values = np.concatenate([seen.values for seen in found], axis=1)
-    first = found[0]
-    return StoredValues(
-        first.count, first.dtype, first.names, values, first.tags, first.nodata
-    )
+    return StoredValues(found[0].tags, values)
 
 
 def _sample_of(path: Path, nodata: float | None) -> StoredValues:
-    with rasterio.Env(**ALONE), open_raster(path) as raster:
+    with rasterio.Env(**UNLISTED), open_raster(path, path.stem) as raster:
+        tags = tags_of(raster)
         size = min(raster.height, SIDE), min(raster.width, SIDE)
         pixels = raster.read(out_shape=(raster.count, *size))
-        nodata = raster.nodata if nodata is None else nodata
-        tags = raster.scales[0], raster.offsets[0]
-        names, dtype = raster.descriptions, raster.dtypes[0]
-    values = pixels.reshape(len(pixels), -1)  # (C, H*W)
-    good = np.isfinite(values).all(axis=0)
-    if nodata is not None:
-        good &= (values != nodata).all(axis=0)
-    stated = tags if tags != (1.0, 0.0) else None
-    return StoredValues(len(pixels), dtype, names, values[:, good], stated, nodata)
+        empty = invalid_pixels(raster, pixels, nodata)
+    good = np.isfinite(pixels).all(axis=0)  # (H, W)
+    return StoredValues(tags, pixels[:, good if empty is None else good & ~empty])
+
+
+def contradictions(tags: Tags, info: DatasetInfo) -> list[str]:
+    """What the tags of a file say otherwise than the facts of its data set."""
+    found = []
+    stated = np.broadcast_arrays(info.scale, info.offset, info.bands)[:2]
+    if tags.scaling is not None and not np.allclose(
+        tags.scaling, np.stack(stated, axis=1).astype(float), rtol=1e-3
+    ):
+        found.append(
+            f"the files state (scale, offset) {tags.scaling[0]}, the data set has "
+            f"{info.scale}, {info.offset}"
+        )
+    if tags.bands is not None and tags.bands != info.bands:
+        found.append(
+            f"the files name the bands {', '.join(tags.bands)}, the data set "
+            f"{', '.join(info.bands)}"
+        )
+    known = None not in (tags.nodata, info.nodata)
+    if known and str(float(tags.nodata or 0)) != str(float(info.nodata or 0)):
+        found.append(f"the files state nodata={tags.nodata}, not {info.nodata}")
+    return found
 
 
 def propose_bands(stored: StoredValues) -> str:
     """Which bands the files may hold, as the argument to pass."""
-    try:
-        return f"bands={list(resolve_bands([str(name) for name in stored.names]))}"
-    except ValueError:
-        pass
-    sensors = [name for name, bands in SENSORS.items() if len(bands) == stored.count]
+    if stored.tags.bands is not None:
+        return f"bands={list(stored.tags.bands)}"
+    count = stored.tags.count
+    sensors = [name for name, bands in SENSORS.items() if len(bands) == count]
     if not sensors:
-        return f"bands=[...], {stored.count} names"
+        return f"bands=[...], {count} names"
     return f"bands={sensors[0]!r} (they would be {', '.join(SENSORS[sensors[0]])})"
 
 
@@ -96,16 +104,17 @@ def propose_scale(stored: StoredValues) -> tuple[float, float, str]:
     if not stored.values.size:
         return 1e-4, 0.0, "there is no data to judge by"
     low, middle, high = np.percentile(stored.values, [1, 50, 99])
-    span = f"{stored.dtype} from {low:.4g} to {high:.4g} (1st and 99th percentile)"
-    if stored.tags is not None:
-        return *stored.tags, f"the files say so themselves; they hold {span}"
-    if stored.dtype == "uint8":
+    dtype, scaling = stored.tags.dtype, stored.tags.scaling
+    span = f"{dtype} from {low:.4g} to {high:.4g} (1st and 99th percentile)"
+    if scaling is not None and len(set(scaling)) == 1:
+        return *scaling[0], f"the files say so themselves; they hold {span}"
+    if dtype == "uint8":
         return 1 / 255, 0.0, f"they hold {span}, as pictures do"
     if high <= BRIGHT:
         return 1.0, 0.0, f"they hold {span}, reflectance as it is"
     if high <= 100:
         return 0.01, 0.0, f"they hold {span}, like per cent"
-    if stored.dtype == "uint16" and low > 5000 and high < 50_000:
+    if dtype == "uint16" and low > 5000 and high < 50_000:
         return 2.75e-5, -0.2, f"they hold {span}, like Landsat's collection 2"
     if low >= 900 and middle > 1500:
         why = f"they hold {span}, like Sentinel-2 since baseline 04.00"

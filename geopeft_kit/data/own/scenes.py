@@ -22,9 +22,7 @@ from rasterio.windows import Window
 
 from geopeft_kit.data.chip import Chip
 from geopeft_kit.data.info import DatasetInfo
-from geopeft_kit.data.open_raster import open_raster
 from geopeft_kit.data.own.pairs import RASTERS, safe_name
-from geopeft_kit.data.own.pixel_size import footprint_of
 from geopeft_kit.data.own.regions import Cutting, pixel_regions
 from geopeft_kit.data.own.shapes import (
     POINTS,
@@ -34,6 +32,9 @@ from geopeft_kit.data.own.shapes import (
     pixel_of,
     to_scene,
 )
+from geopeft_kit.data.reading import invalid_pixels
+from geopeft_kit.geodesy import footprint_of
+from geopeft_kit.open_raster import Tags, check_alike, open_raster, tags_of
 
 
 def scene_files(images: Any) -> list[Path]:
@@ -50,18 +51,16 @@ def scene_files(images: Any) -> list[Path]:
     return files
 
 
-def check_nodata(scenes: Sequence[Path]) -> None:
-    """Refuse scenes whose files state different values as no data."""
-    stated: dict[str, Path] = {}
+def check_scenes(scenes: Sequence[Path], nodata_is_stated: bool) -> None:
+    """Refuse scenes whose tags disagree; no nodata is a statement too."""
+    first: Tags | None = None
     for path in scenes:
         with open_raster(path) as raster:
-            stated.setdefault(str(raster.nodata), path)
-    if len(stated) > 1:
-        (one, a), (other, b), *_ = stated.items()
-        raise ValueError(
-            f"{a} states nodata={one}, {b} nodata={other}. Convert them alike, or say "
-            "what holds for all: facts={'nodata': ...}."
-        )
+            tags = tags_of(raster)
+        if nodata_is_stated:
+            tags = tags._replace(nodata=None)
+        first = first or tags
+        check_alike(path, tags, scenes[0], first, silence=False)
 
 
 def scene_chips(
@@ -102,11 +101,11 @@ def _mask_chips(
         table = to_scene(shapes, raster)
         for region, window in _windows(raster, cutting):
             mask = _burn(table, shapes, info, window, raster.window_transform(window))
-            labelled = ~np.isnan(mask)
-            if info.task != "regression":
-                labelled = mask != int(shapes.nothing)
-            chip = _chip(raster, window, region, info) if labelled.any() else None
-            if chip is not None:
+            if not shapes.labelled(mask).any():
+                continue
+            chip, invalid = _chip(raster, window, region, info)
+            mask[invalid] = shapes.nothing
+            if shapes.labelled(mask).any():
                 chip.mask = mask
                 yield chip
 
@@ -175,16 +174,14 @@ def _burn(
 
 def _chip(
     raster: rasterio.DatasetReader, window: Window, region: str, info: DatasetInfo
-) -> Chip | None:
-    """One window as a chip without target; None where all of it is nodata."""
+) -> tuple[Chip, np.ndarray]:
+    """One window as a chip without target, and (H, W) bool where it has no data."""
     image = raster.read(window=window)
-    nodata = info.nodata
-    if nodata is not None:
-        empty = np.isnan(image) if np.isnan(nodata) else image == nodata
-        if empty.any(axis=0).all():
-            return None
+    invalid = invalid_pixels(raster, image, info.nodata, window=window)
+    if invalid is None:
+        invalid = np.zeros(image.shape[-2:], bool)
     scene = Path(raster.name).stem
-    return Chip(
+    chip = Chip(
         safe_name(f"{scene}_{int(window.row_off)}_{int(window.col_off)}"),
         image,
         region=region,
@@ -192,6 +189,7 @@ def _chip(
         transform=raster.window_transform(window),
         extra={"scene": f"{scene}/{region}"},
     )
+    return chip, invalid
 
 
 def _point_chips(
@@ -227,8 +225,10 @@ def _point_chips(
                 square = shapely.box(left, top, left + size, top + size)
                 names = areas["region"][areas.covers(square)].tolist()
             window = Window(left, top, size, size)
-            chip = _chip(raster, window, names[0], info) if names else None
-            if chip is not None:
+            if not names:
+                continue
+            chip, invalid = _chip(raster, window, names[0], info)
+            if not invalid.all():
                 chip.name = f"{chip.name}_{number}"
                 chip.label = int(points["value"].iloc[number])
                 yield chip

@@ -18,9 +18,9 @@ from pyogrio.errors import DataSourceError
 from rasterio.warp import transform_bounds
 
 from geopeft_kit.data.info import DatasetInfo
-from geopeft_kit.data.open_raster import open_raster
-from geopeft_kit.data.own.pixel_size import apply_affine, footprint_of
 from geopeft_kit.data.own.tables import read_csv
+from geopeft_kit.geodesy import apply_affine, footprint_of, placed
+from geopeft_kit.open_raster import open_raster
 
 AREAS, POINTS = {"Polygon", "MultiPolygon"}, {"Point"}
 VECTORS = (".gpkg", ".shp", ".geojson", ".json", ".parquet", ".csv", ".fgb")
@@ -114,6 +114,10 @@ class Shapes:
     fill: float  # of pixels outside of all shapes
     nothing: float  # means "no label"
 
+    def labelled(self, mask: np.ndarray) -> np.ndarray:
+        """Where a mask has a label."""
+        return ~np.isnan(mask) if np.isnan(self.nothing) else mask != self.nothing
+
 
 def make_shapes(
     table: gpd.GeoDataFrame,
@@ -190,9 +194,10 @@ def open_scene(path: Path, bands: int) -> Iterator[rasterio.DatasetReader]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no raster {path}. Check the path.")
     with open_raster(path) as raster:
-        if raster.crs is None:
+        if not placed(raster.crs):
+            what = f"a local CRS ({raster.crs})" if raster.crs else "no CRS"
             raise ValueError(
-                f"{path} has no CRS, so no shape can be placed on it. Assign the right "
+                f"{path} has {what}, so no shape can be placed on it. Assign the right "
                 "one (gdal_edit.py -a_srs EPSG:...)."
             )
         if raster.count != bands:
@@ -210,17 +215,22 @@ def to_scene(shapes: Shapes, raster: rasterio.DatasetReader) -> gpd.GeoDataFrame
     that is straight in one CRS is bent in another.
     """
     table = shapes.table
-    target = raster.crs.to_wkt()
+    target, drawn = raster.crs.to_wkt(), table.crs.to_wkt()
     if table.crs.equals(target):
         return table
-    box = transform_bounds(raster.crs, table.crs.to_wkt(), *raster.bounds)
-    near = table.iloc[np.sort(table.sindex.query(shapely.box(*box)))]
+    left, low, right, high = transform_bounds(raster.crs, drawn, *raster.bounds)
+    across = right < left  # a raster across 180 degrees
+    step = 10 * min(
+        (right - left + 360 * across) / raster.width, (high - low) / raster.height
+    )
+    left, low, right, high = left - step, low - step, right + step, high + step
+    frame = shapely.box(left, low, right, high)
+    if across:
+        east = shapely.box(left, low, 180, high)
+        frame = shapely.union(east, shapely.box(-180, low, right, high))
+    near = table.iloc[np.sort(table.sindex.query(frame, predicate="intersects"))]
     if near.geom_type.isin(AREAS).any():
-        step = 10 * min(
-            (box[2] - box[0]) / raster.width, (box[3] - box[1]) / raster.height
-        )
-        margin = (box[0] - step, box[1] - step, box[2] + step, box[3] + step)
-        cut = shapely.intersection(near.geometry.to_numpy(), shapely.box(*margin))
+        cut = shapely.intersection(near.geometry.to_numpy(), frame)
         near = near.set_geometry(shapely.segmentize(cut, step), crs=table.crs)
     return near[~near.is_empty].to_crs(target)
 

@@ -6,10 +6,13 @@ import difflib
 import os
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
+import numpy as np
 import pandas as pd
 
-from geopeft_kit.data.own.pairs import Pair, safe_name
+from geopeft_kit.data.index import dates_from
+from geopeft_kit.data.own.pairs import Pair, unique_names
 
 TABLE_COLUMNS = ("image", "mask", "label", "region", "split", "date", "scene")
 
@@ -53,14 +56,7 @@ def pair_table(source: str | os.PathLike[str] | pd.DataFrame) -> list[Pair]:
         raise ValueError(f"{name} has no rows.")
     columns = {c: table[c].tolist() for c in TABLE_COLUMNS if c in table}
     if "date" in columns:
-        days = pd.to_datetime(table["date"], format="ISO8601", errors="coerce")
-        wrong = (days.isna() & table["date"].notna()).to_numpy()
-        if wrong.any():
-            row = int(wrong.argmax())
-            raise ValueError(
-                f"{name}, row {row}: {columns['date'][row]!r} is not a date. Write "
-                "2024-05-31."
-            )
+        days = dates_from(table["date"], name)
         columns["date"] = [None if pd.isna(day) else day for day in days]
     pairs = []
     for row in range(len(table)):
@@ -71,19 +67,20 @@ def pair_table(source: str | os.PathLike[str] | pd.DataFrame) -> list[Pair]:
 
 def _named(pairs: list[Pair], table: str) -> list[Pair]:
     """Names by stem; where stems repeat, with the folder before them."""
-    for parts in (1, 2):
-        for pair in pairs:
-            pair.name = safe_name("/".join(pair.image.with_suffix("").parts[-parts:]))
-        if len({pair.name for pair in pairs}) == len(pairs):
-            return pairs
-    rows = dict[str, int]()
+    rows = dict[Path, int]()
     for row, pair in enumerate(pairs):
-        if pair.name in rows:
+        if pair.image in rows:
             raise ValueError(
-                f"{table}: rows {rows[pair.name]} and {row} both make a chip called "
-                f"{pair.name!r}. Remove one, or rename its image."
+                f"{table}: rows {rows[pair.image]} and {row} name the same image, "
+                f"{pair.image}. Remove one."
             )
-        rows[pair.name] = row
+        rows[pair.image] = row
+    for parts in (1, 2):
+        keys = ["/".join(p.image.with_suffix("").parts[-parts:]) for p in pairs]
+        if len(set(keys)) == len(pairs):
+            break
+    for pair, name in zip(pairs, unique_names(keys), strict=True):
+        pair.name = name
     return pairs
 
 
@@ -107,15 +104,16 @@ def _check_columns(table: pd.DataFrame, name: str) -> None:
 def _pair_of(cell: dict[str, Any], root: Path, where: str) -> Pair:
     """One row of a table; an empty target leaves the image unlabelled."""
     cell = {
-        key: None if not isinstance(v, list | tuple) and pd.isna(v) else v
-        for key, v in cell.items()
+        key: None if np.ndim(v) == 0 and pd.isna(v) else v for key, v in cell.items()
     }
     paths = {}
     for key in ("image", "mask"):
         value = cell.get(key)
         if value is None:
             continue
-        paths[key] = root / str(value)
+        # A name that a Mac wrote has other characters for the same letters.
+        forms = [root / normalize(form, str(value)) for form in ("NFC", "NFD")]
+        paths[key] = next(filter(Path.is_file, [root / str(value), *forms]), forms[0])
         if not paths[key].is_file():
             raise FileNotFoundError(f"{where}: there is no {key} {paths[key]}.")
     if "image" not in paths:
