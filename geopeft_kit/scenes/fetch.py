@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import rasterio
+from rasterio.crs import CRS
 from rasterio.enums import Resampling
 from rasterio.transform import from_origin
 from rasterio.vrt import WarpedVRT
@@ -144,7 +145,7 @@ def _checked_box(box: Sequence[float]) -> Box:
 def _grid(name: str, box: Box, crs: Any, resolution: float | None) -> dict[str, Any]:
     """The pixels to read: those of the file where it is not warped."""
     with open_raster(name) as raster:
-        crs = crs or raster.crs
+        crs = CRS.from_user_input(crs) if crs else raster.crs
         same = raster.crs == crs
         if not placed(crs):
             raise ValueError(
