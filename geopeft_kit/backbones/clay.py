@@ -165,7 +165,7 @@ class ClayBackbone(ViTBackbone):
 
         Clay saw zeros for a fifth of its pretraining chips.
         """
-        code = torch.zeros(len(image), _METADATA, device=image.device)
+        code = torch.zeros(image.shape[0], _METADATA, device=image.device)
         date = dates_of(meta, image)  # (B, 1, 2)
         if date is not None:
             weeks = [week_of(*pair) for pair in date[:, 0].tolist()]

@@ -81,7 +81,7 @@ class CopernicusBackbone(ViTBackbone):
         """Normalised image (B, C, H, W) -> four maps (B, D, h, w)."""
         patches = self.model.patch_embed(image)  # (B, h, w, D)
         tokens = self.add_positions(patches)  # (B, 1 + h*w, D)
-        added = self.metadata(meta or {}, len(image)).to(tokens)  # (B or 1, 1, D)
+        added = self.metadata(meta or {}, image.shape[0]).to(tokens)  # (B or 1, 1, D)
         return self.read_blocks(tokens + added, *patches.shape[1:3])
 
     def metadata(self, meta: Meta, count: int) -> Tensor:
@@ -157,6 +157,9 @@ def build(
         made = CopernicusPatches(embed, patch, card.image_size // card.patch)
         made.wavelengths = described(plan, _RADAR_WAVELENGTHS, nanometres)
         made.bandwidths = described(plan, _RADAR_BANDWIDTHS, bandwidths)
+        # Bands are constants of the network, and a look at values cannot be exported.
+        embed.spectrum_central_expansion.assert_range = False
+        embed.spectrum_bandwidth_expansion.assert_range = False
         return made
 
     dropped = ("patch_embed_variable.", "fc_norm.", "norm.", "head.")

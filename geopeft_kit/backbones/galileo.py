@@ -91,7 +91,7 @@ class GalileoBackbone(GroupedViTBackbone):
     def _months(self, meta: Meta | None, image: Tensor) -> Tensor:
         """(B,) months from 0: of ``meta["date"]`` where it is given, else `month`."""
         if not meta or meta.get("date") is None:
-            return torch.full((len(image),), self.month, device=image.device)
+            return torch.full((image.shape[0],), self.month, device=image.device)
         date = meta["date"].to(image.device)[:, 0]  # (B, 2)
         return month_of(date[:, 0], date[:, 1])
 

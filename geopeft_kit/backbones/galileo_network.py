@@ -129,7 +129,7 @@ class Galileo(nn.Module):
         """
         rows = [list(GROUPS).index(name) for name in self.space_time_embed]
         group = self.s_t_channel_embed[rows]  # (N, D/4)
-        shape = (len(month), height, breadth, len(rows), -1)
+        shape = (month.shape[0], height, breadth, len(rows), -1)
         quarter = group.shape[1]
         places = torch.arange(max(height, breadth), device=month.device) * step
         code = fixed_code(quarter // 2, places)  # (max(h, w), D/8)

@@ -29,7 +29,7 @@ def dates_of(
     """
     if meta is None or meta.get("date") is None:
         return None
-    wanted = (len(image) // dates, dates, 2)
+    wanted = (image.shape[0] // dates, dates, 2)
     words = f"(B, T, 2) with T={dates}: year, and day of the year counted from 0"
     _check("date", meta["date"], wanted, words, (_YEARS, _DAYS))
     return meta["date"].to(image.device, torch.float32)
@@ -41,7 +41,7 @@ def lonlat_of(
     """Longitude and latitude (B, 2) float32 in degrees, likewise."""
     if meta is None or meta.get("lonlat") is None:
         return None
-    wanted = (len(image) // dates, 2)
+    wanted = (image.shape[0] // dates, 2)
     words = "(B, 2): longitude, then latitude, in degrees"
     _check("lonlat", meta["lonlat"], wanted, words, (_LONGITUDES, _LATITUDES))
     return meta["lonlat"].to(image.device, torch.float32)

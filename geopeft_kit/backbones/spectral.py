@@ -162,7 +162,8 @@ class PanopticonPatches(SpectralPatches):
     def tokens(self, image: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, h*w, D)."""
         # A new tensor every time: torchgeo writes into it.
-        ids = torch.tensor([self.channels] * len(image), device=image.device)
+        ids = torch.tensor(self.channels, device=image.device)
+        ids = ids.repeat(image.shape[0], 1)  # (B, C)
         return self.embed({"imgs": image, "chn_ids": ids})
 
 

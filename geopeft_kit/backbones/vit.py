@@ -87,7 +87,7 @@ def fix_positions(model: nn.Module, table: Tensor) -> None:
 
 def prepended(token: Tensor, tokens: Tensor) -> Tensor:
     """Tokens (1, P, D) in front of each sequence (B, N, D), (B, P + N, D)."""
-    first = token.expand(len(tokens), -1, -1).to(tokens.dtype)
+    first = token.expand(tokens.shape[0], -1, -1).to(tokens.dtype)
     return torch.cat([first, tokens], dim=1)
 
 
