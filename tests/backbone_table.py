@@ -45,7 +45,6 @@ class Row:
         refuses: methods that do not fit.
         idle: beginnings of the names of parameters that no map depends on.
         size: the only image size that it takes, or None.
-        every: whether all methods are tried, not only the everyday ones.
         on_meta: whether it runs without memory; two parts of torchgeo look at values.
         ground_size: whether it has the option `resolution`.
     """
@@ -57,7 +56,6 @@ class Row:
     refuses: frozenset[str] = PLAIN_VIT
     idle: tuple[str, ...] = ()
     size: int | None = None
-    every: bool = False
     on_meta: bool = True
     ground_size: bool = False
 
@@ -81,28 +79,27 @@ BOTH = ("date", "lonlat")
 UNET = {"dims": (4, 6, 8, 32), "depths": (1, 2, 1, 1), "latent": 12}
 PRITHVI = vit(image_size=64)
 ROWS = (
-    Row("prithvi_eo_v2_tiny_tl", PRITHVI, meta=BOTH, every=True),
+    Row("prithvi_eo_v2_tiny_tl", PRITHVI, meta=BOTH),
     Row(
         "prithvi_eo_v2_tiny_tl", PRITHVI, {"dates": 2}, BOTH,
-        PLAIN_VIT | {"vit_adapter", "deflect"}, every=True,
+        PLAIN_VIT | {"vit_adapter", "deflect"},
     ),
     Row("prithvi_eo_v2_300", PRITHVI),
-    Row("clay_v1", vit(64, 2, image_size=32), meta=BOTH, every=True, ground_size=True),
+    Row("clay_v1", vit(64, 2, image_size=32), meta=BOTH, ground_size=True),
     Row("clay_v1_5", vit(64, 2, image_size=32), meta=BOTH),
-    Row("terramind_v1_tiny", vit(image_size=64), every=True),
-    Row("terramind_v1_base", vit(image_size=64), every=True),
+    Row("terramind_v1_tiny", vit(image_size=64)),
+    Row("terramind_v1_base", vit(image_size=64)),
     Row("galileo_nano", meta=("date",), refuses=GROUPED_VIT, ground_size=True),
-    Row("dofa_base", vit(), every=True),
+    Row("dofa_base", vit()),
     Row("panopticon_base", vit(architecture={"attention_width": 48}),
         {"bands": ["B4", "B8", "VV", "HV"]}, refuses=PLAIN_VIT | {"vit_adapter"},
-        every=True, on_meta=False),
-    Row("copernicusfm_base", vit(), meta=BOTH, every=True, on_meta=False,
-        ground_size=True),
+        on_meta=False),
+    Row("copernicusfm_base", vit(), meta=BOTH, on_meta=False, ground_size=True),
     Row("scalemae_large", vit(), ground_size=True),
     Row("dino_mc_small", vit()),
     Row("satmae_large", vit()),
     Row("cross_scale_mae_base", vit()),
-    Row("croma_base", vit(64, 16), refuses=GROUPED_VIT, every=True),
+    Row("croma_base", vit(64, 16), refuses=GROUPED_VIT),
     Row("croma_base_s1", vit(64, 16), refuses=GROUPED_VIT),
     Row("ssl4eo_vit_small", vit()),
     Row("softcon_vit_small", vit(), refuses=PLAIN_VIT | {"vit_adapter"}),
@@ -114,7 +111,7 @@ ROWS = (
     Row("phileo_vit_100m", vit(32, 4, image_size=32, architecture={"head_width": 16}),
         refuses=GROUPED_VIT | {"vit_adapter"}, idle=("vit.pos_embed",)),
     Row("gfm_swin_base", swin("embed_dim"), {"image_size": 64}, refuses=SWIN),
-    Row("satlas_swin_v2_t", swin("width"), refuses=SWIN | {"convpass"}, every=True),
+    Row("satlas_swin_v2_t", swin("width"), refuses=SWIN | {"convpass"}),
     Row("timm:vit_tiny_patch16_224"),
     Row("timm:convnext_atto", refuses=CONVOLUTIONS),
     Row("timm:resnet18", refuses=NO_MLP | {"oft"}),
@@ -148,11 +145,11 @@ def stirred(backbone: Backbone) -> Backbone:
     return backbone
 
 
-def image(backbone: Backbone, row: Row, batch: int = 2) -> Tensor:
-    """Two by three cells of the coarsest map, or the only size."""
-    step = max(backbone.strides)
+def image(backbone: Backbone, row: Row, step: int = 1) -> Tensor:
+    """Two by three cells of the coarsest map, or of `step` pixels; or the only size."""
+    step = max(*backbone.strides, step)
     size = (row.size, row.size) if row.size else (2 * step, 3 * step)
-    shape = (batch, len(backbone.bands), backbone.dates, *size)
+    shape = (2, len(backbone.bands), backbone.dates, *size)
     picture = torch.rand(shape) * 0.4
     return picture if backbone.dates > 1 else picture.squeeze(2)
 

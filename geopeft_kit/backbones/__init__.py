@@ -149,7 +149,7 @@ def load_backbone(
     drawn = path is None or new_bands == "random"
     generator = torch.random.get_rng_state() if drawn else None
     build = builder(card, plan, image_size, options)
-    backbone = build(None) if path is None else _filled(build, card, plan, path)
+    backbone = build(None) if path is None else _from_file(build, card, plan, path)
     backbone.normalise = normalise
     step = max(backbone.strides)
     backbone.image_size = card.image_size if image_size is None else image_size
@@ -170,7 +170,7 @@ def load_backbone(
     return backbone.eval()
 
 
-def _filled(
+def _from_file(
     build: Callable[[State | None], Backbone],
     card: BackboneCard,
     plan: BandPlan,

@@ -75,7 +75,7 @@ def plan_bands(
     """
     if new_bands not in NEW_BANDS:
         raise ValueError(f"new_bands={new_bands!r}: allowed are {', '.join(NEW_BANDS)}")
-    names = card.bands if bands is None else resolve_bands(bands)
+    names = tuple(card.bands if bands is None else resolve_bands(bands))
     known = (*card.bands, *card.also_reads)
     unknown = [name for name in names if name not in known]
     if unknown and new_bands == "error":
@@ -89,37 +89,44 @@ def plan_bands(
             f"{card.name} knows none of {', '.join(names)}; it knows "
             f"{', '.join(known)}. Choose another backbone, or new_bands='random'"
         )
-    read, kernels, mean, std = [], [], [], []
-    for position, name in enumerate(names):
-        nearest = _nearest(card, name)
-        kernel = nearest if new_bands in NEAREST else None
-        if name in card.bands:
-            kernel = card.bands.index(name)
-        elif new_bands in NEAREST and nearest is None and name in unknown:
-            raise ValueError(
-                f"{name} has no wavelength, so no band of {card.name} is nearest to "
-                "it; choose new_bands='random' or 'ignore'"
-            )
-        statistics = (0.0, 1.0)
-        if nearest is not None:
-            numbers = card.normalisation
-            statistics = numbers.mean[nearest], numbers.std[nearest]
-            if new_bands == "share_nearest" and name in unknown:
-                statistics = _own_statistics(card, name, nearest)
-        mean_here, std_here = card.also_reads.get(name, statistics)
-        mean.append(mean_here)
-        std.append(std_here)
-        if name in known or new_bands != "ignore":
-            read.append(position)
-            kernels.append(kernel)
-    return BandPlan(
-        bands=tuple(names),
-        read=tuple(read),
-        kernels=tuple(kernels),
-        mean=tuple(mean),
-        std=tuple(std),
-        new_bands=new_bands,
+    read = tuple(
+        position
+        for position, name in enumerate(names)
+        if name in known or new_bands != "ignore"
     )
+    kernels = tuple(_kernel(card, names[position], new_bands) for position in read)
+    statistics = [_statistics(card, name, new_bands) for name in names]
+    mean, std = zip(*statistics, strict=True)
+    return BandPlan(names, read, kernels, mean, std, new_bands)
+
+
+def _kernel(card: BackboneCard, name: str, new_bands: NewBands) -> int | None:
+    """Index of the kernel that a band meets; None for a random one."""
+    if name in card.bands:
+        return card.bands.index(name)
+    if new_bands not in NEAREST:
+        return None
+    nearest = _nearest(card, name)
+    if nearest is None and name not in card.also_reads:
+        raise ValueError(
+            f"{name} has no wavelength, so no band of {card.name} is nearest to "
+            "it; choose new_bands='random' or 'ignore'"
+        )
+    return nearest
+
+
+def _statistics(
+    card: BackboneCard, name: str, new_bands: NewBands
+) -> tuple[float, float]:
+    """Mean and standard deviation of a band in the card's unit."""
+    if name in card.also_reads:
+        return card.also_reads[name]
+    nearest = _nearest(card, name)
+    if nearest is None:
+        return 0.0, 1.0
+    if new_bands == "share_nearest" and name not in card.bands:
+        return _own_statistics(card, name, nearest)
+    return card.normalisation.mean[nearest], card.normalisation.std[nearest]
 
 
 def _nearest(card: BackboneCard, name: str) -> int | None:

@@ -17,7 +17,7 @@ from geopeft_kit.backbones.weights import State
 
 Builder = Callable[..., Backbone]
 BUILDERS: dict[str, Builder] = {}
-_COMMON = ("card", "plan", "state")
+_COMMON = ("card", "plan", "state", "image_size")
 
 
 def register(family: str) -> Callable[[Builder], Builder]:
@@ -38,17 +38,17 @@ def builder(
 ) -> Callable[[State | None], Backbone]:
     """A function from checkpoint to backbone.
 
-    Networks that depend on the image size have it among their arguments. Raises
+    Builders that depend on the image size have it among their arguments. Raises
     ValueError for an option that the family does not have.
     """
     build = BUILDERS[card.family]
     known = inspect.signature(build).parameters
-    own = [name for name in known if name not in (*_COMMON, "image_size")]
-    for name in options:
-        if name not in own:
-            raise ValueError(
-                f"{card.name} has no such option: {name!r}. Its options: "
-                f"{', '.join(own) or 'none'}"
-            )
+    own = [name for name in known if name not in _COMMON]
+    unknown = [name for name in options if name not in own]
+    if unknown:
+        raise ValueError(
+            f"{card.name} has no such option: {unknown[0]!r}. Its options: "
+            f"{', '.join(own) or 'none'}"
+        )
     sized = {"image_size": image_size} if "image_size" in known else {}
     return lambda state: build(card, plan, state, **options, **sized)
