@@ -1,8 +1,7 @@
 """Bottleneck adapters in series and in parallel. Taught in notebook 04.
 
-Each one goes down to a few channels, through a non-linearity and up again. Because of
-the non-linearity it cannot be folded into a weight. Because the way up starts at zero
-it changes nothing at the start.
+Each one goes down to a few channels, through a non-linearity, which forbids folding it
+into a weight, and up again. The way up starts at zero, so nothing changes at the start.
 
 Source: Houlsby et al. 2019, Parameter-Efficient Transfer Learning for NLP, arXiv
 1902.00751, section 2.1; Chen et al. 2022, AdaptFormer, arXiv 2205.13535, section 3.2.
@@ -44,10 +43,10 @@ class Bottleneck(nn.Module):
         channels_first: bool = False,
     ) -> None:
         super().__init__()
-        self.down = nn.Linear(channels, width)
+        self.down: Any = nn.Linear(channels, width)
         self.activation = activation
         self.dropout = nn.Dropout(dropout)
-        self.up = zeroed(nn.Linear(width, channels))
+        self.up: Any = zeroed(nn.Linear(width, channels))
         self.scale = scale
         self.channel_axis = 1 if channels_first else -1
 

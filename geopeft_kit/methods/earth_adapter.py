@@ -30,10 +30,9 @@ class FrequencyAdapter(nn.Module):
     """A block, then x + scale * delta on its patch tokens; other tokens pass.
 
     With frequency bands delta = r1 M1(x) + r2 M2(low) + r3 M3(high), where the weights
-    r are a softmax over a Linear layer of x, token by token; without them delta =
-    M1(x). M is Linear D -> width, ReLU, Linear width -> D. All layers start as torch
-    starts them and the scale at 0.1, so that this is not an identity. `ratio` is the
-    share of the frequencies of an axis that are low; None means no bands.
+    r are a softmax over a Linear layer of x; without them delta = M1(x). M is a
+    bottleneck with ReLU that does not start at zero. `ratio` is the share of the
+    frequencies of an axis that are low; None means no bands.
     """
 
     def __init__(

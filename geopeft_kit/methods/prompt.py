@@ -124,8 +124,7 @@ def _new_prompts(backbone: Backbone, block: nn.Module, tokens: int) -> nn.Parame
 
 
 def _check_contiguous(backbone: Backbone, blocks: Blocks) -> None:
-    order = [path for path, _ in backbone.blocks]
-    numbers = [order.index(path) for path, _ in blocks]
+    numbers = [backbone.block_paths.index(path) for path, _ in blocks]
     if numbers != list(range(numbers[0], numbers[0] + len(numbers))):
         raise ValueError(
             f"layers={numbers} with deep=False: shallow prompts are carried from block "

@@ -108,8 +108,8 @@ def available_targets(
 ) -> list[str]:
     """Return every name that `find_targets` understands for these blocks."""
     layers = _layers_of(blocks, kinds)
-    parts = list(_ATTENTION) if {_short(name) for name in layers} & set(FUSED) else []
-    return list(dict.fromkeys(parts + [name for name in layers]))
+    parts = _ATTENTION if {_short(name) for name in layers} & set(FUSED) else ()
+    return [*parts, *(name for name in layers if name not in parts)]
 
 
 def _in_block(path: str, layers: Mapping[str, Any], name: str) -> Targets:

@@ -188,9 +188,8 @@ def rotate(tokens: Tensor, direction: Tensor, theta: Tensor) -> Tensor:
 class Deflection(nn.Module):
     """Moves principal tokens along a direction read from the auxiliary ones.
 
-    e = U ReLU(V a), D -> h -> D without biases; the size is limit * tanh(g), with one
-    learnt scalar g per block. h = 0 is the ablation "attention", which adds g * a;
-    no limit (rho or theta) is the ablation "unbounded".
+    e = U ReLU(V a), D -> h -> D without biases; the size is limit * tanh(g). h = 0 is
+    the ablation "attention", which adds g * a; no limit is the ablation "unbounded".
     """
 
     def __init__(

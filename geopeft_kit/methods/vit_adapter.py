@@ -1,8 +1,7 @@
 """ViT-Adapter: a convolutional side network of a frozen ViT. Taught in notebook 07.
 
-A plain ViT has one scale. Here a side network reads the image at strides 4 to 32, the
-ViT's tokens read from it (injectors), it reads from them (extractors), and it returns
-four maps at strides 4, 8, 16 and 32. No operator is compiled.
+The side network reads the image at strides 4 to 32, the ViT's tokens read from it
+(injectors), and it reads from them (extractors). No operator is compiled.
 
 Source: Chen et al. 2023, Vision Transformer Adapter for Dense Predictions, ICLR, arXiv
 2205.08534, section 3; settings as in the PEFT study of GFMs, arXiv 2504.17397.

@@ -57,8 +57,8 @@ METHOD_COLOURS: dict[str, str] = {
 # Family -> shades for methods that are not listed above, in the order of registration.
 FAMILY_SHADES: Mapping[str, tuple[str, ...]] = {
     "ends": ("#acacac", "#d5d5d5"),
-    "existing weights": ("#796d00", "#6f4100"),
-    "low rank": ("#3a3ad6", "#00085b", "#8f8fe0"),
+    "existing weights": ("#796d00", "#6f4100", "#b5b066"),
+    "low rank": ("#3a3ad6", "#00085b", "#8f8fe0", "#a984fd", "#1f0087"),
     "prompts": ("#a21e97", "#f28ad6"),
     "adapters": ("#11a200", "#86e8a8", "#2f4a1e"),
     "side networks": ("#a057f2", "#2c0933"),

@@ -59,8 +59,7 @@ def read_peft_files(
 ) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     """Read a folder of `peft` as method, config for `attach`, and tensors.
 
-    Layers of the file may differ in rank and scale; the method has the largest rank,
-    and B takes up the other scales. See `padded`.
+    Ranks and scales may differ: the largest rank counts, and B takes up the scales.
     """
     config = _read_config(folder)
     layers = _by_layer(_read_tensors(folder))

@@ -55,10 +55,9 @@ class Lora(PeftMethod):
     2504.17397. `rslora` scales by alpha / sqrt(rank) (arXiv 2312.03732).
 
     `init`: "default" and "gaussian" start at the frozen network exactly. "orthogonal"
-    starts A and B off zero with B A = 0 (peft's; no paper). "pissa" (arXiv 2404.02948)
-    and "olora" (arXiv 2406.01775) start A and B with the strongest directions of W and
-    subtract them from a copy of it. That is the frozen network up to rounding, and
-    costs the copy. The last three are for Linear layers.
+    starts with B A = 0, neither zero (peft's; no paper). "pissa" (arXiv 2404.02948) and
+    "olora" (arXiv 2406.01775) start with the strongest directions of W and subtract
+    them from a copy of it. The last three are for Linear layers.
     """
 
     name = "lora"

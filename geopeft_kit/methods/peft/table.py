@@ -1,8 +1,7 @@
 """The table of the methods that Hugging Face `peft` computes; one class is one row.
 
-Adding a row adds a method. LoRA, AdaLoRA, OFT and BOFT need more than a row and have
-files of their own: `low_rank.py`, `rank_budget.py`, `rotations.py`. Taught in notebook
-03.
+LoRA, AdaLoRA, OFT and BOFT need more than a row and have files of their own:
+`low_rank.py`, `rank_budget.py`, `rotations.py`. Taught in notebook 03.
 """
 
 from __future__ import annotations
