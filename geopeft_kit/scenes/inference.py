@@ -57,8 +57,8 @@ def predict_scene(
         model: Maps (B, C, h, w) reflectance to (B, K, h, w) logits
             (`model.task == "segmentation"`, the default), to (B, 1, h, w) values
             (`"regression"`) or to (B, K, r*h, r*w) bands (`"super_resolution"`, where
-            `model.factor` is r). `model.backbone.bands`, where present, says which
-            bands it wants.
+            `model.factor` is r). `model.backbone.bands`, where present, are
+            the bands to read.
         source: Any raster that rasterio opens: a GeoTIFF, a VRT, a URL.
         target: The GeoTIFF to write: uint8 class numbers (nodata 255) or float32
             values (nodata NaN), with one band per predicted band. An existing file is
@@ -268,7 +268,7 @@ class _Predictor:
             raise ValueError(
                 f"The model returned {count} channels for the task {self.task!r}. "
                 "Allowed: 1 for regression, 2 to 255 for segmentation (two classes "
-                "are two channels). Set model.task to say which it is."
+                "are two channels). Set model.task accordingly."
             )
         if self.task == "segmentation":
             logits = logits.softmax(dim=1)
@@ -329,9 +329,9 @@ def _writers(
     numbers = {**grid, "count": 1, "dtype": "uint8", "nodata": CLASS_NODATA}
     yield RowWriter(target, numbers, ["class"], classes, colours, folder)
     if probabilities:
-        beside = target.with_name(f"{target.stem}_probabilities.tif")
+        extra = target.with_name(f"{target.stem}_probabilities.tif")
         names = list(map(str, classes or range(channels)))
-        yield RowWriter(beside, values, names, folder=folder)
+        yield RowWriter(extra, values, names, folder=folder)
 
 
 def _write(strips: Iterator[list[np.ndarray]], writers: Iterator[RowWriter]) -> None:
@@ -359,7 +359,7 @@ class FinishedRows:
     """The strips of rows of one prediction, in order, each written whole or not at all.
 
     Args:
-        folder: Holds them; rows of another key are deleted, and a line says so.
+        folder: Of the rows; those of another key are deleted, and a line is printed.
         key: Changes with whatever the rows are computed from, see `content_key`.
     """
 
