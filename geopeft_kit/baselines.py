@@ -14,7 +14,7 @@ from geopeft_kit.data.chips import ChipData
 from geopeft_kit.devices import on_own_device
 from geopeft_kit.indices import spectral_indices
 
-# Whether the index of class 1 lies above the threshold.
+# Whether the index of class 1 is above the threshold.
 ABOVE = {"MNDWI": True, "NBR": False, "NDVI": True}
 
 

@@ -120,7 +120,7 @@ def pretrain_geo_aware(
     device: str = "auto",
     seed: int = 0,
 ) -> GeoAwareRun:
-    """Pretrain what is trainable in a backbone, in place; labels are not read.
+    """Pretrain the trainable parameters of a backbone in place, without labels.
 
     Args:
         backbone: From `load_backbone`; with an adapter, the adapter alone trains.

@@ -224,7 +224,7 @@ def test_bad_layers_say_what_to_do(make, text):
 
 def test_bad_maps_say_what_to_do(tmp_path):
     one = MapLayer("a", raster_of(0), "values")
-    with pytest.raises(ValueError, match="a name of its own"):
+    with pytest.raises(ValueError, match="a unique name"):
         show_map([one, one])
     with pytest.raises(ValueError, match="one or more layers"):
         show_map([])

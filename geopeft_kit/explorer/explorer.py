@@ -45,7 +45,7 @@ class Explorer:
         backbones: Names of backbones, or label -> arguments of `load_backbone` with
             `name` among them. A choice loads its backbone, so name those whose weights
             are on this machine.
-        methods: Methods to offer; None offers all. What does not fit says why.
+        methods: Methods to offer; None offers all. Unsuitable ones show the reason.
         show: Which three bands a picture shows: "true", "false", "swir".
         height: Of the map, in pixels.
 
@@ -71,7 +71,9 @@ class Explorer:
         if not isinstance(backbones, Mapping):
             backbones = {name: {"name": name} for name in backbones}
         if not sets or not backbones:
-            raise ValueError("the explorer needs a data set and a backbone or more.")
+            raise ValueError(
+                "the explorer needs at least one data set and one backbone."
+            )
         chosen = list(methods or [card.name for card in list_methods()])
         self.session = Session(sets, backbones)
         self._settings = {"methods": chosen, "show": show, "height": height}
@@ -136,7 +138,7 @@ class Explorer:
 
         Raises:
             RuntimeError: A training is under way.
-            ValueError: The choice cannot be trained; the text says why.
+            ValueError: The choice cannot be trained.
         """
         if self.training:
             raise RuntimeError("a training is under way: wait for it, or cancel it.")

@@ -141,7 +141,7 @@ class Page:
         button.on_click(lambda _: self._guarded(action))
 
     def on_save(self, action: Callable[[str | None], Any]) -> None:
-        """What "Save this run" does with the folder beside it; None if it is empty."""
+        """What "Save this run" does with the folder in the text field, or None."""
 
         def save() -> None:
             try:
@@ -206,7 +206,7 @@ class Page:
             self._draw_tab()
 
     def draw_progress(self, news: Mapping[str, Any]) -> None:
-        """The training under way, whatever the controls say meanwhile."""
+        """The running training, whatever the controls show."""
         choice: Choice = news["choice"]
         step, steps = news.get("step", 0), news.get("steps", 0)
         facts = f"{choice.title}: the decoder's head start ..."

@@ -139,7 +139,7 @@ class Session:
         return data.regions if len(data.regions) > 1 else []
 
     def data_of(self, choice: Choice) -> ChipData:
-        """The data with the region that is held out."""
+        """The data with the choice's region held out."""
         data, key = self.data[choice.data], (choice.data, choice.held_out)
         if choice.held_out == AS_GIVEN:
             return data
@@ -176,7 +176,7 @@ class Session:
         return code_of(choice, self.data_of(choice), arguments, self.device, saved)
 
     def preview(self, choice: Choice) -> Preview:
-        """Sizes and memory of a choice, or why it is none; nothing is trained."""
+        """Sizes and memory of a choice, or why it cannot be trained."""
         if choice.key not in self._previews:
             try:
                 self._previews[choice.key] = self._preview(choice)
@@ -236,7 +236,7 @@ class Session:
         }
 
     def train(self, choice: Choice, report: Report) -> KeptRun:
-        """Train a choice; meant for a thread of its own. `report`: see `Reporter`.
+        """Train a choice; meant for a separate thread. `report`: see `Reporter`.
 
         The adapter of the run is attached but not active. Raises Cancelled when
         `lock.stop` was set; after any error the backbone is bit for bit what it was.

@@ -1,8 +1,8 @@
 """Two threads, one backbone: who computes, and who touches the widgets.
 
-Training runs in a thread of its own on the backbone that the page uses as well, so that
-no weight is held twice. `TrainingLock` lets the page compute between two batches: the
-page swaps adapters and swaps the training's adapter back, which is exact.
+Training runs in a separate thread on the backbone that the page uses as well, so that
+no weight is in memory twice. `TrainingLock` lets the page compute between two batches:
+the page swaps adapters and swaps the training's adapter back, which is exact.
 `MainThreadQueue` carries the training's reports to the thread that owns the widgets,
 because a widget that two threads write to loses messages.
 """

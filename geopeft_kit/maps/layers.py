@@ -51,7 +51,7 @@ class MapLayer:
     """One layer of a map.
 
     Args:
-        name: Shown beside its switch.
+        name: Label of its switch.
         source: Path of a raster, a `Raster`, or several of them (chips).
         kind: "image" (three bands as a picture), "classes", "values" (a colour ramp),
             or "errors" (where a class map differs from `truth`).
@@ -194,7 +194,7 @@ def _prediction_layers(
 def _distance_layers(
     samples: Sequence[Any], distances: Sequence[Any], threshold: float | None
 ) -> list[MapLayer]:
-    """The dissimilarity, and a dark cover over what lies outside the area."""
+    """The dissimilarity, and a dark cover outside the area."""
     arrays = [as_numpy(one).squeeze() for one in distances]
     rasters = chip_rasters(samples, arrays, "distances")
     layers = [MapLayer("distance to training", rasters, "values", visible=False)]

@@ -86,14 +86,14 @@ class Drawing:
 def draw(layers: Sequence[MapLayer], max_side: int = MAX_SIDE) -> Drawing:
     """Warp, colour and encode layers, from bottom to top.
 
-    Places with more than `max_side` pixels along a side are thinned out, and a line
-    says so.
+    Places with more than `max_side` pixels along a side are thinned out, and a
+    printed line tells.
     """
     layers = list(layers)
     names = [layer.name for layer in layers]
     if not layers or len(set(names)) < len(names):
         raise ValueError(
-            f"A map needs one or more layers, each with a name of its own; got {names}."
+            f"A map needs one or more layers, each with a unique name; got {names}."
         )
     footprints = [_footprint(s) for la in layers for s in sources_of(la.source)]
     grids = _grids(footprints, max_side)
@@ -134,7 +134,7 @@ class _Grid:
         )
 
     def holds(self, x: float, y: float) -> bool:
-        """Whether a point of EPSG:3857 lies in it."""
+        """Whether it contains a point of EPSG:3857."""
         west, south, east, north = self.box
         return west <= x <= east and south <= y <= north
 
@@ -227,36 +227,36 @@ def _near(a: Box, b: Box) -> bool:
 
 
 def _draw_layer(layer: MapLayer, grids: Sequence[_Grid]) -> DrawnLayer:
-    held = _held(sources_of(layer.source), grids)
+    placed = _sources_by_grid(sources_of(layer.source), grids)
     smooth = Resampling.bilinear if layer.kind == "image" else Resampling.nearest
-    canvases = [_canvas(sources, grid, layer, smooth) for grid, sources in held]
+    canvases = [_canvas(sources, grid, layer, smooth) for grid, sources in placed]
     if layer.kind == "image":
         painted, legend = _paint_images(canvases), None
     elif layer.kind == "values":
         painted, legend = _paint_values(layer, [canvas[0] for canvas in canvases])
     else:
         numbers = [canvas[0] for canvas in canvases]
-        painted, legend = _paint_classes(layer, numbers, [grid for grid, _ in held])
+        painted, legend = _paint_classes(layer, numbers, [grid for grid, _ in placed])
     pictures = tuple(
         Picture(_png(rgba), grid.degrees())
-        for (grid, _), rgba in zip(held, painted, strict=True)
+        for (grid, _), rgba in zip(placed, painted, strict=True)
     )
     return DrawnLayer(layer.name, pictures, legend, layer.visible, layer.opacity)
 
 
-def _held(
+def _sources_by_grid(
     sources: Sequence[Source], grids: Sequence[_Grid]
 ) -> list[tuple[_Grid, list[Source]]]:
     """The grids that hold the centres of sources, each with these sources."""
     boxes = [_footprint(source).box for source in sources]
     middles = [((b[0] + b[2]) / 2, (b[1] + b[3]) / 2) for b in boxes]
-    held = []
+    found = []
     for grid in grids:
         pairs = zip(sources, middles, strict=True)
         inside = [source for source, middle in pairs if grid.holds(*middle)]
         if inside:
-            held.append((grid, inside))
-    return held
+            found.append((grid, inside))
+    return found
 
 
 def _paint_images(canvases: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -298,7 +298,7 @@ def _paint_classes(
     _check_values(layer.name, canvases, classes)
     if layer.kind == "errors":
         assert layer.truth is not None
-        truths = dict(_held(sources_of(layer.truth), grids))
+        truths = dict(_sources_by_grid(sources_of(layer.truth), grids))
         references = [_canvas(truths.get(grid, []), grid, layer)[0] for grid in grids]
         _check_values(layer.name, references, classes)
         canvases, classes, colours = _errors(canvases, references, classes)

@@ -50,16 +50,16 @@ def read_pixel(layers: Sequence[MapLayer], lon: float, lat: float) -> list[Readi
 
 
 def _read_layer(layer: MapLayer, lon: float, lat: float) -> Reading | None:
-    held = _first(layer.source, lon, lat)
-    if held is None:
+    values = _first(layer.source, lon, lat)
+    if values is None:
         return None
     if layer.kind == "image":
-        if not np.isfinite(held).all():
+        if not np.isfinite(values).all():
             return None
         bands = layer.bands or _descriptions(layer)
         names = resolve_bands(bands) if isinstance(bands, str) else tuple(bands)
-        return Reading(layer.name, "image", names, tuple(map(float, held)))
-    value = float(held[0])
+        return Reading(layer.name, "image", names, tuple(map(float, values)))
+    value = float(values[0])
     if layer.kind == "values":
         if not np.isfinite(value) or value == layer.nodata:
             return None
@@ -68,17 +68,17 @@ def _read_layer(layer: MapLayer, lon: float, lat: float) -> Reading | None:
     names = tuple(classes_of(layer)[0])
     if not np.isfinite(value) or not 0 <= value < len(names):
         return None
-    chances: tuple[float, ...] = ()
+    probabilities: tuple[float, ...] = ()
     if layer.probabilities is not None:
-        beside = _first(layer.probabilities, lon, lat)
-        chances = () if beside is None else tuple(map(float, beside))
-    return Reading(layer.name, "classes", names, chances, names[int(value)])
+        found = _first(layer.probabilities, lon, lat)
+        probabilities = () if found is None else tuple(map(float, found))
+    return Reading(layer.name, "classes", names, probabilities, names[int(value)])
 
 
 def _first(
     source: Source | Sequence[Source], lon: float, lat: float
 ) -> np.ndarray | None:
-    """(C,) of the last source that has a pixel there; it lies on top."""
+    """(C,) of the last source, the top one, that has a pixel there."""
     for one in reversed(sources_of(source)):
         values = _pixel(one, lon, lat)
         if values is not None:
@@ -105,7 +105,7 @@ def _pixel(source: Source, lon: float, lat: float) -> np.ndarray | None:
 def _place(
     transform: Affine, crs: object, shape: Sequence[int], lon: float, lat: float
 ) -> tuple[int, int] | None:
-    """Row and column of the pixel that a place lies in."""
+    """Row and column of the pixel at a place, None outside the raster."""
     (x,), (y,) = to_crs("EPSG:4326", crs, [lon], [lat])
     column, row = (int(np.floor(v)) for v in ~transform @ (x, y))
     inside = 0 <= row < shape[0] and 0 <= column < shape[1]

@@ -32,7 +32,7 @@ def predict_place(
 
     Args:
         box: West, south, east, north in degrees.
-        model: A trained segmentation model; its backbone says which bands it wants.
+        model: A trained segmentation model; `model.backbone.bands` are fetched.
         source: See `fetch_scene`.
         folder: Where the numbered scenes and predictions are written.
         classes: Class names; by default `model.classes`.
@@ -60,9 +60,9 @@ def predict_place(
     target = folder / f"place_{number:02d}.tif"
     predict_scene(model, scene, target, scale=1.0, classes=classes, colours=colours,
                   probabilities=True, progress=False)  # fmt: skip
-    chances = target.with_name(f"{target.stem}_probabilities.tif")
+    probabilities = target.with_name(f"{target.stem}_probabilities.tif")
     confidence = target.with_name(f"{target.stem}_confidence.tif")
-    with open_raster(chances) as raster:
+    with open_raster(probabilities) as raster:
         highest = np.nanmax(raster.read(), axis=0, initial=0.0)[None]
         highest[highest == 0] = np.nan
         grid = {key: raster.profile[key] for key in GRID}
@@ -71,7 +71,7 @@ def predict_place(
     return [
         MapLayer(f"image of box {number}", scene, bands=model.backbone.bands),
         MapLayer(label, target, "classes", classes=classes, colours=colours,
-                 probabilities=chances),
+                 probabilities=probabilities),
         MapLayer(f"confidence of {label}", confidence, "values", visible=False,
                  limits=(1 / len(classes), 1.0)),
     ]  # fmt: skip

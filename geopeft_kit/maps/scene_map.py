@@ -114,7 +114,7 @@ class SceneMap:
     Attributes:
         drawing: The layers as they are shown, and the places.
         map: The ipyleaflet (or leafmap) map, without the controls.
-        widget: The map beside its controls.
+        widget: The map with its controls.
     """
 
     def __init__(
@@ -186,7 +186,7 @@ class SceneMap:
 
     @cached_property
     def map(self) -> ipyleaflet.Map:
-        """The map alone, without the controls beside it."""
+        """The map alone, without its controls."""
         return leaflet_map(self)
 
     @cached_property

@@ -99,7 +99,7 @@ def view_of(bounds: tuple, height: int, width: int = 700) -> dict[str, Any]:
 
 
 class MapControls:
-    """Core widgets beside the map: places, layers, opacity, swipe, legend, a pixel."""
+    """The side panel in core widgets: places, layers, opacity, swipe, legend, pixel."""
 
     def __init__(self, scene: Scene) -> None:
         import ipywidgets as widgets
@@ -243,7 +243,7 @@ class MapControls:
         tiles = [one for one in self.map.layers if one not in sum(self.overlays, [])]
         shown = []
         for number, group in enumerate(self.overlays):
-            # What lies over one of the two sides would hide the comparison.
+            # Layers above the two sides would hide the comparison.
             covers = bool(swiped) and number > min(swiped)
             on = self.switches[number].value and not covers
             for overlay in group:
@@ -316,10 +316,9 @@ def view_bundle(widget: ipywidgets.Widget) -> dict[str, Any]:
 
 
 def show_bundle(bundle: dict[str, Any]) -> None:
-    """Display a MIME bundle as a message of its own.
+    """Display a MIME bundle in a separate message.
 
-    Colab tells the front end where the code of ipyleaflet is in these messages only,
-    not in the results of cells.
+    Only in such messages does Colab tell the front end where to load ipyleaflet from.
     """
     from IPython.display import display
 

@@ -2,7 +2,7 @@
 
 Colours come from the set of Okabe and Ito, which readers with any of the common
 colour-vision deficiencies can tell apart; where lines could be confused, a marker or a
-label says the same as the colour.
+label repeats the colour.
 
 Source:
     Okabe and Ito 2008, "Color universal design", https://jfly.uni-koeln.de/color/.

@@ -44,7 +44,7 @@ def figure_png(figure: Figure, **options: Any) -> bytes:
 
 
 def extent_of(sample: Mapping[str, Any]) -> tuple[list[float], str] | None:
-    """(west, east, south, north) and unit of a sample, if it lies on Earth."""
+    """(west, east, south, north) and unit of a georeferenced sample, else None."""
     if "bounds" not in sample or not sample.get("crs"):
         return None
     import rasterio.crs
@@ -88,7 +88,7 @@ def draw_mask(
     colours: Colours | None,
     ignore_index: int,
 ) -> None:
-    """A class mask in its colours; what is not labelled stays grey."""
+    """A class mask in its colours; unlabelled pixels are grey."""
     from matplotlib.colors import ListedColormap
 
     values = np.ma.masked_equal(as_numpy(mask), ignore_index)

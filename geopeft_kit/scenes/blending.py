@@ -96,7 +96,7 @@ def blended_rows(
         count = (ends[number] - top) * finer
         ready = np.s_[..., :count, : reader.width * finer]
         if number >= done:
-            # A weight of zero means that no window here held any data.
+            # Where the weight is zero, no window had any data.
             yield sums[ready] / np.maximum(weights[ready], 1e-30), valid[ready].copy()
         for strip in (sums, weights, valid):
             _scroll(strip, count)
@@ -114,10 +114,10 @@ def _row_of_windows(
     for first in range(0, len(lefts), batch_size):
         some = lefts[first : first + batch_size]
         read = [(left, *reader.read(top, left, window)) for left in some]
-        held = [(left, image, data) for left, image, data in read if data.any()]
-        if held:
-            predictions = predict(np.stack([image for _, image, _ in held]))
-            for (left, _, data), prediction in zip(held, predictions, strict=True):
+        valid = [(left, image, data) for left, image, data in read if data.any()]
+        if valid:
+            predictions = predict(np.stack([image for _, image, _ in valid]))
+            for (left, _, data), prediction in zip(valid, predictions, strict=True):
                 yield left, prediction, data
 
 

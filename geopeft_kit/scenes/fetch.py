@@ -67,7 +67,7 @@ def fetch_scene(
             or of the first band.
         crs: Coordinate system to write; by default that of the raster or scene.
         mask_clouds: Leave out the pixels that the scene's SCL or Fmask calls cloudy.
-        scale: Reflectance per stored unit of a raster that does not say it.
+        scale: Reflectance per stored unit, for a raster that does not state it.
         offset: Used together with `scale`.
         nodata: A stored value of a raster that means no data, where it does not say so.
         modifier: Signs the items of an API that asks for it.

@@ -279,7 +279,7 @@ class _Predictor:
             raise ValueError(
                 f"The model returned {count} channels for the task {self.task!r}. "
                 "Allowed: 1 for regression, 2 to 255 for segmentation (two classes "
-                "are two channels). Set model.task to say which it is."
+                "are two channels). Set model.task accordingly."
             )
         if self.task == "segmentation":
             logits = logits.softmax(dim=1)
@@ -389,7 +389,7 @@ class FinishedRows:
     """The strips of rows of one prediction, in order, each written whole or not at all.
 
     Args:
-        folder: Holds them; rows of another key are deleted, and a line says so.
+        folder: Of the rows; those of another key are deleted, and a line is printed.
         key: Changes with whatever the rows are computed from, see `content_key`.
     """
 

@@ -1,7 +1,7 @@
 """Rasters by the window: reflectance in, GeoTIFF out, neither ever whole in memory.
 
-`SceneReader` turns stored numbers of named bands into reflectance and says where there
-is data. `RowWriter` writes a GeoTIFF from top to bottom, whole or not at all.
+`SceneReader` turns stored numbers of named bands into reflectance and marks missing
+data. `RowWriter` writes a GeoTIFF from top to bottom, whole or not at all.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def _scaling(
     dtype = raster.dtypes[first]
     if np.issubdtype(dtype, np.integer) and (gains == 1).all():
         raise ValueError(
-            f"{raster.name} holds {dtype} and does not say how they become "
+            f"{raster.name} holds {dtype} and does not state how they become "
             "reflectance. Pass scale=0.0001 if 10000 means 1.0 (Sentinel-2, "
             "HLS), scale=1/255 for 8-bit pictures, scale=1 if the model was trained "
             "on the numbers as they are."
@@ -241,17 +241,17 @@ class RowWriter:
     def write(self, rows: np.ndarray) -> None:
         """Add the next rows, (count, n, width)."""
         self.waiting.append(rows)
-        held = sum(part.shape[1] for part in self.waiting)
-        if held >= BLOCK:
-            self._flush(held // BLOCK * BLOCK)
+        rows_waiting = sum(part.shape[1] for part in self.waiting)
+        if rows_waiting >= BLOCK:
+            self._flush(rows_waiting // BLOCK * BLOCK)
 
     def _flush(self, rows: int) -> None:
-        held = np.concatenate(self.waiting, axis=1)
+        waiting = np.concatenate(self.waiting, axis=1)
         box = Window(0, self.row, self.profile["width"], rows)
         with self._naming_the_disk():
-            self.raster.write(held[:, :rows], window=box)
+            self.raster.write(waiting[:, :rows], window=box)
         self.row += rows
-        self.waiting = [held[:, rows:]]
+        self.waiting = [waiting[:, rows:]]
 
     def check(self) -> None:
         """Write the last rows, close the file, and read it back once.
@@ -342,7 +342,7 @@ def class_look(
 ) -> tuple[list[str], list[str]]:
     """Names and "#rrggbb" of each class: those given, else the file's.
 
-    Colours are the kit's own where neither says any. `title` is for the error.
+    Without either, colours are the kit's own. `title` is for the error.
     """
     if path is not None and (classes is None or colours is None):
         stored = read_classes(path)

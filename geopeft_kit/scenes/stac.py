@@ -111,7 +111,7 @@ def _cloud_cover(item: pystac.Item) -> float:
 def band_files(item: pystac.Item, bands: Sequence[str]) -> dict[str, BandFile]:
     """Band -> file of a STAC item, in the order of `bands`.
 
-    Raises LookupError if the item lacks a band, or does not say how to scale one.
+    Raises LookupError if the item lacks a band, or does not state how to scale one.
     """
     found: dict[str, pystac.Asset] = {}
     for key, asset in item.assets.items():
