@@ -21,6 +21,8 @@ from colab import colab  # noqa: F401  (fixture: an environment like Colab's)
 if TYPE_CHECKING:
     import torch
 
+    import geopeft_kit as gk
+
 REPO = Path(__file__).resolve().parent.parent
 
 
@@ -80,6 +82,14 @@ def _skip_gpu(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> gk.ChipData:
+    """Chips of two classes that a few steps learn."""
+    from toy import toy_data
+
+    return toy_data(tmp_path_factory.mktemp("toy"))
 
 
 @pytest.fixture(scope="session", autouse=True)

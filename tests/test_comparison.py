@@ -16,11 +16,6 @@ NO_WEIGHTS = {"weights": None}
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> gk.ChipData:
-    return toy_data(tmp_path_factory.mktemp("toy"))
-
-
-@pytest.fixture(scope="module")
 def result(data: gk.ChipData) -> Comparison:
     candidates = [
         gk.Candidate("probe", "frozen", learning_rates=(1e-4, 1e-3)),

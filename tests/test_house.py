@@ -7,9 +7,9 @@ import pytest
 
 # What the package measures now; a change that needs more takes something out.
 LIMITS = {
-    "lines of the package": 35_300,
-    "of them docstring": 6_950,
-    "modules": 206,
+    "lines of the package": 35_100,
+    "of them docstring": 6_850,
+    "modules": 200,
     "lines of the longest module": 480,
     "lines of the tests": 27_000,
 }
@@ -40,6 +40,9 @@ def test_docstrings_are_counted(tmp_path):
 
 @pytest.mark.slow
 def test_a_fit_hands_the_model_through_few_modules():
-    journeys = {name: rooms for name, _, rooms in house.journeys_of_a_fit()}
-    assert len(journeys["model"]) <= 12
-    assert len(journeys["data"]) <= 7
+    journeys = {
+        n: (changes, len(rooms)) for n, changes, rooms in house.journeys_of_a_fit()
+    }
+    limits = {"model": (17, 9), "data": (13, 6)}
+    for name, (changes, modules) in journeys.items():
+        assert changes <= limits[name][0] and modules <= limits[name][1], name

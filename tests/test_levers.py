@@ -25,11 +25,6 @@ from tests.test_training import copy_state, make_model
 from tests.toy import BANDS, toy_data
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> gk.ChipData:
-    return toy_data(tmp_path_factory.mktemp("toy"))
-
-
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("GEOPEFT_CACHE", str(tmp_path / "cache"))

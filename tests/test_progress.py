@@ -19,12 +19,6 @@ from jupyter_client.manager import KernelManager
 import geopeft_kit as gk
 from geopeft_kit.progress import progress_bar
 from tests.test_training import copy_state, make_model
-from tests.toy import toy_data
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> gk.ChipData:
-    return toy_data(tmp_path_factory.mktemp("toy"))
 
 
 class StopAt(L.Callback):

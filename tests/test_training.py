@@ -22,11 +22,6 @@ from tests.toy import BANDS, toy_data
 TASKS = ("segmentation", "regression", "classification")
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> gk.ChipData:
-    return toy_data(tmp_path_factory.mktemp("toy"))
-
-
 def make_model(
     method: str | None = "lora",
     decoder: str = "linear",

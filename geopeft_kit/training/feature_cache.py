@@ -9,7 +9,9 @@ and 08.
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -94,12 +96,11 @@ class FeatureCache(Dataset):
                 if row * rows > limit_mib * MIB:
                     key = _store_key(model, chips, [variants, kept])
                     folder = cache_folder() / "features" / key
-                if folder is not None and folder.exists():
-                    for _ in images:  # the targets are all that is missing
-                        pass
                 turned = (self._read(loader, n, progress) for n in range(1, variants))
                 rest = map(compute, chain(images, chain.from_iterable(turned)))
                 self.store = MapStore(chain([first], rest), rows, row * rows, folder)
+                for _ in images:  # the targets, where an earlier run wrote the maps
+                    pass
         finally:
             model.train(training)
 
@@ -108,11 +109,10 @@ class FeatureCache(Dataset):
 
     def __getitem__(self, key: int | AugmentedKey) -> dict[str, Any]:
         """One sample; an `AugmentedKey` draws its symmetry as `ChipDataset` does."""
-        augmented = isinstance(key, AugmentedKey)
         position = key.position if isinstance(key, AugmentedKey) else key
         number = drawn_symmetry(key) if isinstance(key, AugmentedKey) else 0
         sample = dict(self.samples[position])
-        if augmented and "mask" in sample:
+        if number and "mask" in sample:
             sample["mask"] = symmetry([sample["mask"]], number)[0]
         row = number * len(self.samples) + position
         return sample | {"features": self.store.row(row)}
@@ -160,12 +160,21 @@ class MapStore:
         if folder is None:
             self.levels = _in_memory(maps, rows)
             return
-        if not folder.exists():
-            _check_room(folder, size)
         arrays = (
             {str(i): m.numpy(force=True) for i, m in enumerate(part)} for part in maps
         )
-        self.files = ArrayStore.write(folder, arrays, rows)
+        try:
+            _check_room(folder, size)
+            self.files = ArrayStore.write(folder, arrays, rows)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{error.strerror or error}; the maps of this data set need "
+                f"{size / MIB:,.0f} MiB on disk. Point GEOPEFT_CACHE at a larger disk, "
+                "pass cache_features=False to fit, or take a smaller data set. The "
+                "maps were to go to",
+                str(folder),
+            ) from error
         self.levels = [torch.from_numpy(a) for a in self.files.arrays.values()]
 
     def row(self, index: int) -> list[Tensor]:
@@ -225,11 +234,7 @@ def _hash(tensors: Iterable[Tensor]) -> str:
 
 
 def _check_room(folder: Path, needed: int) -> None:
+    """Fail before anything is computed where the disk is too small."""
     place = next(path for path in folder.parents if path.exists())
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise OSError(
-            f"the maps of this data set need {needed / MIB:,.0f} MiB on disk, and "
-            f"{place} has {free / MIB:,.0f} free. Point GEOPEFT_CACHE at a larger "
-            "disk, pass cache_features=False to fit, or take a smaller data set."
-        )
+    if not folder.exists() and needed > shutil.disk_usage(place).free:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
