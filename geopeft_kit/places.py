@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import rasterio
+from rasterio.crs import CRS
 from rasterio.enums import Resampling
 from rasterio.transform import from_origin
 from rasterio.vrt import WarpedVRT
@@ -212,6 +213,7 @@ def _grid(name: str, box: Box, crs: Any, resolution: float | None) -> dict[str, 
     with _opened(name) as raster:
         crs = crs or raster.crs
         own = raster.crs == crs
+        crs = CRS.from_user_input(crs) if crs else None
         if not placed(crs):
             raise ValueError(
                 f"{name} has {crs or 'no coordinate system'}, so no place is in it."

@@ -193,7 +193,7 @@ def fit(
         "learning_rate": default_rate(model, learning_rate, frozen, progress),
         "decoder_learning_rate": decoder_learning_rate or DECODER_LEARNING_RATE,
         "weight_decay": weight_decay,
-        "head_start": resolve_head_start(model, head_start),
+        "head_start": resolve_head_start(model, head_start, chips.one_size),
         "cache_features": resolve_cache(
             model, chips, cache_features, frozen, cache_prefix
         ),

@@ -20,11 +20,14 @@ from geopeft_kit.training.feature_cache import FeatureCache
 from geopeft_kit.training.task import compute_loss
 
 
-def resolve_head_start(model: Model, how: str) -> str:
-    """What "auto" means for a model: "probe" or "calibrate"; other words stay."""
+def resolve_head_start(model: Model, how: str, one_size: bool = True) -> str:
+    """What "auto" means for a model: "probe" or "calibrate"; other words stay.
+
+    Features of images that are not of `one_size` cannot be kept for a probe.
+    """
     if how != "auto":
         return how
-    return "probe" if model.has_linear_head else "calibrate"
+    return "probe" if model.has_linear_head and one_size else "calibrate"
 
 
 def start_decoder(
@@ -40,7 +43,7 @@ def start_decoder(
     "auto" is "probe" for a linear decoder, else "calibrate". Returns the features of
     all training chips if a probe computed them.
     """
-    how = resolve_head_start(model, how)
+    how = resolve_head_start(model, how, data.one_size)
     if how == "probe":
         return start_head(model, data, device, seed=seed, progress=progress)
     if how == "calibrate":

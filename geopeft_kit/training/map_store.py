@@ -51,6 +51,12 @@ class MapStore:
             return
         count = len(maps[0])
         for level, new in zip(self.levels, maps, strict=True):
+            if level.shape[1:] != new.shape[1:]:
+                raise ValueError(
+                    "images of several sizes have features of several sizes, which "
+                    "cannot be kept. Pass head_start='calibrate' and "
+                    "cache_features=False, or cut the images to one size."
+                )
             level[self.filled : self.filled + count] = new.to("cpu")
         self.filled += count
         if self.filled == self.rows:

@@ -91,7 +91,7 @@ def resolve_cache(
 ) -> bool:
     """Whether to cache features; None does where it changes nothing."""
     if asked is None and not prefix:
-        return frozen and not data.augment
+        return frozen and not data.augment and data.one_size
     if (asked or prefix) and data.transforms is not None:
         raise ValueError(
             "cache_features and cache_prefix need images of a finite set, and the "
