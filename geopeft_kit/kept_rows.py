@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -29,7 +30,8 @@ class KeptRows:
     def __init__(self, folder: Path, job: Mapping[str, Any]) -> None:
         self.folder = folder
         note, text = folder / "job.json", json.dumps(job, sort_keys=True)
-        if folder.exists() and not (note.exists() and note.read_text() == text):
+        known = note.exists() and note.read_bytes() == text.encode()
+        if folder.exists() and not known:
             print(f"predict: {folder.name} is of another job and starts afresh.")
             shutil.rmtree(folder)
         folder.mkdir(exist_ok=True)
@@ -53,8 +55,15 @@ class KeptRows:
         """Yield the kept strips, then the new ones, which are kept as they pass."""
         count = len(self)
         for number in range(count):
-            with np.load(self._path(number)) as kept:
-                yield [kept[name] for name in kept.files]
+            try:
+                with np.load(self._path(number)) as kept:
+                    strips_kept = [kept[name] for name in kept.files]
+            except (OSError, ValueError, BadZipFile, EOFError) as error:
+                raise ValueError(
+                    f"{self._path(number)} is damaged: {error}. Delete {self.folder}, "
+                    "then run again."
+                ) from error
+            yield strips_kept
         for number, strip in enumerate(strips, start=count):
             with whole_file(self._path(number)) as part:
                 np.savez_compressed(part, *strip)

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from geopeft_kit.files import hash_of, whole_file
+from geopeft_kit.files import hash_of, save_tensors, whole_file
 
 FORMAT = 1
 DESCRIPTION = "adapter.json"
@@ -74,7 +74,7 @@ def write_adapter(
             whole_file(folder / DESCRIPTION) as text,
             whole_file(folder / TENSORS) as data,
         ):
-            save_file(arrays, data)
+            save_tensors(arrays, data)
             description["sha256"] = hash_of(data)
             text.write_text(_readable(description), encoding="utf-8")
     except BaseException:
@@ -124,7 +124,7 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
 def _read_description(path: Path) -> dict[str, Any]:
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} is truncated or not JSON: {error}. Copy the folder again."
         ) from error
@@ -138,7 +138,36 @@ def _read_description(path: Path) -> dict[str, Any]:
     missing = sorted(keys - set(description))
     if missing:
         raise ValueError(f"{path} lacks {missing}. Copy the folder again.")
+    _check_types(description, path)
     return description
+
+
+def _check_types(description: dict[str, Any], path: Path) -> None:
+    """Refuse values of a wrong type, and options larger than any saved tensor.
+
+    An option, a rank for instance, is a side of some tensor; `alpha` is not.
+    """
+    kinds = {"method": str, "config": dict, "backbone": dict, "sha256": str}
+    wrong = [name for name, kind in kinds.items()
+             if not isinstance(description[name], kind)]  # fmt: skip
+    if not wrong and not {"name", "weights_hash"} <= set(description["backbone"]):
+        wrong.append("backbone")
+    sides = [0]
+    try:
+        for entry in description["tensors"]:
+            "".join([entry["name"], entry["dtype"], *entry.get("numbers", [])])
+            sides += [int(side) for side in entry["shape"]]
+    except (TypeError, ValueError, KeyError, AttributeError):
+        wrong.append("tensors")
+    if wrong:
+        raise ValueError(f"{path}: {wrong[0]} is damaged. Copy the folder again.")
+    for name, value in description["config"].items():
+        whole = isinstance(value, int) and name != "alpha"
+        if whole and value > max(1024, 4 * max(sides)):
+            raise ValueError(
+                f"{path}: {name}={value} does not fit its tensors, whose longest side "
+                f"is {max(sides)}. Copy the folder again."
+            )
 
 
 def _pack(

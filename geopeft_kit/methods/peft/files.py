@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from geopeft_kit.files import whole_file
+from geopeft_kit.files import save_tensors, whole_file
 from geopeft_kit.methods.peft.layers import ADAPTER, FusedProjection, PeftLayer
 
 PREFIX = "base_model.model."  # of every key in a peft file
@@ -104,7 +103,7 @@ def _write(folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> No
         whole_file(folder / "adapter_config.json") as settings,
         whole_file(folder / "adapter_model.safetensors") as tensors,
     ):
-        save_file(
+        save_tensors(
             {key: value.detach().cpu().contiguous() for key, value in state.items()},
             tensors,
             metadata={"format": "pt"},
