@@ -433,3 +433,26 @@ def test_a_chip_is_a_picture_of_its_own_folder(chips: Path, kind: str) -> None:
         write(path, np.zeros((3, 48, 48), np.uint16))
     with pytest.raises(ValueError, match=r"c0"):
         gk.ChipData(chips, split="index").dataset("train")[0]
+
+
+@pytest.mark.parametrize(
+    ("decoder", "method"), [("linear", "lora"), ("unet", "frozen")]
+)
+def test_chips_of_two_sizes_train_one_by_one(
+    tmp_path: Path, decoder: str, method: str
+) -> None:
+    def cut(number: int) -> dict:
+        return {"pixels": stored(number, 3)[:, :, : 8 * (number % 2) + 8]}
+
+    def mask(number: int) -> dict:
+        return {"pixels": halves()[:, : 8 * (number % 2) + 8]}
+
+    data = read(pairs(tmp_path, 6, images=cut, masks=mask), batch_size=1)
+    assert not data.one_size
+    backbone = gk.load_backbone("geopeft_tiny", bands="rgb", image_size=16)
+    gk.attach(backbone, method)
+    model = gk.build_model(backbone, decoder, num_classes=2)
+    run = gk.fit(model, data, epochs=1, progress=False)
+    assert run.history["loss"].notna().all()
+    with pytest.raises(ValueError, match="several sizes"):
+        gk.fit(model, data, epochs=1, progress=False, head_start="probe")

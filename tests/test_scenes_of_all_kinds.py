@@ -282,3 +282,18 @@ def test_polygons_across_180_degrees_are_burnt_on_both_sides(tmp_path: Path) -> 
     masks = [rasterio.open(p).read(1) for p in (tmp_path / "chips/masks").glob("*")]
     for number in (0, 1):
         assert (np.stack(masks) == number).sum() > 0.4 * 128**2
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+def test_strips_are_decoded_once_for_a_row_of_windows(
+    tmp_path: Path, tiled: bool
+) -> None:
+    """The cache holds what a row of windows needs, where strips cross them all."""
+    from geopeft_kit.rasters import SceneReader
+
+    wide = np.zeros((3, 256, 40_000), np.float32)
+    source = write(tmp_path / "wide.tif", wide, tiled=tiled, compress="deflate")
+    with SceneReader(source, None, scale=1.0, window=256):
+        cache = rasterio.env.getenv()["GDAL_CACHEMAX"]
+    usual = 128 * 1024**2
+    assert cache == usual if tiled else cache >= max(wide.nbytes, usual + 1)
