@@ -23,7 +23,7 @@ from geopeft_kit.bands import resolve_bands
 # GDAL lists the whole folder at each open to find side files; with thousands of chips
 # that costs more than reading. So it asks for each of them by name.
 UNLISTED = {"GDAL_DISABLE_READDIR_ON_OPEN": "TRUE"}
-PICTURES = ("GTiff", "PNG", "JPEG", "JP2OpenJPEG")
+PICTURES = ("GTiff", "PNG", "JPEG", "JP2OpenJPEG", "BMP", "GIF", "WEBP")
 DRIVERS = {
     ".tif": ("GTiff",),
     ".tiff": ("GTiff",),
