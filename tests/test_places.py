@@ -322,8 +322,10 @@ def test_a_full_disk_leaves_the_old_scene(tmp_path):
     import resource
 
     source = tmp_path / "source.tif"
-    write_cog(source, numbers(1))
-    with rasterio.open(source, "r+") as raster:
+    profile = {"driver": "GTiff", "count": 1, "dtype": "uint16", "width": BIG,
+               "height": BIG, "crs": CRS, "transform": GRID}  # fmt: skip
+    with rasterio.open(source, "w", **profile) as raster:
+        raster.write(numbers(1), 1)
         raster.descriptions, raster.scales = ("RED",), (1e-4,)
     target, box = tmp_path / "out.tif", window_box(100, 100, 300, 300)
     gk.fetch_scene(box, target, source, bands=["RED"])
