@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         touching_chips,
     )
     from geopeft_kit.explorer import Explorer
+    from geopeft_kit.exported_model import export_model
     from geopeft_kit.geo_aware import pretrain_geo_aware
     from geopeft_kit.maps import MapLayer, Raster, chip_layers, save_map, show_map
     from geopeft_kit.maps.places import predict_place
@@ -69,6 +70,7 @@ __all__ = [
     "compare",
     "estimate_memory",
     "evaluate",
+    "export_model",
     "export_prediction",
     "fetch_scene",
     "fit",
@@ -110,6 +112,7 @@ _ROOMS = {
         "touching_chips",
     ),
     "explorer": ("Explorer",),
+    "exported_model": ("export_model",),
     "geo_aware": ("pretrain_geo_aware",),
     "maps": ("MapLayer", "Raster", "chip_layers", "save_map", "show_map"),
     "maps.places": ("predict_place",),

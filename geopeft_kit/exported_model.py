@@ -92,7 +92,9 @@ def export_model(
         raise ValueError(f"batch is {batch!r}; pass 'dynamic' or a number from 1 on.")
     if path.suffix == ".onnx":
         _require("onnx", "onnxscript", "onnxruntime")
-    plain = _ImageOnly(_merged(model)).eval().requires_grad_(False)
+    # Tracing may leave its own tensors in a network's memory: another copy is compared.
+    known = _ImageOnly(_merged(model)).eval().requires_grad_(False)
+    plain = copy.deepcopy(known)
     first = 2 if batch == "dynamic" else int(batch)
     image = torch.rand(first, *_image_shape(model)) * 0.5
     sizes = None
@@ -111,12 +113,13 @@ def export_model(
             torch.export.save(program, part)
             loaded = torch.export.load(part).module()
             answers = {name: loaded(image) for name, image in images.items()}
-        apart = _compare(_ImageOnly(_merged(model)).eval(), images, answers)
+        apart = _compare(known, images, answers)
     facts = {**_facts(model), "batch": batch, "largest_difference": apart}
     with whole_file(path.with_suffix(".json")) as part:
         part.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    size = path.stat().st_size / 2**20
     print(
-        f"{path.name}: {path.stat().st_size / 2**20:.1f} MiB; on random images of batch "
+        f"{path.name}: {size:.1f} MiB; on random images of batch "
         f"{' and '.join(images)} its logits differ by at most {apart:.1e}."
     )
     return path
@@ -182,7 +185,8 @@ def _run_onnx(graph: Path, images: dict[str, Tensor]) -> dict[str, Tensor]:
     """Logits of ONNX Runtime, by name."""
     with tempfile.TemporaryDirectory() as folder:
         given, answered = Path(folder) / "given.npz", Path(folder) / "answered.npz"
-        np.savez(given, **{name: image.numpy() for name, image in images.items()})
+        arrays: Any = {name: image.numpy() for name, image in images.items()}
+        np.savez(given, **arrays)
         run = subprocess.run(
             [sys.executable, "-c", _RUN, graph, given, answered],
             capture_output=True,
@@ -217,7 +221,8 @@ def _facts(model: Model) -> dict[str, Any]:
     """What a user of the file has to know, as JSON."""
     from geopeft_kit import __version__
 
-    card, adapter = model.backbone.card, model.backbone.adapter
+    card = model.backbone.card
+    adapter: Any = model.backbone.adapter
     return {
         "input": {
             "name": "image",

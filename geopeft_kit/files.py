@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,22 @@ def whole_file(target: Path) -> Iterator[Path]:
         remove_side_files(target)
     finally:
         part.unlink(missing_ok=True)
+
+
+def save_tensors(
+    tensors: Mapping[str, Any], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write tensors as safetensors; a full disk is the OSError that it is."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), path, metadata)
+    except SafetensorError as error:
+        raise OSError(
+            f"{path.parent} took no more: {error}. Is the disk full? Free some space "
+            "or choose another folder, then save again."
+        ) from error
 
 
 def remove_side_files(raster: Path) -> None:

@@ -32,6 +32,8 @@ def crs_name(crs: CRS) -> str:
     system = pyproj.CRS.from_wkt(crs.to_wkt())
     if system.is_compound:  # heights change nothing about where a pixel is
         system = system.sub_crs_list[0]
+    elif len(system.axis_info) > 2:
+        system = system.to_2d()
     return CRS.from_wkt(system.to_wkt()).to_string()
 
 

@@ -23,15 +23,16 @@ from geopeft_kit.bands import resolve_bands
 # GDAL lists the whole folder at each open to find side files; with thousands of chips
 # that costs more than reading. So it asks for each of them by name.
 UNLISTED = {"GDAL_DISABLE_READDIR_ON_OPEN": "TRUE"}
+PICTURES = ("GTiff", "PNG", "JPEG", "JP2OpenJPEG", "BMP", "GIF", "WEBP")
 DRIVERS = {
     ".tif": ("GTiff",),
     ".tiff": ("GTiff",),
-    ".png": ("PNG", "JPEG"),
-    ".jpg": ("JPEG", "PNG"),
-    ".jpeg": ("JPEG", "PNG"),
+    ".png": ("PNG",),
+    ".jpg": ("JPEG",),
+    ".jpeg": ("JPEG",),
     ".jp2": ("JP2OpenJPEG",),
     ".img": ("HFA", "ENVI"),
-}
+}  # tried first; a picture under another picture's name is read too
 BROKEN = (RasterioError, CPLE_BaseError)
 
 
@@ -78,27 +79,26 @@ def open_raster(
 
 
 def _opened(name: str, strict: bool) -> rasterio.DatasetReader:
-    allowed = DRIVERS.get(Path(name.split("?")[0]).suffix.lower(), ())
-    if not allowed and strict:
-        allowed = tuple(dict.fromkeys(sum(DRIVERS.values(), ())))
+    own = DRIVERS.get(Path(name.split("?")[0]).suffix.lower(), ())
     remote = name.startswith(("http://", "https://", "s3://", "gs://"))
-    if not allowed or not (remote or Path(name).exists()):
+    if not (own or strict) or not (remote or Path(name).exists()):
         return rasterio.open(name)
     if strict and Path(f"{name}.msk").exists():
         # GDAL opens the mask beside a raster by any driver, a VRT among them.
         rasterio.open(f"{name}.msk", driver="GTiff").close()
-    for driver in allowed[:-1]:
+    errors = []
+    for driver in dict.fromkeys((*own, *PICTURES)):
         try:
             return rasterio.open(name, driver=driver)
-        except BROKEN:
-            continue
-    return rasterio.open(name, driver=allowed[-1])
+        except BROKEN as error:
+            errors.append(error)
+    raise errors[0]
 
 
 class Tags(NamedTuple):
     """What a raster file says about its numbers; None where it says nothing."""
 
-    count: int
+    band_count: int
     dtype: str
     bands: tuple[str, ...] | None
     scaling: tuple[tuple[float, float], ...] | None  # scale and offset of each band
@@ -136,9 +136,10 @@ def check_alike(
     """
     for what, here, there in zip(Tags._fields, tags, first, strict=True):
         unsaid = here is None or there is None
-        if str(here) == str(there) or (unsaid and (silence or what != "nodata")):
+        same = here == there or str(here) == str(there)  # NaN is not itself
+        if same or (unsaid and (silence or what != "nodata")):
             continue
-        words = {"count": "bands", "dtype": "values", "scaling": "(scale, offset)"}
+        words = {"band_count": "bands", "dtype": "values", "scaling": "(scale, offset)"}
         raise ValueError(
             f"{path} holds {here} {words.get(what, what)}, {first_path} {there}. One "
             "set of files needs one meaning: convert them alike."

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from geopeft_kit.backbones import find_card, load_backbone
 from geopeft_kit.backbones.base import SAMPLE, Backbone, Origin
 from geopeft_kit.backbones.weights import is_tag, read_checkpoint, save_weights
 from geopeft_kit.devices import device_of
-from geopeft_kit.files import hash_of, whole_file, whole_folder
+from geopeft_kit.files import hash_of, save_tensors, whole_file, whole_folder
 from geopeft_kit.methods import load_adapter
 from geopeft_kit.methods.adapter import original_backbone, original_hash
 from geopeft_kit.model import Model, build_model
@@ -123,7 +122,7 @@ def _write(model: Model, folder: Path) -> None:
     if origin is not None and origin.generator is not None:
         tensors[_GENERATOR] = origin.generator
     with whole_file(folder / TENSORS) as path:  # with the rights of ordinary files
-        save_file(tensors, path)
+        save_tensors(tensors, path)
     if adapter is not None:
         adapter.save(folder)
     with original_backbone(backbone):

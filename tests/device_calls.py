@@ -34,6 +34,7 @@ NOT_CALLED = {
     "MemoryEstimate": "made by estimate_memory",
     "TorchgeoData": "chips on the CPU, read as ChipData is",
     "check_data": "reads files",
+    "export_model": "a copy on the CPU, traced there",
     "fetch_scene": "reads files and the network",
     "list_backbones": "a table of cards",
     "list_methods": "a table of cards",

@@ -46,7 +46,7 @@ class Catalogue:
             for item in self.items
             if item["collection"] in asked["collections"]
             and first[:10] <= item["properties"]["datetime"][:10] <= last[:10]
-            and shapely.geometry.shape(item["geometry"]).intersects(frame)
+            and shapely.box(*item["bbox"]).intersects(frame)
         ]
         start = int(asked.get("token", 0))
         links = []

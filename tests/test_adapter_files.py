@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from method_table import output, stir
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -313,11 +314,11 @@ def test_a_full_disk_leaves_nothing_half_written(
     folder = saved if exists else tmp_path / "new" / "adapter"
     before = {p.name: p.read_bytes() for p in folder.iterdir()} if exists else None
 
-    def no_space(tensors: Any, path: Path) -> None:
+    def no_space(tensors: Any, path: Path, metadata: Any) -> None:
         Path(path).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(storage, "save_file", no_space)
+    monkeypatch.setattr("safetensors.torch.save_file", no_space)
     with pytest.raises(OSError, match="No space left"):
         adapter.save(folder)
     if exists:
@@ -325,6 +326,25 @@ def test_a_full_disk_leaves_nothing_half_written(
     else:
         assert not folder.exists()
     assert backbone.adapter is adapter
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tensors": None}, {"tensors": [{"name": "a"}]}, {"config": ["x"]},
+        {"backbone": {}}, {"sha256": None}, {"method": []}, {"config": {"rank": 10**6}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_description_is_checked_before_it_is_believed(
+    tmp_path: Path, change: dict
+) -> None:
+    backbone = make()
+    gk.attach(backbone, "lora").save(tmp_path)
+    path = tmp_path / "adapter.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=r"adapter\.json.*Copy the folder again"):
+        gk.load_adapter(backbone, tmp_path)
 
 
 # --- other processes, and plain peft ------------------------------------------------

@@ -159,3 +159,22 @@ def test_a_pickled_label_is_read_but_never_run(tmp_path: Path) -> None:
     for text in ("", "b'", "12", str(b"abc"), str(pickle.dumps({"label": "x"}))):
         with pytest.raises(ValueError, match="label"):
             pickled_label(text, tmp_path)
+
+
+def test_a_chain_of_links_is_refused(tmp_path: Path) -> None:
+    """Links inside the folder, so deep that no system call can resolve them."""
+    import archives
+
+    path = "/".join(["d" * 200] * 20)
+    with tarfile.open(tmp_path / "evil.tar", "w") as file:
+        for name, kind, target in (
+            (f"{path}/long", tarfile.SYMTYPE, "../" * 20),
+            ("escape", tarfile.SYMTYPE, f"{path}/long/../.."),
+            ("escape/new.txt", tarfile.REGTYPE, ""),
+        ):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, target
+            file.addfile(member, io.BytesIO(b""))
+    with pytest.raises(ValueError, match="points out of the folder"):
+        archives.unpack([tmp_path / "evil.tar"], tmp_path / "root" / "folder")
+    assert not list(tmp_path.rglob("new.txt"))

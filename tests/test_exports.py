@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import geopandas as gpd
 import numpy as np
@@ -101,3 +102,31 @@ def test_what_cannot_be_exported_is_said(prediction, tmp_path):
     with pytest.raises(ValueError, match="needs classes"):
         gk.export_prediction(bare, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["bare.tif"]
+
+
+def test_classes_beyond_the_names_and_damaged_files(tmp_path):
+    source = tmp_path / "map.tif"
+    pixels = np.zeros((1, 64, 64), np.uint8)
+    pixels[0, 0, 0] = 7
+    place = {"crs": "EPSG:32633", "transform": from_origin(5e5, 5e6, 10, 10)}
+    with rasterio.open(source, "w", driver="GTiff", count=1, width=64, height=64,
+                       dtype="uint8", compress="deflate", **place) as file:  # fmt: skip
+        file.write(pixels)
+    with pytest.raises(ValueError, match=r"holds class 7, but 2 classes are named"):
+        gk.export_prediction(source, tmp_path, classes=["a", "b"])
+    good = source.read_bytes()
+    for at in range(8, 260, 14):  # in a child: GDAL may take the process with it
+        damaged = bytearray(good)
+        damaged[at] ^= 16
+        source.write_bytes(damaged)
+        child = os.fork()
+        if child == 0:
+            try:
+                gk.export_prediction(source, tmp_path, classes=list("abcdefgh"))
+            except (ValueError, OSError, RuntimeError):
+                os._exit(0)
+            except BaseException:
+                os._exit(9)
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        assert not os.WIFSIGNALED(status) and os.WEXITSTATUS(status) == 0, at

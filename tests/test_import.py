@@ -18,27 +18,21 @@ HEAVY = (
     "leafmap", "ipyleaflet", "matplotlib", "geopandas", "pandas", "rasterio", "numpy",
 )  # fmt: skip
 
+
+
+def floors() -> dict[str, int]:
+    """Room -> floor, as the picture of the house in CONTRIBUTING.md shows it."""
+    page = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d) \| (.+) \|$", page, re.MULTILINE)
+    return {
+        room: int(floor)
+        for floor, rooms in rows
+        for room in re.sub(r" \([^)]*\)", "", rooms).split(", ")
+    }
+
+
 # A floor may import from itself and from the floors below it.
-FLOORS = (
-    ("bands", "download", "decoders", "plots", "world"),
-    ("data", "backbones"),
-    ("methods", "model"),
-    ("training", "scenes"),
-    ("maps", "pretraining", "comparison"),
-    ("explorer",),
-)
-LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
-# Rooms that serve the ones above and stand on their floors.
-LEVEL |= dict.fromkeys(
-    ["array_store", "devices", "pictures", "progress", "files", "open_raster"],
-    LEVEL["plots"],
-)
-LEVEL["exports"] = LEVEL["maps"]
-LEVEL["applicability"] = LEVEL["scenes"]
-LEVEL["saved_model"] = LEVEL["model"]
-LEVEL |= {"baselines": LEVEL["comparison"], "indices": LEVEL["bands"]}
-LEVEL |= dict.fromkeys(["geodesy", "open_raster"], LEVEL["bands"])
-LEVEL["geo_aware"] = LEVEL["pretraining"]
+LEVEL = floors()
 
 
 def modules_after(code: str) -> set[str]:

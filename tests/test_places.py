@@ -286,3 +286,61 @@ def test_bad_boxes_say_what_to_do(tmp_path, box, text):
         gk.fetch_scene(box, tmp_path / "o.tif", path)
     with pytest.raises(FileNotFoundError, match="no raster at .*nil.tif"):
         gk.fetch_scene((3, 44, 3.01, 44.01), tmp_path / "o.tif", tmp_path / "nil.tif")
+
+
+@pytest.mark.parametrize("href", ["file://{0}", "{0}", "/vsistdin/", "<VRTDataset/>"])
+def test_a_catalogue_cannot_name_files_of_this_machine(catalogue, tmp_path, href):
+    catalogue.items = [item("one", catalogue.url, assets=EARTH_SEARCH)]
+    secret = catalogue.folder / "red.tif"
+    catalogue.items[0]["assets"]["red"]["href"] = href.format(secret)
+    with pytest.raises(ValueError, match="only addresses that begin with https"):
+        fetch(catalogue, tmp_path)
+
+
+def test_nulls_of_catalogues_are_read_and_numbers_are_checked(catalogue, tmp_path):
+    def one(**stated):
+        usual = {"scale": 1e-4, "offset": -0.1, "nodata": 0}
+        bands = {"raster:bands": [usual | stated]}
+        found = item("one", catalogue.url, assets={"red": ("red.tif", bands)})
+        found["properties"]["eo:cloud_cover"] = found["geometry"] = None
+        catalogue.items = [found]
+        return fetch(catalogue, tmp_path, ["RED"], mask_clouds=False)[0]
+
+    wanted = numbers(2)[200:216, 300:324] * 1e-4 - 0.1
+    for null in ("nodata", "scale"):
+        assert one(**{null: None})[0] == pytest.approx(wanted, abs=1e-6)
+    with pytest.raises(ValueError, match="no side of a pixel"):
+        fetch(catalogue, tmp_path, ["RED"], resolution=-10, mask_clouds=False)
+    for scale in ("abc", 0, float("nan")):
+        with pytest.raises(ValueError, match="the scene one states scale="):
+            one(scale=scale)
+
+
+def test_a_full_disk_leaves_the_old_scene(tmp_path):
+    """A limit on the size of files, as a disk that fills up in the last block."""
+    import os
+    import resource
+
+    source = tmp_path / "source.tif"
+    profile = {"driver": "GTiff", "count": 1, "dtype": "uint16", "width": BIG,
+               "height": BIG, "crs": CRS, "transform": GRID}  # fmt: skip
+    with rasterio.open(source, "w", **profile) as raster:
+        raster.write(numbers(1), 1)
+        raster.descriptions, raster.scales = ("RED",), (1e-4,)
+    target, box = tmp_path / "out.tif", window_box(100, 100, 300, 300)
+    gk.fetch_scene(box, target, source, bands=["RED"])
+    good = target.read_bytes()
+    for less in (1, 4, 16):
+        child = os.fork()
+        if child == 0:
+            limit = len(good) // 1024 * 1024 - less * 1024
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            try:
+                gk.fetch_scene(box, target, source, bands=["RED"])
+            except RuntimeError:
+                os._exit(7)
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status == 7, "no error was raised"
+        assert target.read_bytes() == good
+        assert sorted(tmp_path.iterdir()) == [target, source]

@@ -156,3 +156,36 @@ def test_a_batch_size_is_found_for_torchgeos_data_too() -> None:
     run = gk.fit(model, samples(), epochs=1, batch_size="auto", progress=False)
     assert run.settings["batch_size"] == 12
     assert run.settings["image_size"] == (8, 8)
+
+
+def test_a_geodataset_comes_with_its_sampler(tmp_path: Path) -> None:
+    import numpy as np
+    import rasterio
+    from rasterio.transform import from_origin
+    from torch.utils.data import DataLoader
+    from torchgeo.datasets import RasterDataset
+    from torchgeo.samplers import GridGeoSampler
+
+    for name, pixels in (
+        ("image", np.full((3, 64, 64), 0.2, "f4")),
+        ("mask", np.eye(64, dtype="u1")[None]),
+    ):
+        (tmp_path / name).mkdir()
+        place = {"crs": "EPSG:32633", "transform": from_origin(5e5, 5e6, 10, 10)}
+        with rasterio.open(
+            tmp_path / name / "a.tif", "w", driver="GTiff", count=len(pixels),
+            width=64, height=64, dtype=pixels.dtype, **place,
+        ) as file:  # fmt: skip
+            file.write(pixels)
+
+    class Masks(RasterDataset):
+        is_image = False
+
+    both = RasterDataset(tmp_path / "image") & Masks(tmp_path / "mask")
+    with pytest.raises(ValueError, match=r"sampler.*RandomGeoSampler"):
+        gk.TorchgeoData(both, "segmentation", 2)
+    loader = DataLoader(both, 2, sampler=GridGeoSampler(both, size=32, stride=32))
+    data = gk.TorchgeoData({"train": loader}, "segmentation", 2, batch_size=2)
+    seen = [batch["mask"] for batch in data.dataloader("train")]
+    assert seen[0].shape == (2, 32, 32)
+    assert int(torch.cat(seen).sum()) == 64, "each pixel once"

@@ -19,12 +19,11 @@ from urllib.parse import urlsplit
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from geopeft_kit.backbones.card import BackboneCard, WeightFile
 from geopeft_kit.download import cache_folder, fetch, hub_url
-from geopeft_kit.files import whole_file
+from geopeft_kit.files import save_tensors, whole_file
 
 if TYPE_CHECKING:
     from geopeft_kit.backbones.base import Backbone
@@ -255,7 +254,7 @@ def save_weights(backbone: Backbone, path: str | Path, half: bool = True) -> Pat
         kind = torch.float16 if half and tensor.is_floating_point() else tensor.dtype
         state[name] = tensor.to("cpu", kind).contiguous()
     with whole_file(path) as part:
-        save_file(state, part, {"bands": ",".join(backbone.bands)})
+        save_tensors(state, part, {"bands": ",".join(backbone.bands)})
     return path
 
 

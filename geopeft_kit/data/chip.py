@@ -111,7 +111,7 @@ def footprints(outlines: Sequence[Outline]) -> list[Any]:
             footprint_of(o.transform or Affine.identity(), o.height, o.width)
             for o in (outlines[number] for number in members)
         ]
-        shapes = to_degrees(shapes, CRS.from_wkt(wkt))
-        for number, shape in zip(members, shapes, strict=True):
+        moved = to_degrees(shapes, CRS.from_wkt(wkt))
+        for number, shape in zip(members, moved, strict=True):
             found[number] = shape
     return found

@@ -161,6 +161,12 @@ class ChipData(SplitData):
         height, width = int(rows["height"].iloc[0]), int(rows["width"].iloc[0])
         return height // self.factor, width // self.factor
 
+    @property
+    def one_size(self) -> bool:
+        """Whether all training images have one size, so that their maps can be kept."""
+        rows = self.index[self.index["split"] == self.splits[0]]
+        return len(rows[["height", "width"]].drop_duplicates()) < 2
+
     def dataset(self, split: str) -> ChipDataset:
         """The samples of one split.
 

@@ -44,6 +44,11 @@ class SplitData(L.LightningDataModule):
         """Names of the splits that have samples: train, val, test, then others."""
         raise NotImplementedError
 
+    @property
+    def one_size(self) -> bool:
+        """Whether all training images have one size, so that their maps can be kept."""
+        return True
+
     def dataset(self, split: str) -> Any:
         """The samples of one split, dicts without a batch axis.
 

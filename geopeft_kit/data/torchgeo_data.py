@@ -12,6 +12,7 @@ backbone normalises by its card.
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -21,7 +22,7 @@ import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Subset, default_collate
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from geopeft_kit.data.info import CLASS_TASKS, TASKS
 from geopeft_kit.data.split_data import SplitData
@@ -38,7 +39,8 @@ class TorchgeoData(SplitData):
 
     Args:
         source: A data set (it trains), a mapping from split to data set, or a data
-            module, which is prepared here.
+            module, which is prepared here. A `GeoDataset` comes as a `DataLoader` with
+            the sampler that picks its patches.
         task: "segmentation", "regression", "classification", "multilabel", "change",
             "super_resolution" (the mask is the finer image).
         num_classes: K; not needed for regression; bands for super-resolution.
@@ -54,7 +56,7 @@ class TorchgeoData(SplitData):
 
     def __init__(
         self,
-        source: Dataset | Mapping[str, Dataset] | L.LightningDataModule,
+        source: Source | L.LightningDataModule,
         task: str,
         num_classes: int | None = None,
         scale: float = 1.0,
@@ -156,19 +158,34 @@ class TorchgeoData(SplitData):
 
 
 def _split_sets(
-    source: Dataset | Mapping[str, Dataset] | L.LightningDataModule,
+    source: Source | L.LightningDataModule,
 ) -> dict[str, Dataset]:
     """The data set of each split."""
     if isinstance(source, L.LightningDataModule):
         return _module_sets(source)
     if not isinstance(source, Mapping):
-        return {"train": source}
+        return {"train": _patches(source)}
     if "train" not in source or set(source) - set(SPLITS):
         raise ValueError(
             f"the mapping holds {', '.join(map(str, source)) or 'nothing'}; allowed "
             f"are {', '.join(SPLITS)}, and 'train' has to be there."
         )
-    return {split: source[split] for split in SPLITS if split in source}
+    return {split: _patches(source[split]) for split in SPLITS if split in source}
+
+
+def _patches(source: Dataset | DataLoader) -> Dataset:
+    """A data set with a length; a GeoDataset has one by the sampler of a loader."""
+    torchgeo = sys.modules.get("torchgeo.datasets")
+    data = source.dataset if isinstance(source, DataLoader) else source
+    if torchgeo is None or not isinstance(data, torchgeo.GeoDataset):
+        return data
+    if not isinstance(source, DataLoader):
+        raise ValueError(
+            f"{type(data).__name__} is a GeoDataset: a sampler has to pick patches of "
+            "it. Pass torch.utils.data.DataLoader(data, sampler=RandomGeoSampler(data, "
+            "size=64)), for each split its own: {'train': ..., 'test': ...}."
+        )
+    return GeoPatches(data, source.batch_sampler or source.sampler)
 
 
 def _module_sets(module: L.LightningDataModule) -> dict[str, Dataset]:
@@ -186,7 +203,7 @@ def _module_sets(module: L.LightningDataModule) -> dict[str, Dataset]:
         samplers = (f"{split}_batch_sampler", f"{split}_sampler")
         sampler = next((s for n in samplers if (s := getattr(module, n, None))), None)
         if data is not None:
-            sets[split] = data if sampler is None else GeoPatches(data, sampler)
+            sets[split] = GeoPatches(data, sampler) if sampler else _patches(data)
     if "train" not in sets:
         raise ValueError(
             f"{type(module).__name__} has no train_dataset after setup; pass its data "
@@ -214,14 +231,15 @@ class GeoPatches(Dataset):
         return self.data[self.places[index]]
 
 
-AnyData = SplitData | Dataset | Mapping[str, Dataset] | L.LightningDataModule
+Source = Dataset | DataLoader | Mapping[str, Dataset | DataLoader]
+AnyData = SplitData | Source | L.LightningDataModule
 
 
 def as_data(data: Any, task: str, num_classes: int) -> Any:
     """Data as `fit` and `evaluate` take it; what torchgeo has is wrapped."""
     if isinstance(data, SplitData):
         return data
-    if isinstance(data, Dataset | Mapping | L.LightningDataModule):
+    if isinstance(data, Dataset | Mapping | L.LightningDataModule | DataLoader):
         size = getattr(data, "batch_size", None) or 8
         return TorchgeoData(data, task, num_classes, batch_size=size)
     return data

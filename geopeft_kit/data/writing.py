@@ -135,10 +135,10 @@ class ChipWriter:
                 f"chip {chip.name!r}: there is no file {source} for its {column}."
             )
         tags, outline, files = inspect(chip.name, source)
-        if column != "mask" and tags.count != len(self.info.bands):
+        if column != "mask" and tags.band_count != len(self.info.bands):
             raise ValueError(
-                f"chip {chip.name!r}: {source} has {tags.count} bands, but the data "
-                f"set names {len(self.info.bands)}: {', '.join(self.info.bands)}."
+                f"chip {chip.name!r}: {source} has {tags.band_count} bands, but the "
+                f"data set names {len(self.info.bands)}: {', '.join(self.info.bands)}."
             )
         if column != "mask":
             self.first = self.first or (source, tags)

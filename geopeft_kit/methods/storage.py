@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from geopeft_kit.files import hash_of, whole_file
+from geopeft_kit.files import hash_of, save_tensors, whole_file
 
 FORMAT = 2
 DESCRIPTION = "adapter.json"
@@ -70,7 +70,7 @@ def write_adapter(
             whole_file(folder / DESCRIPTION) as text,
             whole_file(folder / TENSORS) as data,
         ):
-            save_file(arrays, data)
+            save_tensors(arrays, data)
             description["sha256"] = hash_of(data)
             text.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     except BaseException:
@@ -108,6 +108,7 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
     tensors = read_tensors(path)
     if description["format"] == 1:
         tensors = _from_flat_arrays(tensors, description.get("tensors", []), path)
+    _check_options(description["config"], tensors, path)
     return SavedAdapter(
         method=description["method"],
         config=description["config"],
@@ -127,7 +128,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def _read_description(path: Path) -> dict[str, Any]:
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} is truncated or not JSON: {error}. Copy the folder again."
         ) from error
@@ -140,7 +141,39 @@ def _read_description(path: Path) -> dict[str, Any]:
     missing = sorted({"method", "config", "backbone", "sha256"} - set(description))
     if missing:
         raise ValueError(f"{path} lacks {missing}. Copy the folder again.")
+    _check_types(description, path)
     return description
+
+
+def _check_types(description: dict[str, Any], path: Path) -> None:
+    """Refuse values of a wrong type."""
+    kinds = {"method": str, "config": dict, "backbone": dict, "sha256": str}
+    wrong = [name for name, kind in kinds.items()
+             if not isinstance(description[name], kind)]  # fmt: skip
+    if not wrong and not {"name", "weights_hash"} <= set(description["backbone"]):
+        wrong.append("backbone")
+    try:  # the index of format 1
+        for entry in description.get("tensors", []):
+            "".join([entry["name"], entry["dtype"], *entry.get("numbers", [])])
+            [int(side) for side in entry["shape"]]
+    except (TypeError, ValueError, KeyError, AttributeError):
+        wrong.append("tensors")
+    if wrong:
+        raise ValueError(f"{path}: {wrong[0]} is damaged. Copy the folder again.")
+
+
+def _check_options(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path
+) -> None:
+    """Refuse options larger than any saved tensor: a rank is a side of some tensor."""
+    longest = max((side for t in tensors.values() for side in t.shape), default=0)
+    for name, value in config.items():
+        whole = isinstance(value, int) and name != "alpha"
+        if whole and value > max(1024, 4 * longest):
+            raise ValueError(
+                f"{path}: {name}={value} does not fit its tensors, whose longest side "
+                f"is {longest}. Copy the folder again."
+            )
 
 
 def _from_flat_arrays(

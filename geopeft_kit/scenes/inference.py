@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import rasterio
@@ -396,7 +397,8 @@ class FinishedRows:
     def __init__(self, folder: Path, key: str) -> None:
         self.folder = folder
         note = folder / "key.txt"
-        if folder.exists() and not (note.exists() and note.read_text() == key):
+        known = note.exists() and note.read_bytes() == key.encode()
+        if folder.exists() and not known:
             print(f"predict: {folder.name} holds rows of another job; it starts anew.")
             shutil.rmtree(folder)
         folder.mkdir(exist_ok=True)
@@ -419,8 +421,15 @@ class FinishedRows:
         """Yield the finished strips, then the new ones, which are kept as they pass."""
         count = len(self)
         for number in range(count):
-            with np.load(self._path(number)) as kept:
-                yield [kept[name] for name in kept.files]
+            try:
+                with np.load(self._path(number)) as kept:
+                    finished = [kept[name] for name in kept.files]
+            except (OSError, ValueError, BadZipFile, EOFError) as error:
+                raise ValueError(
+                    f"{self._path(number)} is damaged: {error}. Delete {self.folder}, "
+                    "then run again."
+                ) from error
+            yield finished
         for number, strip in enumerate(strips, start=count):
             with whole_file(self._path(number)) as part:
                 np.savez_compressed(part, *strip)

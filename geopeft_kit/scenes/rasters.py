@@ -118,7 +118,8 @@ def _cache_for(raster: rasterio.DatasetReader, window: int) -> int:
     if width < raster.width:
         return least
     pixel = sum(np.dtype(dtype).itemsize for dtype in raster.dtypes)
-    return min(max(least, 2 * (window + height) * width * pixel), 2**31 - 1)
+    rows = min(window + 2 * height, raster.height)
+    return min(max(least, 5 * rows * width * pixel // 4), 2**31 - 1)
 
 
 def _band_indexes(

@@ -157,6 +157,7 @@ class MapStore:
         folder: Path | None = None,
     ) -> None:
         self.files: ArrayStore | None = None
+        maps = _of_one_size(maps)
         if folder is None:
             self.levels = _in_memory(maps, rows)
             return
@@ -188,6 +189,21 @@ class MapStore:
         if self.files is not None:
             self.files.whole()
         return self.levels
+
+
+def _of_one_size(maps: Iterator[Sequence[Tensor]]) -> Iterator[Sequence[Tensor]]:
+    """The same batches; an error if their maps differ in size."""
+    first: list[torch.Size] = []
+    for part in maps:
+        sizes = [level.shape[1:] for level in part]
+        first = first or sizes
+        if sizes != first:
+            raise ValueError(
+                "images of several sizes have features of several sizes, which cannot "
+                "be kept. Pass head_start='calibrate' and cache_features=False, or cut "
+                "the images to one size."
+            )
+        yield part
 
 
 def _in_memory(maps: Iterator[Sequence[Tensor]], rows: int) -> list[Tensor]:

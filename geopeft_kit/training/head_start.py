@@ -34,7 +34,7 @@ def start_decoder(
     "auto" is "probe" for a linear decoder, else "calibrate". Returns the features of
     all training chips if a probe computed them.
     """
-    how = resolve_head_start(model, how)
+    how = resolve_head_start(model, how, data.one_size)
     if how == "probe":
         return start_head(model, data, device, seed=seed, progress=progress)
     if how == "calibrate":

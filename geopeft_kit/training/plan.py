@@ -75,7 +75,7 @@ class Plan:
             self,
             learning_rate=self._rate(model, frozen, progress),
             decoder_learning_rate=self.decoder_learning_rate or DECODER_LEARNING_RATE,
-            head_start=resolve_head_start(model, self.head_start),
+            head_start=resolve_head_start(model, self.head_start, data.one_size),
             batch_size=self.batch_size or data.batch_size,
             cache_features=self._caches(model, data, frozen),
             precision=precision,
@@ -132,7 +132,7 @@ class Plan:
         """Whether to cache features; None does where it changes nothing."""
         asked = self.cache_features
         if asked is None and not self.cache_prefix:
-            return frozen and not data.augment
+            return frozen and not data.augment and data.one_size
         if (asked or self.cache_prefix) and data.transforms is not None:
             raise ValueError(
                 "cache_features and cache_prefix need images of a finite set, and the "
@@ -176,11 +176,14 @@ class Plan:
             yield
 
 
-def resolve_head_start(model: Model, how: str) -> str:
-    """What "auto" means for a model: "probe" or "calibrate"; other words stay."""
+def resolve_head_start(model: Model, how: str, one_size: bool = True) -> str:
+    """What "auto" means for a model: "probe" or "calibrate"; other words stay.
+
+    Features of images that are not of `one_size` cannot be kept for a probe.
+    """
     if how != "auto":
         return how
-    return "probe" if model.has_linear_head else "calibrate"
+    return "probe" if model.has_linear_head and one_size else "calibrate"
 
 
 def _method(model: Model) -> str:

@@ -198,7 +198,7 @@ class Stated:
         stored = sample_values(images, facts.get("nodata"))
         require_bands_and_scale(stored, self.bands, self.scale)
         bands = resolve_bands(self.bands or ())
-        if (count := stored.tags.count) != len(bands):
+        if (count := stored.tags.band_count) != len(bands):
             raise ValueError(
                 f"{images[0]} has {count} bands, but {len(bands)} are named: "
                 f"{', '.join(bands)}. Name every band of the files, in their order; "

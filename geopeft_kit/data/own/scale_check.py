@@ -92,7 +92,7 @@ def propose_bands(stored: StoredValues) -> str:
     """Which bands the files may hold, as the argument to pass."""
     if stored.tags.bands is not None:
         return f"bands={list(stored.tags.bands)}"
-    count = stored.tags.count
+    count = stored.tags.band_count
     sensors = [name for name, bands in SENSORS.items() if len(bands) == count]
     if not sensors:
         return f"bands=[...], {count} names"

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from geopeft_kit.backbones.base import Backbone
-from geopeft_kit.files import whole_file
+from geopeft_kit.files import save_tensors, whole_file
 from geopeft_kit.methods.peft.layers import ADAPTER, FusedProjection, PeftLayer
 from geopeft_kit.methods.storage import DESCRIPTION, read_tensors
 from geopeft_kit.methods.targets import available_targets
@@ -251,7 +250,7 @@ def _write(folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> No
         whole_file(folder / CONFIG) as settings,
         whole_file(folder / STATE) as tensors,
     ):
-        save_file(
+        save_tensors(
             {key: value.detach().cpu().contiguous() for key, value in state.items()},
             tensors,
             metadata={"format": "pt"},
