@@ -27,7 +27,9 @@ PLAIN_VIT = frozenset({"conv_adapter", "upetu"})
 GROUPED_VIT = PLAIN_VIT | {"deflect"}
 HIERARCHY = frozenset({"vpt", "deflect", "earth_adapter", "vit_adapter"})
 SWIN = HIERARCHY | {"conv_adapter"}
-CONVOLUTIONS = HIERARCHY | {"convpass", "fourierft", "mona", "vera"}
+CONVOLUTIONS = HIERARCHY | {
+    "apla", "convpass", "delora", "fourierft", "mona", "randlora", "shira", "vera",
+}  # fmt: skip
 NO_MLP = CONVOLUTIONS | {
     "adaptformer", "houlsby", "quantised_adapter", "slr", "upetu",
 }  # fmt: skip
@@ -111,7 +113,7 @@ ROWS = (
     Row("phileo_vit_100m", vit(32, 4, image_size=32, architecture={"head_width": 16}),
         refuses=GROUPED_VIT | {"vit_adapter"}, idle=("vit.pos_embed",)),
     Row("gfm_swin_base", swin("embed_dim"), {"image_size": 64}, refuses=SWIN),
-    Row("satlas_swin_v2_t", swin("width"), refuses=SWIN | {"convpass"}),
+    Row("satlas_swin_v2_t", swin("width"), refuses=SWIN | {"apla", "convpass"}),
     Row("timm:vit_tiny_patch16_224"),
     Row("timm:convnext_atto", refuses=CONVOLUTIONS),
     Row("timm:resnet18", refuses=NO_MLP | {"oft"}),

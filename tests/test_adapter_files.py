@@ -112,7 +112,8 @@ def test_tensors_that_share_memory_and_of_all_types_are_written(tmp_path: Path) 
         "count": torch.tensor(7),
         "empty": torch.randn(0, 2),
     }
-    storage.write_adapter(tmp_path, "x", {}, {}, tensors)
+    of = {"name": "x", "weights_hash": ""}
+    storage.write_adapter(tmp_path, "x", {}, of, tensors)
     found = storage.read_adapter(tmp_path).tensors
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():

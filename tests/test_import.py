@@ -19,7 +19,6 @@ HEAVY = (
 )  # fmt: skip
 
 
-
 def floors() -> dict[str, int]:
     """Room -> floor, as the picture of the house in CONTRIBUTING.md shows it."""
     page = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")

@@ -104,7 +104,7 @@ def test_indices_take_the_bands_that_are_there() -> None:
     assert index_bands("NDVI", "hls") == ("NIR_NARROW", "RED")
     assert available_indices("rgb") == ()
     assert available_indices("rgbn") == ("NDVI", "NDWI")
-    with pytest.raises(ValueError, match=r"NBR needs SWIR_2.*At hand are NDVI, NDWI"):
+    with pytest.raises(ValueError, match=r"NBR needs SWIR_2.*Available are NDVI, NDWI"):
         index_bands("NBR", "rgbn")
     with pytest.raises(ValueError, match="no index 'EVI'; there are NDVI"):
         index_bands("EVI", "hls")

@@ -108,7 +108,7 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
     tensors = read_tensors(path)
     if description["format"] == 1:
         tensors = _from_flat_arrays(tensors, description.get("tensors", []), path)
-    _check_options(description["config"], tensors, path)
+    _check_options(description["config"], tensors, folder / DESCRIPTION)
     return SavedAdapter(
         method=description["method"],
         config=description["config"],
