@@ -141,8 +141,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(data: gk.ChipData, tmp_path: Path) ->
     assert len(resumed.history) == 4
     state = whole.state_dict()
     assert all(torch.equal(state[n], v) for n, v in model.state_dict().items())
-    with pytest.raises(ValueError, match="nothing is left to train"):
-        fit(model, "stopped", resume=True)
+    again = fit(model, "stopped", resume=True)
+    assert again.history.equals(resumed.history)
+    assert again.resources == resumed.resources
 
 
 @pytest.mark.slow

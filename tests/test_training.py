@@ -194,7 +194,7 @@ def test_resume_with_another_method_is_refused(
     data: gk.ChipData, tmp_path: Path
 ) -> None:
     gk.fit(make_model("bias"), data, epochs=1, folder=tmp_path, progress=False)
-    with pytest.raises(RuntimeError, match="another set-up"):
+    with pytest.raises(ValueError, match="another set-up"):
         gk.fit(
             make_model("norm"), data, 2, folder=tmp_path, resume=True, progress=False
         )
@@ -227,7 +227,7 @@ def test_full_disk_keeps_the_old_checkpoint(
     with pytest.raises(OSError, match="No space left"):
         gk.fit(make_model("bias"), data, epochs=1, folder=tmp_path, progress=False)
     assert (tmp_path / "last.ckpt").read_bytes() == before
-    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+    assert {path.name for path in tmp_path.iterdir()} == {"last.ckpt", "logs"}
 
 
 @pytest.mark.slow

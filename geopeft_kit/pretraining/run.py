@@ -22,10 +22,10 @@ from geopeft_kit.pretraining.result import EnergyMeter, Pretraining
 from geopeft_kit.pretraining.samples import Draws, Samples, SizedSamples
 from geopeft_kit.pretraining.task import Objective, PretextTask
 from geopeft_kit.training.callbacks import Checkpoint, find_checkpoint
-from geopeft_kit.training.fit import quiet_lightning
 from geopeft_kit.training.hardware import choose_device, choose_precision
 from geopeft_kit.training.interruption import stoppable, what_is_kept
 from geopeft_kit.training.tracker import Tracker
+from geopeft_kit.training.trainer import quiet_lightning
 
 WEIGHTS = "weights.safetensors"
 

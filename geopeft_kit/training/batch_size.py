@@ -17,7 +17,7 @@ from geopeft_kit.training.hardware import autocast
 from geopeft_kit.training.interruption import explanation, is_out_of_memory, survive
 from geopeft_kit.training.optimisers import make_optimiser
 from geopeft_kit.training.plan import Plan
-from geopeft_kit.training.step import make_loss, rule_of, step
+from geopeft_kit.training.step import rule_of, step
 from geopeft_kit.training.task import parameter_groups
 
 
@@ -67,7 +67,7 @@ def _try_step(
     )
     loader = with_batch_size(data, size).dataloader("train")
     batch = Batch.of(next(iter(loader))).to(device)
-    loss = make_loss(model.task, plan.ignore_index)
+    loss = plan.make_loss(model.task)
     buffers = {n: b.clone() for n, b in model.named_buffers()}
     training = model.training
     devices = [device] if device.type == "cuda" else []

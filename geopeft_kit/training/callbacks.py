@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile
@@ -13,6 +13,7 @@ from zipfile import BadZipFile, ZipFile
 import lightning as L
 import pandas as pd
 import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from geopeft_kit.progress import REDRAW_S
@@ -42,7 +43,8 @@ class History(L.Callback):
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, *_: Any
     ) -> None:
-        self.losses.append(outputs["loss"].detach())
+        # Lightning divides what it sums over several batches
+        self.losses.append(outputs["loss"].detach() * trainer.accumulate_grad_batches)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         epoch = trainer.current_epoch + 1
@@ -56,6 +58,7 @@ class History(L.Callback):
             scores = self.validate()["overall"]
             row |= {f"val_{name}": value for name, value in scores.items()}
         self.rows.append(row)
+        pl_module.log_dict({k: v for k, v in row.items() if k != "epoch"})
 
     def table(self) -> pd.DataFrame:
         """The rows as a DataFrame, one an epoch."""
@@ -78,9 +81,11 @@ class Progress(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._name_epoch(trainer)
         if self.bar.total is None:
-            self.bar.reset(pl_module.total_steps * self.runs)
-        if trainer.global_step:  # resumed: those steps say nothing about the speed
-            self.bar.n = self.bar.initial = self.bar.last_print_n = trainer.global_step
+            steps = int(trainer.num_training_batches) * (trainer.max_epochs or 1)
+            self.bar.reset(steps * self.runs)
+        if trainer.current_epoch:  # resumed: those steps say nothing about the speed
+            done = trainer.current_epoch * int(trainer.num_training_batches)
+            self.bar.n = self.bar.initial = self.bar.last_print_n = done
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._name_epoch(trainer)
@@ -89,7 +94,7 @@ class Progress(L.Callback):
         self, trainer: Any, pl_module: Any, outputs: Any, *_: Any
     ) -> None:
         if time.monotonic() - self.shown > REDRAW_S / 2:  # a GPU waits to tell a loss
-            self._show_numbers(float(outputs["loss"]))
+            self._show_numbers(float(outputs["loss"]) * trainer.accumulate_grad_batches)
         self.bar.update()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -118,7 +123,7 @@ class EarlyStop(L.Callback):
     def __init__(self, history: History, patience: int) -> None:
         self.history = history
         self.patience = patience
-        self.best: float | None = None
+        self.best = -math.inf
         self.waited = 0
         self.weights: dict[str, Tensor] = {}
 
@@ -130,13 +135,16 @@ class EarlyStop(L.Callback):
         self.waited = state_dict["waited"]
         self.weights = state_dict["weights"]
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        trainer.should_stop = self.waited >= self.patience  # resumed after its end
+
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         name, larger = HEADLINE[pl_module.model.task]
         score = self.history.rows[-1].get(f"val_{name}")
         if score is None:
             return
         score = score if larger else -score
-        if self.best is None or score > self.best:
+        if score > self.best:  # never NaN, the score of a model that diverged
             self.best, self.waited = score, 0
             state = pl_module.model.state_dict()
             names = trained_names(pl_module.model)
@@ -145,17 +153,39 @@ class EarlyStop(L.Callback):
         self.waited += 1
         trainer.should_stop = trainer.should_stop or self.waited >= self.patience
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if self.weights:
+    def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if self.weights:  # also where a resumed run has no epoch left
             pl_module.model.load_state_dict(self.weights, strict=False)
 
 
-class Checkpoint(L.Callback):
-    """Writes a checkpoint after each epoch, whole or not at all; None writes none."""
+class WriteInPlace(TorchCheckpointIO):
+    """Writes to the path itself, not first to the disk of temporary files."""
 
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        torch.save(checkpoint, path)
+
+
+class Checkpoint(L.Callback):
+    """Writes a checkpoint after each epoch, whole or not at all; None writes none.
+
+    `about` describes the run to those that resume it, see `resume.description_of`.
+    """
+
+    def __init__(self, path: Path | None, about: Mapping[str, str] | None = None):
+        self.path, self.about = path, about
         self.written = False
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        trainer.strategy.checkpoint_io = WriteInPlace()
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]
+    ) -> None:
+        if self.about:
+            checkpoint["run"] = dict(self.about)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if self.path is None:

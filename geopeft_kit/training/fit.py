@@ -7,11 +7,8 @@ head start, and a `Run` the history, the resources and the scores. Taught in not
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,8 @@ from typing import Any
 import lightning as L
 import pandas as pd
 import torch
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.loggers import Logger
 from torch.utils.data import DataLoader
 
 from geopeft_kit.data.chips import ChipData
@@ -46,8 +45,17 @@ from geopeft_kit.training.interruption import (
 )
 from geopeft_kit.training.plan import Plan
 from geopeft_kit.training.prefix_cache import Prefix
+from geopeft_kit.training.resume import check_same_run, description_of
+from geopeft_kit.training.step import Loss
 from geopeft_kit.training.task import Task
 from geopeft_kit.training.tracker import Resources, Tracker
+from geopeft_kit.training.trainer import (
+    has,
+    make_trainer,
+    optimiser_steps,
+    quiet_lightning,
+    watch_scores,
+)
 
 
 @dataclass
@@ -80,8 +88,11 @@ def fit(
     learning_rate: float | None = None,
     decoder_learning_rate: float | None = None,
     weight_decay: float = 0.05,
+    loss: str | Loss = "auto",
+    class_weights: Sequence[float] | Mapping[str, float] | str | None = None,
     head_start: str = "auto",
     batch_size: int | str | None = None,
+    accumulate: int = 1,
     memory_gib: float | None = None,
     cache_features: bool | None = None,
     cache_prefix: bool = False,
@@ -97,6 +108,7 @@ def fit(
     resume: bool = False,
     progress: bool = True,
     callbacks: Sequence[L.Callback] = (),
+    logger: Logger | Sequence[Logger] | bool | None = None,
 ) -> Run:
     """Train what is trainable in `model` on the training split of `data`.
 
@@ -110,6 +122,12 @@ def fit(
             the method's card and prints it.
         decoder_learning_rate: For decoder and head; None is 1e-3.
         weight_decay: Decoupled decay on matrices.
+        loss: "auto" is the cross-entropy of the task, or squared errors; "focal",
+            "dice", "ce+dice" and "tversky" help rare classes, "huber" (delta 0.1) takes
+            outliers of values less hard. Or a function of (logits, target) that returns
+            a scalar and leaves out what has no label.
+        class_weights: One number a class, a dict by class name, or "balanced": counted
+            on the training split, printed, at most 10.
         head_start: How the decoder starts. "probe" trains it first on features of the
             backbone (linear probing, then fine-tuning: Kumar et al. 2022, arXiv
             2202.10054); "calibrate" only standardises the features; "none" does
@@ -117,6 +135,8 @@ def fit(
             head, else "calibrate". An untrained head on raw features misleads.
         batch_size: Images in a batch of this run; None is the data's own. "auto" takes
             the largest that fits, by `estimate_memory`, and tries it in one step.
+        accumulate: Batches whose gradients are averaged for one step of the optimiser;
+            the loss is still that of a batch, and the schedule counts steps.
         memory_gib: What the run may use, for "auto" and for advice; None is what is
             free.
         cache_features: Compute the maps of a frozen backbone once and train on those.
@@ -146,24 +166,36 @@ def fit(
             `torch.manual_seed` before `attach` and `build_model`.
         folder: Where to write a checkpoint after each epoch; it holds only what was
             trained.
-        resume: Continue from the checkpoint in `folder`. On a CPU, at an equal number
-            of threads, the final weights are those of a run never interrupted.
+        resume: Continue from the checkpoint in `folder`, of the same model, data, seed
+            and settings. On a CPU, at an equal number of threads, the final weights are
+            those of a run never interrupted. A finished run is returned as it is.
         progress: Show steps, loss and the time left: a bar in a notebook or a terminal,
             some lines in a log.
-        callbacks: Lightning callbacks of your own, called after the kit's.
+        callbacks: Lightning callbacks of your own, called after the kit's. `monitor=`
+            takes the columns of the history: "loss", or "val_miou" and the like, which
+            are then computed every epoch.
+        logger: Lightning loggers; None writes CSV files to `folder`/logs, if there is
+            a folder.
 
     Returns:
         The `Run`.
 
     Raises:
+        TypeError: `model` is compiled or wrapped in another module.
         ValueError: An argument is out of its range, the data's task is another, or the
-            checkpoint is damaged.
+            checkpoint is damaged or of another run.
         FileNotFoundError: `resume=True` and `folder` holds no checkpoint.
         KeyboardInterrupt: You stopped the run; the text says what is kept and how to
             continue. The model is intact, partly trained.
         MemoryError: Memory ran out; the text names the three cheapest remedies. The
             model is intact, partly trained.
     """
+    if not isinstance(model, Model):
+        raise TypeError(
+            f"fit trains the model of build_model, and this is a "
+            f"{type(model).__name__}, in which its learning rates cannot be told "
+            "apart. Pass the model inside; model.compile() compiles it in place."
+        )
     chips: ChipData = as_data(data, model.task, model.num_classes)
     place = choose_device(device)
     checkpoint = find_checkpoint(folder, resume)
@@ -173,8 +205,11 @@ def fit(
         learning_rate=learning_rate,
         decoder_learning_rate=decoder_learning_rate,
         weight_decay=weight_decay,
+        loss=loss,
+        class_weights=class_weights,
         head_start=head_start,
         batch_size=batch_size,
+        accumulate=accumulate,
         memory_gib=memory_gib,
         cache_features=cache_features,
         cache_prefix=cache_prefix,
@@ -182,7 +217,7 @@ def fit(
         precision=precision,
         frozen_precision=frozen_precision,
         optimiser=optimiser,
-        validate_every=validate_every,
+        validate_every=validate_every or (1 if watch_scores(callbacks) else None),
         patience=patience,
         seed=seed,
     ).resolved(model, chips, place, progress)
@@ -193,18 +228,26 @@ def fit(
     prefix = Prefix(model) if cache_prefix else None
     images = chips.dataloader("train", shuffle=True, seed=seed)
     replay = prefix.features if prefix else None
-    task = Task(model, plan, len(images) * epochs, replay)
+    steps = optimiser_steps(plan, len(images), callbacks)
+    about = description_of(model, chips, plan) if checkpoint else {}
+    if checkpoint and resume:
+        check_same_run(checkpoint, about)
+    task = Task(model, plan, steps, replay)
     history = History(partial(evaluate, model, chips, "val", place), plan)
-    tracker, writer = Tracker(), Checkpoint(checkpoint)
-    bar = progress_bar(shown=progress, desc="preparing", unit=" steps")
+    tracker, writer = Tracker(), Checkpoint(checkpoint, about)
+    shown = progress and not has(callbacks, ProgressBar)
+    bar = progress_bar(shown=shown, desc="preparing", unit=" steps")
     stop = [EarlyStop(history, patience)] if patience else []
     own: list[L.Callback] = [history, tracker, *stop, writer, Progress(bar, history)]
-    trainer = _make_trainer(plan, place, [*own, *callbacks])
+    own += callbacks
+    trainer = make_trainer(plan, place, own, len(images), folder, logger)
 
     def train() -> None:
         batches, cache = images, None
         if not resume and plan.head_start != "none":
-            cache = start_decoder(model, chips, place, plan.head_start, seed, progress)
+            cache = start_decoder(
+                model, chips, place, plan.head_start, seed, progress, task.loss
+            )
         if plan.cache_features or prefix:
             batches = _cached(model, chips, plan, place, prefix, cache, progress)
         with quiet_lightning(), plan.levers(model):
@@ -226,10 +269,11 @@ def fit(
     finally:
         model.to(place)  # Lightning leaves it on the CPU
     model.eval()
-    if not tracker.times:
-        raise ValueError(
-            f"nothing is left to train: the run in {folder} has its {epochs} epochs. "
-            "The model now has its weights."
+    if progress and not tracker.times:
+        print(
+            f"nothing is left to train: the run in {folder} ended after "
+            f"{len(history.rows)} epochs, and the model has its weights. More epochs "
+            "need a larger epochs=."
         )
     model.classes = getattr(chips, "classes", None)  # torchgeo's data has no names
     model.colours = getattr(chips, "colours", None)
@@ -239,7 +283,7 @@ def fit(
         history=history.table(),
         resources=tracker.resources(),
         metrics=evaluate(model, chips, "val", place) if "val" in chips.splits else {},
-        settings=asdict(plan),
+        settings=plan.settings(),
         folder=Path(folder) if folder is not None else None,
     )
 
@@ -261,43 +305,3 @@ def _cached(
         )
     sampler = EpochSampler(len(cache), plan.seed, data.augment, data.batch_size)
     return DataLoader(cache, data.batch_size, sampler=sampler, collate_fn=cache.collate)
-
-
-def _make_trainer(
-    plan: Plan, place: torch.device, callbacks: list[L.Callback]
-) -> L.Trainer:
-    with quiet_lightning():
-        return L.Trainer(
-            accelerator="gpu" if place.type == "cuda" else "cpu",
-            devices=1,
-            precision=plan.precision,
-            max_epochs=plan.epochs,
-            callbacks=callbacks,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-        )
-
-
-@contextmanager
-def quiet_lightning() -> Iterator[None]:
-    """Without Lightning's start-up lines and its advice on data workers and loggers."""
-    loggers = [
-        logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")
-    ]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*does not have many workers.*")
-            warnings.filterwarnings("ignore", ".*no `val_dataloader`.*")
-            warnings.filterwarnings("ignore", ".*tensorboard.*")
-            warnings.filterwarnings("ignore", ".*LeafSpec.*")
-            warnings.filterwarnings("ignore", ".*in eval mode at the start.*")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -18,7 +18,7 @@ from geopeft_kit.model import WHOLE_IMAGE_TASKS, Model
 from geopeft_kit.progress import progress_bar
 from geopeft_kit.training.feature_cache import FeatureCache
 from geopeft_kit.training.plan import resolve_head_start
-from geopeft_kit.training.step import make_loss, step
+from geopeft_kit.training.step import Loss, make_loss, step
 
 
 def start_decoder(
@@ -28,6 +28,7 @@ def start_decoder(
     how: str = "auto",
     seed: int = 0,
     progress: bool = False,
+    loss: Loss | None = None,
 ) -> FeatureCache | None:
     """Give the decoder its start: "probe", "calibrate" or "none".
 
@@ -36,7 +37,7 @@ def start_decoder(
     """
     how = resolve_head_start(model, how, data.one_size)
     if how == "probe":
-        return start_head(model, data, device, seed=seed, progress=progress)
+        return start_head(model, data, device, seed=seed, progress=progress, loss=loss)
     if how == "calibrate":
         calibrate(model, data, device, progress=progress)
     return None
@@ -67,6 +68,7 @@ def start_head(
     learning_rate: float = 5e-3,
     seed: int = 0,
     progress: bool = False,
+    loss: Loss | None = None,
 ) -> FeatureCache:
     """Train the decoder alone on features of the backbone; returns those features.
 
@@ -88,7 +90,7 @@ def start_head(
     parameters = [p for p in model.decoder_parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    loss = make_loss(model.task, data.ignore_index)
+    loss = loss or make_loss(model.task, data.ignore_index)
     model.train()
     for batch in progress_bar(loader, progress, desc="probe", leave=False, delay=1):
         value = step(model, Batch.of(batch).to(device), loss)

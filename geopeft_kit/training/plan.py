@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
+from geopeft_kit.data.batch import Batch
 from geopeft_kit.data.chips import ChipData
 from geopeft_kit.methods import list_methods
 from geopeft_kit.model import Model
@@ -19,8 +20,11 @@ from geopeft_kit.training.frozen_precision import (
     frozen_held_in,
 )
 from geopeft_kit.training.hardware import choose_precision, free_gib
+from geopeft_kit.training.losses import check_loss, resolve_weights
 from geopeft_kit.training.memory import MemoryEstimate, estimate_memory
+from geopeft_kit.training.metrics import VALUE_TASKS
 from geopeft_kit.training.optimisers import check_optimiser
+from geopeft_kit.training.step import Loss, make_loss
 from geopeft_kit.training.tracker import MIB, weight_bytes
 
 DECODER_LEARNING_RATE = 1e-3
@@ -39,8 +43,11 @@ class Plan:
     learning_rate: float | None = None
     decoder_learning_rate: float | None = None
     weight_decay: float = 0.05
+    loss: Any = "auto"
+    class_weights: Any = None
     head_start: str = "auto"
     batch_size: Any = None
+    accumulate: int = 1
     memory_gib: float | None = None
     cache_features: bool | None = None
     cache_prefix: bool = False
@@ -75,6 +82,7 @@ class Plan:
             self,
             learning_rate=self._rate(model, frozen, progress),
             decoder_learning_rate=self.decoder_learning_rate or DECODER_LEARNING_RATE,
+            class_weights=resolve_weights(self.class_weights, data, progress),
             head_start=resolve_head_start(model, self.head_start, data.one_size),
             batch_size=self.batch_size or data.batch_size,
             cache_features=self._caches(model, data, frozen),
@@ -97,6 +105,7 @@ class Plan:
                 f"the model's task is {model.task!r} and the data's is {data.task!r}. "
                 f"Build the model with build_model(..., task={data.task!r})."
             )
+        check_loss(self.loss, self.class_weights, data.task)
         if self.patience and "val" not in data.splits:
             raise ValueError(
                 f"patience={self.patience} needs a validation split; the data has "
@@ -107,6 +116,17 @@ class Plan:
             raise ValueError(
                 f"batch_size is {size!r}; it must be a whole number from 1, 'auto', or "
                 "None for the data's own."
+            )
+        if not (type(self.accumulate) is int and self.accumulate >= 1):
+            raise ValueError(
+                f"accumulate is {self.accumulate!r}; it is a whole number of batches, "
+                "1 or more."
+            )
+        if self.patience and not _has_labels(data):
+            raise ValueError(
+                f"patience={self.patience} looks at validation scores, and no chip of "
+                "the validation split has a label. Label some, choose another "
+                "val_fraction, or leave patience out."
             )
         if self.memory_gib is not None and not 0 < self.memory_gib < float("inf"):
             raise ValueError(f"memory_gib is {self.memory_gib}; it must be above 0.")
@@ -147,6 +167,15 @@ class Plan:
             )
         return bool(asked)
 
+    def make_loss(self, task: str) -> Loss:
+        """The loss of this run."""
+        return make_loss(task, self.ignore_index, self.loss, self.class_weights)
+
+    def settings(self) -> dict[str, Any]:
+        """The fields; a loss of the user's own by its name."""
+        name = getattr(self.loss, "__name__", type(self.loss).__name__)
+        return asdict(replace(self, loss=name if callable(self.loss) else self.loss))
+
     def room_mib(self, model: Model) -> float:
         """What the run may use, the model's own weights included."""
         if self.memory_gib is not None:
@@ -174,6 +203,15 @@ class Plan:
             if self.checkpointing:
                 stack.enter_context(checkpointed(model, self.checkpointing))
             yield
+
+
+def _has_labels(data: ChipData) -> bool:
+    """Whether the validation split has a label; reads up to the first one."""
+    targets = (Batch.of(batch).target for batch in data.dataloader("val"))
+    known = (t[t.isfinite()] for t in targets)
+    if data.task in VALUE_TASKS:
+        return any(len(values) for values in known)
+    return any((values != data.ignore_index).any() for values in known)
 
 
 def resolve_head_start(model: Model, how: str, one_size: bool = True) -> str:

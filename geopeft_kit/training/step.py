@@ -16,6 +16,7 @@ from torch import Tensor
 from geopeft_kit.data.batch import Batch
 from geopeft_kit.methods.base import TrainingRule
 from geopeft_kit.model import Model
+from geopeft_kit.training.losses import huber, overlap_or_focal, own_loss
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Output of a model, target -> scalar."""
@@ -50,13 +51,44 @@ def rule_of(model: Model, total_steps: int = 1) -> TrainingRule | None:
     return None if adapter is None else adapter.training_rule(total_steps)
 
 
-def make_loss(task: str, ignore_index: int = 255) -> Loss:
-    """The loss of a task, see `compute_loss`."""
-    return partial(compute_loss, task=task, ignore_index=ignore_index)
+def make_loss(
+    task: str,
+    ignore_index: int = 255,
+    loss: str | Loss = "auto",
+    class_weights: Sequence[float] | None = None,
+) -> Loss:
+    """The loss of a task: `compute_loss`, or another of `losses` by name."""
+    if task == "regression" and loss != "auto":
+        return lambda output, target: make_loss("values", loss=loss)(
+            output.squeeze(1), target
+        )  # (B,H,W)
+    if callable(loss):
+        return partial(own_loss, loss=loss)
+    if loss == "huber":
+        return huber
+    auto = partial(
+        compute_loss, task=task, ignore_index=ignore_index, class_weights=class_weights
+    )
+    if loss == "auto":
+        return auto
+    other = partial(
+        overlap_or_focal,
+        loss=loss.removeprefix("ce+"),
+        task=task,
+        ignore=ignore_index,
+        weights=class_weights,
+    )
+    if loss == "ce+dice":
+        return lambda output, target: auto(output, target) + other(output, target)
+    return other
 
 
 def compute_loss(
-    output: Tensor, target: Tensor, task: str, ignore_index: int = 255
+    output: Tensor,
+    target: Tensor,
+    task: str,
+    ignore_index: int = 255,
+    class_weights: Sequence[float] | None = None,
 ) -> Tensor:
     """The loss of a task, averaged over the labelled samples or pixels.
 
@@ -68,6 +100,7 @@ def compute_loss(
             super-resolution.
         task: A task of `build_model`.
         ignore_index: Class number that carries no label.
+        class_weights: A weight a class, in the mean; for multilabel of its ones.
 
     Returns:
         A scalar; 0 (with a gradient of 0) for a batch without a single label.
@@ -88,13 +121,19 @@ def compute_loss(
                 "num_classes=data.num_classes and factor=data.factor."
             )
         return F.mse_loss(output, target)
+    weight = None if class_weights is None else output.new_tensor(class_weights)
     if task == "multilabel":
-        return F.binary_cross_entropy_with_logits(output, target.to(output.dtype))
+        return F.binary_cross_entropy_with_logits(
+            output, target.to(output.dtype), pos_weight=weight
+        )
     if task in ("segmentation", "change", "classification"):
         total = F.cross_entropy(
-            output, target.long(), ignore_index=ignore_index, reduction="sum"
+            output, target.long(), weight, ignore_index=ignore_index, reduction="sum"
         )
-        return total / (target != ignore_index).sum().clamp(min=1)
+        known = target != ignore_index
+        if weight is None or not known.any():
+            return total / known.sum().clamp(min=1)
+        return total / weight[target[known].long()].sum()
     raise ValueError(
         f"no loss for task {task!r}; the tasks are segmentation, change, "
         "classification, multilabel, regression and super_resolution."

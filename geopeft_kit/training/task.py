@@ -18,7 +18,7 @@ from geopeft_kit.data.batch import Batch
 from geopeft_kit.model import Model
 from geopeft_kit.training.optimisers import cosine_with_warmup, make_optimiser
 from geopeft_kit.training.plan import Plan
-from geopeft_kit.training.step import Replay, make_loss, output_of, rule_of, step
+from geopeft_kit.training.step import Replay, output_of, rule_of, step
 
 
 class Task(L.LightningModule):
@@ -37,7 +37,7 @@ class Task(L.LightningModule):
         self.plan = plan
         self.total_steps = total_steps
         self.replay = replay
-        self.loss = make_loss(model.task, plan.ignore_index)
+        self.loss = plan.make_loss(model.task)
         self.rule = rule_of(model, total_steps)
 
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
@@ -52,9 +52,10 @@ class Task(L.LightningModule):
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         return step(self.model, Batch.of(batch), self.loss, self.replay, self.rule)
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.rule is not None:  # the gradients stay until the next step's backward
-            self.rule.after_step(self.global_step)
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.rule is not None:  # the gradients stay until the next backward pass
+            self.rule.after_step(self.global_step + 1)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         groups = parameter_groups(self.model.named_parameters(), self.plan)
@@ -74,15 +75,6 @@ class Task(L.LightningModule):
             checkpoint["training_rule"] = self.rule.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        expected = {f"model.{name}" for name in trained_names(self.model)}
-        found = set(checkpoint["state_dict"])
-        if expected != found:
-            raise RuntimeError(
-                "the checkpoint was written by another set-up: it lacks "
-                f"{_first(expected - found)} and has {_first(found - expected)} on "
-                "top. Resume with the same backbone, method, options and decoder, or "
-                "pass another folder."
-            )
         if self.rule is not None:
             self.rule.restore(checkpoint["training_rule"])
 
@@ -124,11 +116,3 @@ def trained_names(model: nn.Module) -> set[str]:
         prefix = f"{path}." if path else ""
         names |= {prefix + name for name, _ in module.named_buffers(recurse=False)}
     return names & kept
-
-
-def _first(names: Iterable[str], count: int = 3) -> str:
-    names = sorted(names)
-    if not names:
-        return "nothing"
-    rest = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + rest

@@ -130,6 +130,16 @@ class Tracker(L.Callback):
         self.saved: dict[int, int] | None = None
         self.weights = self.gradients = self.optimiser = 0
         self._counting: Any = None
+        self._before: dict[str, Any] | None = None  # of the run that is resumed
+
+    def state_dict(self) -> dict[str, Any]:
+        if not self.times:
+            return self._before or {}
+        self.peak = self.memory.peak()
+        return self.resources().to_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._before = state_dict or None
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         self.memory = PeakMemory(pl_module.device)
@@ -170,6 +180,8 @@ class Tracker(L.Callback):
 
     def resources(self) -> Resources:
         """Sum up the run after training; RuntimeError if no step was trained."""
+        if not self.times and self._before is not None:
+            return Resources(**self._before)  # no step was left
         if not self.times:
             raise RuntimeError(
                 "the tracker saw no training step. Train with it first, for instance "
