@@ -88,7 +88,7 @@ class Controls:
             backbone=self.backbone.value,
             method=self.method.value,
             options={
-                name: _read(text, name in self._lists)
+                name: _read(text, name == "targets")
                 for name, text in self._texts.items()
             },  # fmt: skip
             decoder=self.decoder.value,
@@ -173,7 +173,6 @@ class Controls:
         rate = card.learning_rate
         own = "not used" if rate is None else f"default: {rate:g}"
         self.rate.placeholder = own
-        self._lists = {k for k, v in defaults.items() if isinstance(v, list | tuple)}
         self._texts = {
             name: _option_control(name, {**defaults, **(values or {})}[name])
             for name in defaults

@@ -54,7 +54,7 @@ def show_map(
         height: Pixels.
         title: Title of the saved page.
         basemap: Name of a tile provider ("Esri.WorldImagery"), fetched from the web.
-            By default nothing is fetched and the background is grey.
+            By default nothing is fetched and the background is dark.
         tools: Use leafmap's map, with its drawing and measuring tools (`pip install
             leafmap`). Importing leafmap takes some ten seconds.
         on_box: Called with (west, south, east, north) in degrees when a box is drawn
