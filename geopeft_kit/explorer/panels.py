@@ -113,7 +113,7 @@ def curve(values: Sequence[float], label: str) -> dict[str, Any]:
 def picture_html(png: bytes, text: str, name: str) -> str:
     """A PNG with its text for those who do not see it."""
     width = int.from_bytes(png[16:20], "big")  # pixels, from the PNG's header
-    return render("picture", png_url(png), text, name, int(0.6 * width))
+    return render("picture", png_url(png), text, name, width // 2)
 
 
 def runs_html(
