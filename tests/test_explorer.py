@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import base64
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -250,6 +252,70 @@ def test_cancel_leaves_everything_as_it_was(data):
     assert (
         explorer.shown.scores == again.train(explorer.choice, lambda news: None).scores
     )
+
+
+def test_a_second_click_a_new_cell_and_the_stop_button(data, monkeypatch):
+    """Train twice is once; a new explorer, or a stopped cell, ends the training."""
+    explorer = gk.Explorer(data, methods=["bias"])
+    explorer.choose(decoder="fcn", epochs=10_000)
+    explorer.page.train_button.click()
+    thread = explorer._thread
+    explorer.page.train_button.disabled = False  # the click that was quicker
+    explorer.page.train_button.click()
+    assert explorer._thread is thread and "Traceback" not in explorer.page.notes.value
+    again = gk.Explorer(data, methods=["bias"])
+    assert "was cancelled" in again.page.notes.value
+    explorer.wait()
+    assert not explorer.training and len(explorer.runs) == 0
+    again.choose(decoder="fcn", epochs=10_000).train()
+
+    def stop(_: float) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    thread = again._thread
+    monkeypatch.setattr(thread, "join", stop)
+    with pytest.raises(KeyboardInterrupt):
+        again.wait()
+    again.wait()
+    assert not thread.is_alive() and len(again.runs) == 0
+
+
+@pytest.mark.parametrize("rate", [float("nan"), float("inf"), 0.0, -1.0])
+def test_a_rate_that_is_none_is_refused_before_training(data, rate):
+    explorer = gk.Explorer(data, methods=["bias"]).choose(learning_rate=rate)
+    assert "number above 0" in explorer.page.notes.value
+    assert explorer.page.train_button.disabled
+    with pytest.raises(ValueError, match="number above 0"):
+        explorer.train()
+
+
+def test_a_typing_error_in_an_option_fills_no_memory(data):
+    explorer = gk.Explorer(data, methods=["lora"]).choose(options={"rank": 100_000})
+    assert "rank is 100,000" in explorer.page.notes.value
+    assert explorer.page.train_button.disabled
+
+
+def test_runs_are_told_apart_and_downloaded(explored):
+    table = explored.runs
+    assert {"learning_rate", "options", "seed"} <= set(table.columns)
+    plain = choice_of("lora", learning_rate=1e-3, seed=3).title
+    assert plain == "lora (learning rate 0.001, seed 3) + linear"
+    explored.show("Runs")
+    address = re.search(r"base64,([^\"]+)", explored.page.table.value)[1]
+    assert base64.b64decode(address).decode() == table.to_csv(index=False)
+    explored.show("Picture")
+    assert re.search(r'alt="Chip [^"]+image and truth', explored.page.picture.value)
+
+
+def test_a_word_in_a_list_a_path_and_the_region_given_anyway(data):
+    explorer = gk.Explorer(data, methods=["lora"])
+    explorer.choose(options={"targets": ["q"]})
+    assert explorer.choice.options == {"targets": ["q"]}
+    (given,) = explorer.controls._given()
+    assert explorer.choose(held_out=given).choice.held_out == ""
+    with pytest.raises(TypeError, match="gk.ChipData"):
+        gk.Explorer(str(data.folder))
 
 
 def test_an_error_is_shown_in_full_and_the_widget_lives_on(tmp_path: Path):

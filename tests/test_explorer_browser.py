@@ -134,7 +134,7 @@ def choose_before_training(hand: Hand) -> None:
     vpt = counts(hand.text("parameters"))
     assert vpt["backbone"] == lora["backbone"] and vpt["adapter"] != lora["adapter"]
     memory = hand.text("memory")
-    times.append(hand.seconds_until_redrawn(lambda: hand.click("unet")))
+    times.append(hand.seconds_until_redrawn(lambda: hand.pick("decoder", "unet")))
     unet = counts(hand.text("parameters"))
     assert unet["adapter"] == vpt["adapter"] and unet["decoder"] > vpt["decoder"]
     assert hand.text("memory") != memory
@@ -156,7 +156,9 @@ def train(hand: Hand, method: str, number: int) -> None:
 
 def toggle_while_training_then_cancel(hand: Hand) -> None:
     hand.method("lora")
-    hand.click("fcn")  # without a head start: the runs differ after two epochs
+    hand.pick(
+        "decoder", "fcn"
+    )  # without a head start: the runs differ after two epochs
     hand.number("epochs", 400)
     hand.page.locator(".gpk-train:not([disabled])").click()
     hand.page.wait_for_function(

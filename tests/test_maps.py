@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import rasterio
 from PIL import Image
+from rasterio.enums import ColorInterp
 from rasterio.transform import Affine, from_bounds
 from rasterio.warp import transform as to_crs
 
@@ -117,6 +118,39 @@ def test_nodata_is_transparent_in_arrays_and_files(tmp_path):
         picture = draw([layer]).layers[0].pictures[0]
         assert at(picture, 0.5, 0.5)[3] == 0
         assert at(picture, 0.2, 0.2)[3] == 255
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "float32"])
+@pytest.mark.parametrize("count", [1, 3, 4, 6])
+def test_a_file_without_nodata_ends_where_it_ends(tmp_path, dtype, count):
+    """Its corners in Web Mercator are empty; a zero within it is a value."""
+    path, transform = tmp_path / "scene.tif", Affine(30, 8, 5e5, 8, -30, 4e6)
+    with rasterio.open(path, "w", driver="GTiff", width=40, height=40, count=count,
+                       dtype=dtype, crs="EPSG:32630", transform=transform,
+                       photometric="MINISBLACK") as raster:  # fmt: skip
+        raster.write(np.zeros((count, 40, 40), dtype))
+    layer = MapLayer("m", path, "classes", classes=["a"], colours=["#ff0000"])
+    if count >= 3:
+        layer = MapLayer("m", path, bands=["RED", "GREEN", "BLUE", "NIR_NARROW",
+                                           "SWIR_1", "SWIR_2"][:count])  # fmt: skip
+    alpha = pixels(draw([layer]).layers[0].pictures[0])[..., 3]
+    corners = [alpha[i, j] for i in (0, -1) for j in (0, -1)]
+    assert corners.count(0) >= 2 and alpha[alpha.shape[0] // 2, 20:30].all()
+
+
+def test_a_fourth_band_marked_alpha_is_the_mask(tmp_path):
+    path = tmp_path / "scene.tif"
+    with rasterio.open(path, "w", driver="GTiff", width=40, height=40, count=4,
+                       dtype="uint8", crs="EPSG:32630",
+                       transform=Affine(9, 0, 5e5, 0, -9, 4e6)) as raster:  # fmt: skip
+        kinds = [*raster.colorinterp[:3], ColorInterp.alpha]
+        raster.colorinterp = kinds
+        bands = np.full((4, 40, 40), 90, "u1")
+        bands[3, :, 20:] = 0
+        raster.write(bands)
+    layer = MapLayer("m", path, bands=["RED", "GREEN", "BLUE", "NIR_NARROW"])
+    alpha = pixels(draw([layer]).layers[0].pictures[0])[..., 3]
+    assert alpha[20, 10] == 255 and alpha[20, 30] == 0
 
 
 def test_prediction_files_carry_their_own_names_and_colours(tmp_path):
@@ -269,22 +303,45 @@ def test_widget_asks_for_no_tiles_and_gives_each_layer_its_own_pane():
     assert {o.pane for o in split[0].left_layer} == {"layer-1"}
     assert {o.pane for o in split[0].right_layer} == {"layer-2"}
     # A layer on one side of the swipe is not on the map a second time.
-    held = [*scene.map.layers, *split[0].left_layer, *split[0].right_layer]
+    held = on_map(scene)
     assert len(set(held)) == len(held) == 2 * 6
 
 
 def control(scene, name):
-    """A control in the side panel, by its CSS class."""
-    side = scene.widget.children[1].children
-    rows = [w for one in side for w in (one, *getattr(one, "children", ()))]
-    return next(w for w in rows if f"gpk-{name}" in w._dom_classes)
+    """A control of the widget, by its CSS class."""
+    return next(w for w in inside(scene.widget) if f"gpk-{name}" in w._dom_classes)
+
+
+def inside(widget):
+    """A widget and all widgets in it, from top to bottom."""
+    yield widget
+    for child in getattr(widget, "children", ()):
+        yield from inside(child)
+
+
+def rows(scene):
+    """Names of the layers in the side panel, the topmost first."""
+    found = [w for w in inside(scene.widget) if "gpk-layer" in w._dom_classes]
+    return [switch.description for switch in found]
+
+
+def on_map(scene):
+    """The pictures on the map, from bottom to top; those of a swipe come last."""
+    import ipyleaflet
+
+    split = [c for c in scene.map.controls if isinstance(c, ipyleaflet.SplitMapControl)]
+    groups = [la for la in scene.map.layers if isinstance(la, ipyleaflet.LayerGroup)]
+    held = [layer for group in groups for layer in group.layers]
+    held += [layer for c in split for layer in (*c.left_layer, *c.right_layer)]
+    return [one for one in held if isinstance(one, ipyleaflet.ImageOverlay)]
 
 
 def test_the_controls_move_the_map_and_end_the_swipe():
     import ipyleaflet
 
     scene = show_map(layers(chips(FAR)), swipe=("truth", "frozen"))
-    here = scene.widget.children[0].center
+    here = scene.map.center
+    assert control(scene, "places").options == (("delta", 0), ("savanna", 1))
     control(scene, "places").value = 1  # savanna
     ((south, west), (north, east)) = scene.drawing.places[1][1]
     lat, lon = scene.map.center
@@ -292,8 +349,92 @@ def test_the_controls_move_the_map_and_end_the_swipe():
     control(scene, "swipe").value = False
     assert not [c for c in scene.map.controls
                 if isinstance(c, ipyleaflet.SplitMapControl)]  # fmt: skip
-    visible = {o.name for o in scene.map.layers if o.visible}
+    visible = {o.name for o in on_map(scene) if o.visible}
     assert visible == {"image", "truth"}  # "frozen" is off without the swipe
+
+
+def test_layers_are_taken_away_and_put_in_order():
+    scene = show_map(layers(chips(FAR)), swipe=("truth", "lora"))
+    names = rows(scene)[::-1]
+    control(scene, "chosen").value = "frozen"
+    control(scene, "up").click()
+    moved = [n for n in names if n != "frozen"]
+    moved.insert(names.index("frozen") + 1, "frozen")
+    assert rows(scene)[::-1] == [la.name for la in scene.layers] == moved
+    panes = {o.name: int(o.pane.split("-")[1]) for o in on_map(scene)}
+    assert sorted(panes, key=panes.get) == moved, "the pictures lie in another order"
+    assert scene.swipe == (moved.index("truth"), moved.index("lora"))
+    control(scene, "chosen").value = "lora"
+    control(scene, "remove").click()
+    left = [n for n in moved if n != "lora"]
+    assert rows(scene)[::-1] == left == [la.name for la in scene.drawing.layers]
+    assert {o.name for o in on_map(scene)} == set(left)
+    assert scene.swipe is None and "lora" in scene.page()  # "errors of lora"
+    with pytest.raises(ValueError, match="no layer 'lora'"):
+        scene.remove("lora")
+    for name in left[1:]:
+        scene.remove(name)
+    with pytest.raises(ValueError, match="only layer"):
+        scene.remove(left[0])
+
+
+def test_errors_are_drawn_over_a_swipe_and_what_covers_it_is_switched_off():
+    scene = show_map(layers(chips(side=1)), swipe=("image", "lora"))
+    switches = {w.description: w for w in inside(scene.widget)
+                if "gpk-layer" in w._dom_classes}  # fmt: skip
+    switches["errors of lora"].value = True
+    visible = {o.name for o in on_map(scene) if o.visible}
+    assert visible == {"image", "lora", "errors of lora"}
+    off = {name for name, switch in switches.items() if switch.disabled}
+    assert off == {"image", "truth", "lora", "frozen"}
+
+
+def test_a_box_leaves_the_divider_alone_and_places_have_names_of_their_own():
+    def paint(box):
+        return [MapLayer("box", raster_of(1, box=box), "classes", classes=["a", "b"])]
+
+    scene = show_map(layers(chips(FAR)), swipe=("truth", "lora"), on_box=paint)
+    assert rows(scene)
+    pencil = next(c for c in scene.map.controls if type(c).__name__ == "DrawControl")
+    for number in range(12):
+        draw_box(pencil, (1.0 + number, 2.0, 1.5 + number, 2.5))
+    panes = {o.pane for o in on_map(scene)}
+    assert len(panes) == len(scene.layers) == 18 and panes <= set(scene.map.panes)
+    names = [name for name, _ in scene.drawing.places]
+    assert len(set(names)) == len(names) == 14
+    assert sum(type(c).__name__ == "SplitMapControl" for c in scene.map.controls) == 1
+
+
+def test_the_first_view_and_home_show_the_whole_place():
+    scene = show_map(layers(chips(FAR)))
+    assert scene.widget is not None
+    (south, west), (north, east) = scene.drawing.places[0][1]
+    for wide in (300, 1200):  # pixels
+        scene.map.zoom = 3
+        scene.map.set_trait("pixel_bounds", ((0.0, 0.0), (float(wide), 520.0)))
+        assert scene.map.zoom != 3 or wide == 1200, "the first view was not fitted"
+        control(scene, "home").click()
+        pixels = (east - west) / 360 * 256 * 2**scene.map.zoom
+        assert 0.3 * min(wide, 520) < pixels <= wide
+    assert scene.map.center == pytest.approx(
+        ((south + north) / 2, (west + east) / 2), abs=1e-3
+    )
+
+
+def test_the_map_says_where_the_mouse_is():
+    scene = show_map(layers(chips(side=1)))
+    assert scene.widget is not None
+    for handler in scene.map._interaction_callbacks.callbacks:
+        handler(type="mousemove", coordinates=(-1.5, 2.25))
+    texts = [c.widget.value for c in scene.map.controls if hasattr(c, "widget")]
+    assert "1.50000° S, 2.25000° E" in texts
+
+
+def test_an_unknown_basemap_is_named_with_its_neighbours():
+    with pytest.raises(ValueError, match=r"Esri\.WorldImagery"):
+        show_map(layers(chips(side=1)), basemap="Esri.WorldImagry")
+    base = show_map(layers(chips(side=1)), basemap="Esri.WorldImagery").map.layers[0]
+    assert base.max_zoom == 24 and base.max_native_zoom <= 24
 
 
 @pytest.mark.slow
@@ -301,7 +442,7 @@ def test_tools_are_leafmaps_and_keep_what_is_drawn():
     import ipyleaflet
 
     scene = show_map(layers(chips(side=1)), swipe=("truth", "lora"), tools=True)
-    assert scene.widget.children[0] is scene.map
+    assert scene.map in inside(scene.widget)
     kinds = {type(control).__name__ for control in scene.map.controls}
     assert {"DrawControl", "MeasureControl", "SplitMapControl"} <= kinds
     tiles = [one for one in scene.map.layers if isinstance(one, ipyleaflet.TileLayer)]
@@ -424,13 +565,12 @@ def test_a_box_becomes_a_layer_and_an_error_becomes_a_sentence():
         return [MapLayer("truth", raster_of(1, box=box), "classes", classes=["a", "b"])]
 
     scene = show_map(layers(samples), on_box=predict)
-    side = scene.widget.children[1]
+    before = rows(scene)
     pencil = next(c for c in scene.map.controls if type(c).__name__ == "DrawControl")
-    before = len(side.children)
     draw_box(pencil, (1.0, 2.0, 1.5, 2.5))
     assert boxes == [(1.0, 2.0, 1.5, 2.5)]
     assert [la.name for la in scene.drawing.layers][-1] == "truth 2"
-    assert len(side.children) == before + 1
+    assert rows(scene) == ["truth 2", *before]
     assert "truth 2" in scene.page()
     draw_box(pencil, (-1.0, 2.0, 1.5, 2.5))
     assert len(scene.layers) == 7

@@ -12,6 +12,11 @@ from matplotlib.colors import to_hex
 
 import geopeft_kit as gk
 from geopeft_kit import plots
+from geopeft_kit.data.sample import _COLOURS
+from geopeft_kit.data.simulated import _LESSONS
+from geopeft_kit.maps.layers import OUTSIDE
+from geopeft_kit.maps.overlays import FALSE_ALARM, MISSED
+from geopeft_kit.maps.page import GROUND
 from geopeft_kit.methods.base import FAMILIES
 from geopeft_kit.pictures import (
     class_colours,
@@ -24,9 +29,11 @@ from geopeft_kit.plots import colours
 from geopeft_kit.plots.colours import FAMILY_SHADES
 from geopeft_kit.plots.drawing import figure_png
 
-# Machado et al. 2009, doi:10.1109/TVCG.2009.113: full deuteranopia and protanopia.
+# Machado et al. 2009, doi:10.1109/TVCG.2009.113: full deuteranopia, protanopia
+# and tritanopia.
 DEUTAN = [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]]
 PROTAN = [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]]
+TRITAN = [[1.256, -0.077, -0.179], [-0.078, 0.931, 0.148], [0.005, 0.691, 0.304]]
 TO_XYZ = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
 QUICKSTART = ("frozen", "lora", "full", "from_scratch", "bias", "vpt")
 
@@ -75,6 +82,33 @@ def test_the_methods_of_the_quickstart_differ_for_every_eye(vision):
     for a, b in itertools.combinations(QUICKSTART, 2):
         pair = [lab(plots.method_colour(m), vision) for m in (a, b)]
         assert np.linalg.norm(pair[0] - pair[1]) > 11, f"{a} and {b}"
+
+
+LEGENDS = {
+    **{name: one.classes for name, one in _LESSONS.items() if one.classes},
+    "sample scene": _COLOURS,
+    "errors": {"missed": MISSED, "false alarm": FALSE_ALARM},
+    "no data beyond training": {"outside": OUTSIDE},
+    "default": dict(enumerate(class_colours("1234567"))),
+}
+
+
+def luminance(colour: str) -> float:
+    rgb = np.array(list(bytes.fromhex(colour[1:]))) / 255
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    return float(linear @ TO_XYZ[1])
+
+
+@pytest.mark.parametrize("legend", LEGENDS)
+def test_classes_differ_for_every_eye_and_from_the_empty_ground(legend):
+    shades = LEGENDS[legend]
+    for name, shade in shades.items():
+        contrast = (luminance(shade) + 0.05) / (luminance(GROUND) + 0.05)
+        assert contrast >= 3, f"{name} is hardly seen on the ground"
+    for vision in (None, DEUTAN, PROTAN, TRITAN):
+        for (a, one), (b, other) in itertools.combinations(shades.items(), 2):
+            far = np.linalg.norm(lab(one, vision) - lab(other, vision))
+            assert far >= 10, f"{a} and {b} look alike"
 
 
 def test_colours_of_classes():

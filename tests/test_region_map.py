@@ -79,6 +79,8 @@ def test_the_map_by_hand(visit, tmp_path: Path) -> None:
         fade(page)
         click(page, middle)
         draw(page, middle)
+        draw_with_the_swipe_on(page, middle, tmp_path)
+        all_have_names(page)
         assert page.evaluate("window.hacked") is None
         page.screenshot(path=tmp_path / "map.png")
     visit.clean()
@@ -160,3 +162,48 @@ def draw(page: Any, middle: tuple[float, float]) -> None:
     assert red.sum() > 0.9 * 110 * 110
     assert ((before[:, :, 0] > 230) & (before[:, :, 1:] < 30).all(axis=2)).sum() == 0
     assert EVIL in page.locator(".gpk-legend").inner_text().replace("\n", " ")
+
+
+def draw_with_the_swipe_on(
+    page: Any, middle: tuple[float, float], folder: Path
+) -> None:
+    """Boxes leave one divider, which the keyboard moves and the switch takes away."""
+    x, y = middle
+    swipe = page.locator(".gpk-swipe input")
+    swipe.check()
+    divider = page.locator(".leaflet-sbs-divider")
+    divider.wait_for()
+    for number in (2, 3):
+        before = settled(page)
+        page.locator(".leaflet-draw-draw-rectangle").click()
+        drag(page, (x - 150 + 40 * number, y - 90), (x - 120 + 40 * number, y + 20))
+        row(page, f"drawn {number}").wait_for()
+        settled(page, before)
+        assert divider.count() == 1
+    before, place = settled(page), divider.bounding_box()["x"]
+    for _ in range(10):
+        page.locator(".leaflet-sbs-range").press("ArrowRight")
+    settled(page, before)
+    assert divider.bounding_box()["x"] > place + 40
+    page.screenshot(path=folder / "swipe.png")
+    page.locator(".gpk-chosen select").select_option("drawn 2")
+    page.get_by_role("button", name="remove", exact=True).click()
+    row(page, "drawn 2").wait_for(state="detached")
+    settled(page)
+    assert divider.count() == 1
+    swipe.uncheck()
+    divider.wait_for(state="detached")
+    assert row(page, "drawn 3").count() == 1
+
+
+def all_have_names(page: Any) -> None:
+    """Every slider, field and button of the map says what it is."""
+    roles = "[role=slider], input, select, button"
+    nameless = page.locator(".gpk-scene").evaluate(
+        """(root, roles) => [...root.querySelectorAll(roles)].filter(e => !(
+        e.ariaLabel || e.title || e.textContent.trim() ||
+        [...(e.labels ?? [])].some(l => l.textContent.trim())))
+        .map(e => e.outerHTML.slice(0, 200))""",
+        roles,
+    )
+    assert nameless == []

@@ -52,8 +52,8 @@ _LAND_USE = {
     "residential": "residential", "water": "water",
 }  # fmt: skip
 _COLOURS = {
-    "farm": "#e6c84a", "forest": "#17693a", "meadow": "#9ec766",
-    "residential": "#cf3d3d", "water": "#2f6fd0",
+    "farm": "#e6c84a", "forest": "#1f7a45", "meadow": "#9ec766",
+    "residential": "#d63a6a", "water": "#2f6fd0",
 }  # fmt: skip
 _SIMULATED_PLACE = ("temperate", 1_900_000)
 

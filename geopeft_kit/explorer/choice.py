@@ -62,9 +62,20 @@ class Choice:
 
     @property
     def title(self) -> str:
-        """Method, changed options and decoder in a few words."""
-        changed = ", ".join(f"{name} {value}" for name, value in self.options.items())
+        """Method, whatever was changed, and decoder in a few words."""
+        parts = dict(self.options)
+        if self.learning_rate is not None:
+            parts["learning rate"] = f"{self.learning_rate:g}"
+        if self.seed:
+            parts["seed"] = self.seed
+        changed = ", ".join(f"{name} {value}" for name, value in parts.items())
         return f"{self.method}{f' ({changed})' if changed else ''} + {self.decoder}"
+
+    @property
+    def rate(self) -> float:
+        """The learning rate: the chosen one, or the method's own; 0 if it has none."""
+        own = find_method(self.method).learning_rate
+        return (own or 0.0) if self.learning_rate is None else self.learning_rate
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, plain JSON; tuples become lists."""

@@ -7,6 +7,8 @@ controls at once.
 from __future__ import annotations
 
 import ast
+import contextlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -51,13 +53,7 @@ class Controls:
         )
         self.method = control(pick, "method", "method", options=titles, value=first)
         self.options = widgets.VBox(layout={"width": "auto"})
-        self.decoder = widgets.ToggleButtons(
-            options=[*DECODERS],
-            description="decoder",
-            style={"button_width": "auto", "description_width": "92px"},
-            layout={"width": "auto", "margin": "2px 0"},
-        )
-        named(self.decoder, "decoder")
+        self.decoder = control(pick, "decoder", "decoder", options=[*DECODERS])
         self.epochs = control(
             widgets.BoundedIntText, "epochs", "epochs", value=4, min=1, max=10_000
         )
@@ -91,7 +87,10 @@ class Controls:
             held_out=self.held_out.value,
             backbone=self.backbone.value,
             method=self.method.value,
-            options={name: _read(text) for name, text in self._texts.items()},
+            options={
+                name: _read(text, name == "targets")
+                for name, text in self._texts.items()
+            },  # fmt: skip
             decoder=self.decoder.value,
             epochs=self.epochs.value,
             learning_rate=_rate(self.rate.value),
@@ -107,8 +106,9 @@ class Controls:
         try:
             _put(self.data, choice.data)
             self._offer_regions()
+            own = [choice.held_out] == self._given()
             for one, value in (
-                (self.held_out, choice.held_out),
+                (self.held_out, AS_GIVEN if own else choice.held_out),
                 (self.backbone, choice.backbone),
                 (self.method, choice.method),
                 (self.decoder, choice.decoder),
@@ -146,14 +146,22 @@ class Controls:
     def _offer_regions(self) -> None:
         """The regions of the data; and the one decoder that whole images have."""
         data = self.session.data[self.data.value]
-        given = data.index.loc[data.index["split"] == "test", "region"].astype(str)
-        label = f"as given: {', '.join(sorted(given.unique()))}"
-        regions = [(region, region) for region in self.session.regions(self.data.value)]
+        given = self._given()
+        label = f"as given: {', '.join(given)}"
+        offered = self.session.regions(self.data.value)
+        regions = [(region, region) for region in offered if [region] != given]
         self.held_out.options = [(label, AS_GIVEN), *regions]
         whole = data.task in WHOLE_IMAGE_TASKS
         names = ["linear"] if whole else [*DECODERS]
         if list(self.decoder.options) != names:
             self.decoder.options = names
+
+    def _given(self) -> list[str]:
+        """The regions that the data itself holds out."""
+        index = self.session.data[self.data.value].index
+        return sorted(
+            index.loc[index["split"] == "test", "region"].astype(str).unique()
+        )
 
     def _offer_options(self, values: Mapping[str, Any] | None = None) -> None:
         """One control for each option of the method."""
@@ -163,7 +171,7 @@ class Controls:
         card = find_method(self.method.value)
         defaults = defaults_of(card)
         rate = card.learning_rate
-        own = "not used" if rate is None else f"{rate:g}, its own"
+        own = "not used" if rate is None else f"default: {rate:g}"
         self.rate.placeholder = own
         self._texts = {
             name: _option_control(name, {**defaults, **(values or {})}[name])
@@ -194,8 +202,11 @@ def _option_control(name: str, value: Any) -> Any:
     return control(kind, name.replace("_", " "), f"option-{name}", **settings)
 
 
-def _read(widget: Any) -> Any:
-    """The value of an option: texts hold numbers, words, or words between commas."""
+def _read(widget: Any, many: bool) -> Any:
+    """The value of an option: texts hold numbers, words, or words between commas.
+
+    `many`: a lone word is a list of one.
+    """
     value = widget.value
     if not isinstance(value, str):
         return value
@@ -206,19 +217,19 @@ def _read(widget: Any) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         words = [word.strip() for word in text.split(",")]
-        return words if len(words) > 1 else text
+        return words if many or len(words) > 1 else text
 
 
 def _rate(text: str) -> float | None:
     if not text.strip():
         return None
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(
-            f"the learning rate is {text!r}; write a number as 1e-3, or leave it empty "
-            "for the method's own."
-        ) from None
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise ValueError(
+        f"the learning rate is {text!r}; write a number above 0 as 1e-3, or leave it "
+        "empty for the method's own."
+    )
 
 
 def _put(widget: Any, value: Any) -> None:

@@ -10,7 +10,7 @@ ipyleaflet; without it the stand-alone page of the same map is shown.
 
 from __future__ import annotations
 
-import threading
+import json
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -30,7 +30,12 @@ from geopeft_kit.explorer.storage import (
     read_settings,
     save_session,
 )
-from geopeft_kit.explorer.threads import Cancelled, MainThreadQueue
+from geopeft_kit.explorer.threads import (
+    Cancelled,
+    MainThreadQueue,
+    TrainingThread,
+    stop_trainings,
+)
 from geopeft_kit.maps.widget import show_bundle, view_bundle
 from geopeft_kit.methods import list_methods
 from geopeft_kit.model import Model
@@ -51,6 +56,7 @@ class Explorer:
 
     Raises:
         ValueError: No data, no backbone, or an unknown method.
+        TypeError: `data` is a path.
 
     Example:
         >>> explorer = gk.Explorer(gk.simulated_data("burn", chips_per_region=8))
@@ -67,6 +73,11 @@ class Explorer:
         show: str | Sequence[str] = "true",
         height: int = 440,
     ) -> None:
+        if isinstance(data, str | Path):
+            raise TypeError(
+                f"data is the path {str(data)!r}: pass gk.ChipData({str(data)!r}), or "
+                "several of them by label."
+            )
         sets = {str(data.name): data} if isinstance(data, ChipData) else dict(data)
         if not isinstance(backbones, Mapping):
             backbones = {name: {"name": name} for name in backbones}
@@ -78,15 +89,25 @@ class Explorer:
         self.session = Session(sets, backbones)
         self._settings = {"methods": chosen, "show": show, "height": height}
         self._main_thread = MainThreadQueue()
-        self._thread: threading.Thread | None = None
+        self._thread: TrainingThread | None = None
         self._error: str = ""
         self._news: dict[str, Any] = {}
         self.controls = Controls(self.session, chosen)
-        self.page = Page(self.session, self.controls, show, height)
-        self.page.on_click(self.page.train_button, self.train)
+        self.page = Page(
+            self.session, self.controls, show, height,
+            lambda: self.runs.to_csv(index=False),
+        )  # fmt: skip
+        # The second of two quick clicks arrives before the button is greyed out.
+        self.page.on_click(
+            self.page.train_button, lambda: self.training or self.train()
+        )
         self.page.on_click(self.page.cancel_button, self.cancel)
         self.page.on_save(self.save_run)
         self.controls.listen(self._refresh)
+        if stop_trainings():
+            self.page.message = (
+                "The training of the explorer before this was cancelled."
+            )
         self._refresh()
 
     # --- choose -----------------------------------------------------------------------
@@ -150,9 +171,7 @@ class Explorer:
             return self
         self._error, self._news = "", {"choice": choice}
         self.session.lock.stop.clear()
-        self._thread = threading.Thread(
-            target=self._work, args=(choice,), name="geopeft-explorer", daemon=True
-        )
+        self._thread = TrainingThread(self.session.lock, self._work, choice)
         self._refresh()
         self._thread.start()
         return self
@@ -162,10 +181,15 @@ class Explorer:
 
         Raises:
             RuntimeError: The training failed; the text is the whole traceback.
+            KeyboardInterrupt: You stopped the cell; the training is cancelled too.
         """
-        while self._thread is not None:
-            self._thread.join(0.1)
-            self._main_thread.run()
+        try:
+            while self._thread is not None:
+                self._thread.join(0.1)
+                self._main_thread.run()
+        except KeyboardInterrupt:
+            self.cancel()
+            raise
         if self._error:
             raise RuntimeError(self._error)
         return self
@@ -335,6 +359,8 @@ def _row(run: KeptRun) -> dict[str, Any]:
         "method": choice.method,
         "decoder": choice.decoder,
         "epochs": choice.epochs,
+        "learning_rate": choice.rate,
+        "options": json.dumps(choice.to_dict()["options"]),
         "seed": choice.seed,
         "adapter": run.counts["adapter"],
         "trained": run.counts["adapter"] + run.counts["decoder"],

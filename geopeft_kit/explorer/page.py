@@ -19,13 +19,14 @@ from geopeft_kit.explorer.choice import Choice
 from geopeft_kit.explorer.controls import Controls, control
 from geopeft_kit.explorer.session import KeptRun, Preview, Session, machine_memory
 from geopeft_kit.maps.scene_map import SceneMap
-from geopeft_kit.maps.widget import named, set_options
-from geopeft_kit.pictures import png_url
+from geopeft_kit.maps.widget import named, set_options, tooltip
 
 TABS = ("Picture", "Map", "Runs", "Code")
 NOT_TRAINED = "not trained yet"
 FILL = {"flex": "1 1 0", "min_width": "0"}  # share the room that is left
 AUTO = {"width": "auto"}  # less the margins that every widget has
+WRAP = {**AUTO, "flex_flow": "row wrap"}
+SCROLL = {**AUTO, "overflow": "auto", "max_width": "100%"}
 
 
 class Page:
@@ -36,6 +37,7 @@ class Page:
         controls: The choice.
         show: Which three bands a picture shows.
         height: Of the map, in pixels.
+        csv: Gives the table of runs for its download.
 
     Attributes:
         box: The whole widget.
@@ -43,34 +45,40 @@ class Page:
     """
 
     def __init__(
-        self, session: Session, controls: Controls, show: Any, height: int
+        self,
+        session: Session,
+        controls: Controls,
+        show: Any,
+        height: int,
+        csv: Callable[[], str],
     ) -> None:
         self.session, self.controls = session, controls
-        self.show, self.height, self.message = show, height, ""
+        self.show, self.height, self.message, self.csv = show, height, "", csv
         self._quiet = False
-        self._pictures: dict[tuple, bytes] = {}
+        self._pictures: dict[tuple, str] = {}
         self._maps: dict[tuple, SceneMap] = {}
+        self._scene: SceneMap | None = None  # the one in view
         self._make_panels()
         self._make_tabs()
         side = widgets.VBox(
             [controls.box, self.buttons, self.saving, self.notes],
-            layout={"width": "312px", "flex": "none", "padding": "0 12px 0 0"},
+            layout={"flex": "1 0 280px", "min_width": "0", "padding": "0 12px 0 0"},
         )
         top = widgets.HBox(
             [self.parameters, self.memory, self.progress],
-            layout={**AUTO, "min_height": "186px"},  # no jump on a toggle
+            layout={**WRAP, "min_height": "186px"},  # no jump on a toggle
         )
-        main = widgets.VBox([top, self.picks, self.tabs], layout=FILL)
-        self.box = named(
-            widgets.HBox([side, main], layout={"width": "100%"}), "explorer"
-        )
+        wide = {"flex": "1000 1 460px", "min_width": "0"}
+        main = widgets.VBox([top, self.picks, self.tabs], layout=wide)
+        box = widgets.HBox([side, main], layout={"width": "100%", "flex_flow": "wrap"})
+        self.box = named(box, "explorer")
 
     def _make_panels(self) -> None:
         third = {"min_width": "0", "margin": "0 14px 6px 0"}
         self.parameters, self.memory, self.progress = (
             named(widgets.HTML(layout={**third, "flex": grow}), name)
-            for name, grow in (("parameters", "1 1 0"), ("memory", "1 1 0"),
-                               ("progress", "1.3 1 0"))
+            for name, grow in (("parameters", "1 1 190px"), ("memory", "1 1 190px"),
+                               ("progress", "1.3 1 220px"))
         )  # fmt: skip
         self.notes = named(widgets.HTML(layout=AUTO), "notes")
         self.train_button = named(
@@ -81,7 +89,13 @@ class Page:
         )
         self.cancel_button = named(
             widgets.Button(
-                description="Cancel", disabled=True, layout={"width": "80px"}
+                description="Cancel",
+                disabled=True,
+                layout={"width": "80px"},
+                **tooltip(
+                    widgets.Button,
+                    "stops the training; the notebook's stop button does not reach it",
+                ),
             ),
             "cancel",
         )
@@ -109,14 +123,12 @@ class Page:
             )
         )
         for one in (self.run, self.other, self.place):
-            one.layout = FILL
+            one.layout = {"flex": "1 1 160px", "min_width": "0"}
             one.style.description_width = "initial"
-        self.picks = widgets.HBox([self.run, self.other, self.place], layout=AUTO)
-        picture = {"max_width": "calc(100% - 4px)"}
-        self.picture = named(widgets.Image(format="png", layout=picture), "picture")
-        self.table = named(widgets.HTML(layout=AUTO), "table")
-        hidden = {**picture, "width": "684px", "display": "none"}
-        self.trade_off = named(widgets.Image(format="png", layout=hidden), "trade-off")
+        self.picks = widgets.HBox([self.run, self.other, self.place], layout=WRAP)
+        self.picture = widgets.HTML(layout=SCROLL)
+        self.table = named(widgets.HTML(layout=SCROLL), "table")
+        self.trade_off = widgets.HTML(layout=SCROLL)
         self.code = widgets.HTML(layout=AUTO)
         self.map_box = widgets.VBox(layout=AUTO)
         left = {"align_items": "flex-start"}
@@ -135,6 +147,7 @@ class Page:
         self.run.observe(self._show_run, names="value")
         for one in (self.other, self.place):
             one.observe(self._redraw_tab, "value")
+        self.place.observe(self._go_to_chip, "value")
 
     def on_click(self, button: widgets.Button, action: Callable[[], Any]) -> None:
         """What a button does; an error is shown, and the widget still works."""
@@ -156,6 +169,17 @@ class Page:
     def _redraw_tab(self, change: Mapping[str, Any]) -> None:
         if not self._quiet:
             self._guarded(self._draw_tab)
+
+    def _go_to_chip(self, _: Any) -> None:
+        """Show the chip of the dropdown on the map."""
+        if self._quiet or self._scene is None or self.choice is None:
+            return
+        chips = self.session.data_of(self.choice).dataset("test")
+        row = chips.rows[self.place.value]
+        shape = chips.table.index.geometry.iloc[row]
+        if shape is not None:
+            west, south, east, north = shape.bounds
+            self._scene.go(((south, west), (north, east)))
 
     def _guarded(self, action: Callable[[], Any]) -> None:
         """Do something for a click; without this its error would go to a log file."""
@@ -185,7 +209,8 @@ class Page:
         machine = machine_memory(self.session.device)
         device = "this machine" if self.session.device.type == "cpu" else "the GPU"
         self.memory.value = panels.memory_html(preview, machine, device)
-        self.train_button.disabled = bool(training or run or preview.reason)
+        fits = sum(preview.memory.values()) < machine[0]
+        self.train_button.disabled = bool(training or run or preview.reason or not fits)
         self.train_button.description = "Train" if run is None else "Trained"
         self.cancel_button.disabled = not training
         self.save_button.disabled = training or run is None
@@ -213,7 +238,8 @@ class Page:
         if steps:
             facts = (
                 f"{choice.title}: step {step}/{steps}, {news['step_ms']:.0f} ms a "
-                f"step, {news['memory']:,.0f} MiB in this process"
+                f"step, {news['memory']:,.0f} MiB in this process, steps end in "
+                f"about {(steps - step) * news['step_ms'] / 1000:,.0f} s"
             )
         self.bar.value = step / steps if steps else 0.0
         self.bar.bar_style = "info"
@@ -295,27 +321,32 @@ class Page:
         elif tab == "Runs":
             self.table.value = self._runs_table(run)
             self.trade_off.value = self._trade_off(choice, run)
-            self.trade_off.layout.display = "" if self.session.runs else "none"
         else:
             self.code.value = panels.render("code", self.session.code(choice))
 
     def _runs_table(self, run: KeptRun | None) -> str:
         everything = list(self.session.runs.values())
-        return panels.runs_html(everything, run, len(self.session.data) > 1)
+        return panels.runs_html(everything, run, len(self.session.data) > 1, self.csv())
 
-    def _trade_off(self, choice: Choice, run: KeptRun | None) -> bytes:
+    def _trade_off(self, choice: Choice, run: KeptRun | None) -> str:
         """Score against memory, of the runs that are scored on the same chips."""
         runs = self.session.runs.values()
         same = [one for one in runs if self._same_data(one.choice, choice)]
-        return figures.trade_off_png(same, run)
+        if not same:
+            return ""
+        found = (f"{r.name} {r.score():.3f} with {r.memory:,.0f} MiB" for r in same)
+        text = f"Held-out score against memory: {'; '.join(found)}."
+        return panels.picture_html(figures.trade_off_png(same, run), text, "trade-off")
 
-    def _picture(self, data: ChipData, choice: Choice, run: KeptRun | None) -> bytes:
+    def _picture(self, data: ChipData, choice: Choice, run: KeptRun | None) -> str:
         number = run.number if run else 0
         key = (choice.data, choice.held_out, number, self.place.value)
         if key not in self._pictures:
-            self._pictures[key] = figures.chip_png(
-                self.session, data, run, self.place.value, self.show
-            )
+            png = figures.chip_png(self.session, data, run, self.place.value, self.show)
+            labels = {number: label for label, number in self.place.options}
+            text = f"Chip {labels[self.place.value]}: image and truth"
+            text += "." if run is None else f", prediction and errors of {run.name}."
+            self._pictures[key] = panels.picture_html(png, text, "picture")
         return self._pictures[key]
 
     def _map(self, data: ChipData, choice: Choice, run: KeptRun | None) -> Any:
@@ -334,19 +365,21 @@ class Page:
             text = "ipyleaflet is not installed, so this is the map's page, no widget."
             bundle = self._maps[key]._repr_mimebundle_()["text/html"]
             return widgets.HTML(panels.render("message", text) + bundle)
-        return self._maps[key].widget
+        scene, before = self._maps[key], self._scene
+        widget = scene.widget
+        if before not in (None, scene) and before.title == scene.title:
+            scene.like(before)
+        self._scene = scene
+        return widget
 
     def as_html(self) -> str:
         """The page as it is now, for places without widgets."""
         shown = [self.parameters, self.memory, self.progress, self.notes]
-        parts, pictures, code = [part.value for part in shown], [], ""
+        parts, code = [part.value for part in shown], ""
         if self.choice is not None:
             choice, run = self.choice, self.session.runs.get(self.choice.key)
             parts.append(self._runs_table(run))
-            pngs = (
-                self._picture(self.session.data_of(choice), choice, run),
-                self._trade_off(choice, run),
-            )
-            pictures = [png_url(png) for png in pngs if png]
+            parts.append(self._picture(self.session.data_of(choice), choice, run))
+            parts.append(self._trade_off(choice, run))
             code = self.session.code(choice)
-        return panels.render("whole_page", parts, pictures, code)
+        return panels.render("whole_page", parts, code)

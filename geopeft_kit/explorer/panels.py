@@ -6,6 +6,7 @@ method in every other figure.
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 
 from geopeft_kit.explorer.session import KeptRun, Preview
-from geopeft_kit.pictures import OKABE_ITO
+from geopeft_kit.pictures import OKABE_ITO, png_url
 from geopeft_kit.plots import METHOD_COLOURS
 from geopeft_kit.training.evaluate import HEADLINE
 
@@ -109,27 +110,38 @@ def curve(values: Sequence[float], label: str) -> dict[str, Any]:
     }
 
 
-def runs_html(runs: Sequence[KeptRun], shown: KeptRun | None, many_data: bool) -> str:
-    """All runs as a table; the one that is shown is tinted."""
+def picture_html(png: bytes, text: str, name: str) -> str:
+    """A PNG with its text for those who do not see it."""
+    width = int.from_bytes(png[16:20], "big")  # pixels, from the PNG's header
+    return render("picture", png_url(png), text, name, width // 2)
+
+
+def runs_html(
+    runs: Sequence[KeptRun], shown: KeptRun | None, many_data: bool, csv: str
+) -> str:
+    """All runs as a table, which `csv` downloads; the one that is shown is tinted."""
     if not runs:
         return render("nothing", "", "No run yet: choose, then press Train.", "runs:0")
     metric = HEADLINE[runs[0].model.task][0]
-    heads = ["backbone", "held out", "epochs", "trained", "ms a step", "MiB",
-             f"val {metric}", f"held-out {metric}"]  # fmt: skip
+    heads = [f"held-out {metric}", f"val {metric}", "learning rate", "seed", "epochs",
+             "trained", "ms a step", "MiB", "backbone", "held out"]  # fmt: skip
     rows = []
     for run in runs:
         choice = run.choice
         cells = [
             *([choice.data] if many_data else []),
-            choice.backbone,
-            choice.held_out or "as given",
+            f"{run.score():.3f}",
+            f"{run.score('val'):.3f}",
+            f"{choice.rate:g}",
+            f"{choice.seed}",
             f"{len(run.rows)}",
             f"{run.counts['adapter'] + run.counts['decoder']:,}",
             f"{run.resources['step_ms']:.0f}",
             f"{run.memory:,.0f}",
-            f"{run.score('val'):.3f}",
-            f"{run.score():.3f}",
+            choice.backbone,
+            choice.held_out or "as given",
         ]
         colour = METHOD_COLOURS.get(choice.method, GREY)
         rows.append((run.name, colour, cells, run is shown))
-    return render("runs", ["data", *heads] if many_data else heads, rows)
+    link = "data:text/csv;base64," + base64.b64encode(csv.encode()).decode()
+    return render("runs", ["data", *heads] if many_data else heads, rows, link)

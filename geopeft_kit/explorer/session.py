@@ -36,6 +36,7 @@ from geopeft_kit.training.tracker import MIB
 
 Report = Callable[[dict[str, Any]], None]
 PARTS = ("weights", "gradients", "optimiser", "activations")
+LARGEST_OPTION = 4096  # beyond the width of every backbone
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,13 @@ class Session:
         return self._previews[choice.key]
 
     def _preview(self, choice: Choice) -> Preview:
+        for name, value in choice.options.items():
+            # The preview builds the adapter; a typing error must not fill the memory.
+            if isinstance(value, int) and value > LARGEST_OPTION:
+                raise ValueError(
+                    f"{name} is {value:,}; the largest that is tried is "
+                    f"{LARGEST_OPTION:,}."
+                )
         backbone = self.backbone_of(choice)
         with self.lock.borrow(backbone):
             active: Any = backbone.adapter

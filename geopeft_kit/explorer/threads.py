@@ -120,6 +120,27 @@ class TrainingLock:
         self._in_batch = inside
 
 
+class TrainingThread(threading.Thread):
+    """The thread of one training; it ends with the process."""
+
+    def __init__(
+        self, lock: TrainingLock, work: Callable[[Any], None], choice: Any
+    ) -> None:
+        super().__init__(target=work, args=(choice,), daemon=True)
+        self.lock = lock
+
+
+def stop_trainings() -> bool:
+    """Ask all trainings of this process to stop; whether there was one.
+
+    A cell that is run again makes a new explorer; nothing else reaches the old one.
+    """
+    threads = [t for t in threading.enumerate() if isinstance(t, TrainingThread)]
+    for thread in threads:
+        thread.lock.stop.set()
+    return bool(threads)
+
+
 class Reporter(L.Callback):
     """Reports the state of a training a few times a second.
 

@@ -14,7 +14,7 @@ from geopeft_kit.pictures import Colours, as_numpy
 from geopeft_kit.scenes.rasters import class_look
 
 KINDS = ("image", "classes", "values", "errors")
-OUTSIDE = "#4d4d4d"
+OUTSIDE = "#767676"
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def _prediction_layers(
 def _distance_layers(
     samples: Sequence[Any], distances: Sequence[Any], threshold: float | None
 ) -> list[MapLayer]:
-    """The dissimilarity, and a dark cover outside the area."""
+    """The dissimilarity, and a grey cover outside the area."""
     arrays = [as_numpy(one).squeeze() for one in distances]
     rasters = chip_rasters(samples, arrays, "distances")
     layers = [MapLayer("distance to training", rasters, "values", visible=False)]

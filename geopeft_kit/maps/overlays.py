@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from rasterio.crs import CRS
-from rasterio.enums import Resampling
+from rasterio.enums import ColorInterp, Resampling
 from rasterio.transform import Affine, array_bounds, from_origin
 from rasterio.vrt import WarpedVRT
 from rasterio.warp import reproject, transform_bounds
@@ -73,6 +73,7 @@ class DrawnLayer:
     legend: Legend | None
     visible: bool
     opacity: float
+    kind: str = "image"
 
 
 @dataclass(frozen=True)
@@ -241,7 +242,9 @@ def _draw_layer(layer: MapLayer, grids: Sequence[_Grid]) -> DrawnLayer:
         Picture(_png(rgba), grid.degrees())
         for (grid, _), rgba in zip(placed, painted, strict=True)
     )
-    return DrawnLayer(layer.name, pictures, legend, layer.visible, layer.opacity)
+    return DrawnLayer(
+        layer.name, pictures, legend, layer.visible, layer.opacity, layer.kind
+    )
 
 
 def _sources_by_grid(
@@ -405,12 +408,16 @@ def _warp(
             bands = layer.bands or [name or "" for name in raster.descriptions]
             indexes = [i + 1 for i in _shown(layer, bands, raster.count)]
         height, width = shape
+        alpha = ColorInterp.alpha in raster.colorinterp
+        with_mask = raster.nodata is None and not alpha
         with WarpedVRT(
             raster, crs=MERCATOR, transform=transform, height=height, width=width,
-            resampling=resampling, add_alpha=raster.nodata is None,
+            resampling=resampling, add_alpha=with_mask,
         ) as warped:  # fmt: skip
             piece = warped.read(indexes).astype(np.float32)
-            known = warped.dataset_mask() > 0
+            # GDAL takes an added alpha band for the mask in a few data types only.
+            known = warped.read(warped.count) if with_mask else warped.dataset_mask()
+            known = known > 0
     piece[:, ~known] = np.nan
     if nodata is not None:
         piece[piece == nodata] = np.nan

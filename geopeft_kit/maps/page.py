@@ -18,7 +18,9 @@ from jinja2 import Environment, PackageLoader
 
 from geopeft_kit.maps.overlays import Drawing, ramp_colours
 
+GROUND = "#111111"  # where no layer has data; all class colours are seen on it
 TEMPLATES = Environment(loader=PackageLoader("geopeft_kit.maps", "."), autoescape=True)
+TEMPLATES.globals["ground"] = GROUND
 
 
 def markup(name: str, *values: Any) -> str:
@@ -56,7 +58,7 @@ def page(
     drawing: Drawing,
     title: str = "Map",
     swipe: tuple[int, int] | None = None,
-    basemap: dict[str, str] | None = None,
+    basemap: dict[str, Any] | None = None,
 ) -> str:
     """The whole page as text.
 

@@ -139,6 +139,10 @@ def pixel_html(readings: Sequence[Reading], lon: float, lat: float) -> str:
         pairs = zip(names, reading.values, strict=True)
         text = ", ".join(f"{name} {value:.3f}" for name, value in pairs)
         spectra.append((png_url(figure_png(figure)), text))
+    return markup("pixel", place_text(lon, lat), lines, spectra)
+
+
+def place_text(lon: float, lat: float, digits: int = 6) -> str:
+    """Degrees as text: 1.500000° N, 2.000000° W."""
     ns, ew = "NS"[lat < 0], "EW"[lon < 0]
-    place = f"{abs(lat):.6f}° {ns}, {abs(lon):.6f}° {ew}"
-    return markup("pixel", place, lines, spectra)
+    return f"{abs(lat):.{digits}f}° {ns}, {abs(lon):.{digits}f}° {ew}"

@@ -7,9 +7,11 @@ stand-alone page, which an exported notebook shows.
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
+import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +23,7 @@ from geopeft_kit.maps.overlays import Box, Drawing, draw
 from geopeft_kit.maps.page import frame, page
 from geopeft_kit.maps.pixel_values import Reading, read_pixel
 from geopeft_kit.maps.widget import (
+    PANES,
     MapControls,
     leaflet_map,
     show_bundle,
@@ -51,7 +54,7 @@ def show_map(
         height: Pixels.
         title: Title of the saved page.
         basemap: Name of a tile provider ("Esri.WorldImagery"), fetched from the web.
-            By default nothing is fetched and the background is grey.
+            By default nothing is fetched and the background is dark.
         tools: Use leafmap's map, with its drawing and measuring tools (`pip install
             leafmap`). Importing leafmap takes some ten seconds.
         on_box: Called with (west, south, east, north) in degrees when a box is drawn
@@ -123,7 +126,7 @@ class SceneMap:
         swipe: tuple[int, int] | None = None,
         height: int = 520,
         title: str = "Map",
-        basemap: dict[str, str] | None = None,
+        basemap: dict[str, Any] | None = None,
         tools: bool = False,
         layers: Sequence[MapLayer] = (),
         on_box: OnBox | None = None,
@@ -146,18 +149,73 @@ class SceneMap:
         taken = {layer.name for layer in self.layers}
         fresh = []
         for layer in layers:
-            name, number = layer.name, 2
-            while name in taken:
-                name, number = f"{layer.name} {number}", number + 1
+            name = next(n for n in _numbered(layer.name) if n not in taken)
             taken.add(name)
             fresh.append(replace(layer, name=name))
+        if len(taken) > PANES:
+            raise ValueError(
+                f"a map holds {PANES} layers; remove some before you add more."
+            )
         more = draw(fresh)
+        known = {name for name, _ in self.drawing.places}
+        places = []
+        for name, bounds in more.places:
+            label = next(n for n in _numbered(name) if n not in known)
+            known.add(label)
+            places.append((label, bounds))
         self.layers += fresh
-        self.drawing = Drawing(
-            self.drawing.layers + more.layers, self.drawing.places + more.places
-        )
+        self._show(self.drawing.layers + more.layers, (*self.drawing.places, *places))
+
+    def remove(self, name: str) -> None:
+        """Take a layer away, also from a map that is already shown.
+
+        Raises:
+            ValueError: There is no such layer, or it is the only one.
+        """
+        place = self._position(name)
+        if len(self.layers) == 1:
+            raise ValueError(f"{name!r} is the only layer of the map.")
+        self._arrange([n for n in range(len(self.layers)) if n != place])
+
+    def move(self, name: str, steps: int = 1) -> None:
+        """Move a layer up by a number of layers; a negative number moves it down.
+
+        Raises:
+            ValueError: There is no such layer.
+        """
+        place = self._position(name)
+        order = [n for n in range(len(self.layers)) if n != place]
+        order.insert(max(0, place + steps), place)
+        self._arrange(order)
+
+    def _position(self, name: str) -> int:
+        names = [layer.name for layer in self.layers]
+        if name not in names:
+            raise ValueError(f"no layer {name!r}. Known: {', '.join(names)}.")
+        return names.index(name)
+
+    def _arrange(self, order: Sequence[int]) -> None:
+        """Keep these layers, in this order."""
+        pair = [order.index(n) for n in self.swipe or () if n in order]
+        self.swipe = (pair[0], pair[1]) if len(pair) == 2 else None
+        self.layers = [self.layers[n] for n in order]
+        drawn = tuple(self.drawing.layers[n] for n in order)
+        self._show(drawn, self.drawing.places)
+
+    def _show(self, layers: tuple, places: tuple) -> None:
+        self.drawing = Drawing(layers, places)
         if self._controls is not None:
             self._controls.refresh()
+
+    def go(self, bounds: tuple) -> None:
+        """Show a box ((south, west), (north, east)), degrees, on the widget."""
+        if self._controls is not None:
+            self._controls.go(bounds)
+
+    def like(self, other: SceneMap) -> None:
+        """Take the view and the ticks of another widget's map."""
+        if self._controls is not None and other._controls is not None:
+            self._controls.like(other._controls)
 
     def pixel(self, lon: float, lat: float) -> list[Reading]:
         """The content of each layer at a place, see `read_pixel`."""
@@ -210,11 +268,27 @@ class SceneMap:
         show_bundle(self._repr_mimebundle_())
 
 
-def _basemap(name: str | None) -> dict[str, str] | None:
+def _numbered(name: str) -> Iterator[str]:
+    """The name, then the name with 2, 3, ..."""
+    yield name
+    yield from (f"{name} {number}" for number in itertools.count(2))
+
+
+def _basemap(name: str | None) -> dict[str, Any] | None:
     if name is None:
         return None
     import xyzservices
 
-    provider = xyzservices.providers.query_name(name)
+    try:
+        provider = xyzservices.providers.query_name(name)
+    except ValueError as error:
+        names = list(xyzservices.providers.flatten())
+        near = difflib.get_close_matches(name, names, 5, 0.3)
+        raise ValueError(
+            f"basemap={name!r} is not known. Similar names: {', '.join(near)}. "
+            "xyzservices.providers.flatten() lists them all."
+        ) from error
     attribution = provider.get("html_attribution", provider.get("attribution", ""))
-    return {"url": provider.build_url(), "attribution": attribution}
+    # Beyond the provider's own zooms its last tiles are enlarged.
+    return {"url": provider.build_url(), "attribution": attribution, "max_zoom": 24,
+            "max_native_zoom": provider.get("max_zoom", 18)}  # fmt: skip

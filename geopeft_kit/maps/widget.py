@@ -8,19 +8,24 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
 
 from geopeft_kit.maps.layers import MapLayer
 from geopeft_kit.maps.overlays import Drawing, DrawnLayer
 from geopeft_kit.maps.page import legends, markup
-from geopeft_kit.maps.pixel_values import Reading, pixel_html
+from geopeft_kit.maps.pixel_values import Reading, pixel_html, place_text
 
 if TYPE_CHECKING:
     import ipyleaflet
     import ipywidgets
 
 VIEW = "application/vnd.jupyter.widget-view+json"
-SPARE_PANES = 60  # for layers added later; a map cannot get more panes
+PANES = 190  # one per layer; a map cannot get more later
+ROW = {"flex": "none", "width": "auto"}
 
 
 class Scene(Protocol):
@@ -29,7 +34,7 @@ class Scene(Protocol):
     drawing: Drawing
     height: int
     swipe: tuple[int, int] | None
-    basemap: dict[str, str] | None
+    basemap: dict[str, Any] | None
     tools: bool
     on_box: Callable[[Any], Sequence[MapLayer]] | None
 
@@ -39,6 +44,12 @@ class Scene(Protocol):
 
     def add(self, layers: Sequence[MapLayer]) -> None:
         """Put more layers on top."""
+
+    def move(self, name: str, steps: int) -> None:
+        """Move a layer up, or down."""
+
+    def remove(self, name: str) -> None:
+        """Take a layer away."""
 
     def pixel(self, lon: float, lat: float) -> list[Reading]:
         """What each layer holds at a place."""
@@ -58,10 +69,7 @@ def leaflet_map(scene: Scene) -> ipyleaflet.Map:
     settings = {
         # An empty list, so that no default basemap is fetched.
         "layers": tuple(tiles),
-        "panes": {
-            f"layer-{n}": {"zIndex": 401 + n}
-            for n in range(len(scene.drawing.layers) + SPARE_PANES)
-        },
+        "panes": {f"layer-{n}": {"zIndex": 401 + n} for n in range(PANES)},
         "scroll_wheel_zoom": True,
         "zoom_snap": 0.25,
         "max_zoom": 24,
@@ -82,7 +90,7 @@ def leaflet_map(scene: Scene) -> ipyleaflet.Map:
     return drawn
 
 
-def view_of(bounds: tuple, height: int, width: int = 700) -> dict[str, Any]:
+def view_of(bounds: tuple, height: int, width: float = 700) -> dict[str, Any]:
     """Centre and zoom that show ((south, west), (north, east)), degrees, as a whole."""
     (south, west), (north, east) = bounds
     top, bottom = (
@@ -98,70 +106,121 @@ def view_of(bounds: tuple, height: int, width: int = 700) -> dict[str, Any]:
     }
 
 
+@dataclass
+class LayerRow:
+    """A layer's line in the side panel, and its pictures on the map."""
+
+    box: Any
+    switch: Any
+    slider: Any
+    overlays: list[Any]
+
+
 class MapControls:
-    """The side panel in core widgets: places, layers, opacity, swipe, legend, pixel."""
+    """Places, layers, opacity, swipe and legend beside the map; the pixel below it."""
 
     def __init__(self, scene: Scene) -> None:
+        import ipyleaflet
         import ipywidgets as widgets
 
-        self.scene, self.map, self.split = scene, scene.map, None
-        self.overlays: list[list[Any]] = []
-        self.switches: list[Any] = []
-        self.rows: list[Any] = []
-        self.busy = True
+        self.scene, self.map, self.on_box = scene, scene.map, scene.on_box
+        self.rows: dict[str, LayerRow] = {}
+        self.split, self.group = None, None
+        self.swiped: list[str] = []
+        self.busy, self.moved = True, 0.0
         self.choice = named(_narrow(widgets.Dropdown, description="go to"), "places")
-        self.choice.observe(self._go, names="value")
+        self.choice.observe(self._chosen, names="value")
+        home = self._button("home", "show the whole place", self.go)
+        self.places = widgets.HBox([self.choice, home], layout=ROW)
+        self._make_layer_tools()
         self._make_swipe()
-        self.legend = named(widgets.HTML(), "legend")
+        self.legend = named(widgets.HTML(layout={"flex": "none"}), "legend")
         self.pixel = named(widgets.HTML(), "pixel")
+        self.sides, self.mouse = (named(widgets.HTML(), n) for n in ("sides", "mouse"))
+        for label, corner in ((self.sides, "topright"), (self.mouse, "bottomright")):
+            control = ipyleaflet.WidgetControl(widget=label, position=corner)
+            self.map.add(control)
+        self.mark = ipyleaflet.CircleMarker(
+            radius=6, color="#fff", fill=False, opacity=0.0, pane="markerPane"
+        )
         self.side = widgets.VBox(layout=widgets.Layout(
-            width="270px", max_height=f"{scene.height}px", overflow="auto",
-            padding="0 0 0 8px", flex="none",
+            flex="1 0 250px", max_height=f"{scene.height}px", overflow="auto",
+            padding="0 0 0 8px", min_width="0",
         ))  # fmt: skip
-        self.map.layout.flex = "1 1 auto"
-        self.box = named(widgets.HBox([self.map, self.side]), "scene")
-        self.map.on_interaction(self._clicked)
-        self.on_box = scene.on_box
+        self.map.layout.flex, self.map.layout.min_width = "1000 1 300px", "0"
+        both = widgets.HBox([self.map, self.side], layout={"flex_flow": "row wrap"})
+        self.box = named(widgets.VBox([both, self.pixel]), "scene")
+        self.map.on_interaction(self._interacted)
+        self.map.observe(self._first_view, names="pixel_bounds")
         if self.on_box is not None:
             self._add_box_tool()
         self.refresh()
 
     def refresh(self) -> None:
-        """Show layers that were added to the scene, and what the switches say."""
+        """Show the scene's layers in their order, and what the switches say."""
         drawing = self.scene.drawing
-        for number in range(len(self.rows), len(drawing.layers)):
-            self.overlays.append(_overlays(drawing.layers[number], number))
-            self.rows.append(self._layer_row(number))
         names = [layer.name for layer in drawing.layers]
         places = [name for name, _ in drawing.places]
+        self.rows = {
+            layer.name: self._row(layer, f"layer-{number}")
+            for number, layer in enumerate(drawing.layers)
+        }
         first = self.scene.swipe or (max(len(names) - 2, 0), len(names) - 1)
         self.busy = True  # new options reset a choice: that moves nothing
-        for choice, default in zip(self.pair, first, strict=True):
-            _number(choice, names, default)
-        _number(self.choice, places, 0)
+        for choice, number in zip(self.pair, first, strict=True):
+            set_options(choice, _pairs(names), choice.value or names[number])
+        set_options(self.chosen, _pairs(names), self.chosen.value)
+        numbered = [(name, number) for number, name in enumerate(places)]
+        set_options(self.choice, numbered, self.choice.value or 0)
         self.busy = False
         self.legend.value = legend_html(drawing)
+        many = len(names) > 1
         self.side.children = [
-            *([self.choice] if len(places) > 1 else []),
-            self.pixel,
-            *self.rows[::-1],
-            *([self.on, *self.pair] if len(names) > 1 else []),
+            self.places,
+            *[row.box for row in self.rows.values()][::-1],
+            *([self.chosen, self.tools] if many else []),
+            *([self.on, *self.pair] if many else []),
             self.legend,
         ]
-        self._update()
+        self._update(anew=True)
 
-    def _go(self, change: dict) -> None:
-        if self.busy:
-            return
-        bounds = self.scene.drawing.places[change["new"]][1]
-        view = view_of(bounds, self.scene.height)
+    def go(self, bounds: tuple | None = None) -> None:
+        """Show a box ((south, west), (north, east)); by default the chosen place."""
+        width = 700.0
+        if self.map.pixel_bounds:
+            (left, _), (right, _) = self.map.pixel_bounds
+            width = right - left
+        bounds = bounds or self.scene.drawing.places[self.choice.value][1]
+        view = view_of(bounds, self.scene.height, width)
         self.map.center, self.map.zoom = view["center"], view["zoom"]
 
-    def _clicked(self, **event: Any) -> None:
-        """Show the numbers of the pixel that was clicked."""
+    def _chosen(self, _: Any) -> None:
+        if not self.busy:
+            self.go()
+
+    def like(self, other: MapControls) -> None:
+        """Take the view and the ticks of another map of the same place."""
+        self.map.unobserve(self._first_view, names="pixel_bounds")
+        self.map.center, self.map.zoom = other.map.center, other.map.zoom
+        for name in self.rows.keys() & other.rows.keys():
+            self.rows[name].switch.value = other.rows[name].switch.value
+            self.rows[name].slider.value = other.rows[name].slider.value
+
+    def _first_view(self, _: Any) -> None:
+        """Fit the place once the browser has told the size of the map."""
+        self.map.unobserve(self._first_view, names="pixel_bounds")
+        self.go()
+
+    def _interacted(self, **event: Any) -> None:
+        """Coordinates under the mouse; the numbers of a pixel that is clicked."""
+        if event.get("type") == "mousemove" and monotonic() - self.moved > 0.1:
+            self.moved = monotonic()
+            lat, lon = event["coordinates"]
+            self.mouse.value = place_text(lon, lat, 5)
         if event.get("type") != "click":
             return
         lat, lon = event["coordinates"]
+        self.mark.location, self.mark.opacity = (lat, lon), 1.0
         self.pixel.value = pixel_html(self.scene.pixel(lon, lat), lon, lat)
 
     def _add_box_tool(self) -> None:
@@ -171,7 +230,7 @@ class MapControls:
         others = ("polyline", "polygon", "circlemarker", "marker", "circle")
         tool = ipyleaflet.DrawControl(
             **{shape: {} for shape in others},
-            rectangle={"shapeOptions": {"color": "#000", "fill": False}},
+            rectangle={"shapeOptions": {"color": "#fff", "fill": False}},
             edit=False,
             remove=False,
         )
@@ -192,28 +251,62 @@ class MapControls:
             self.pixel.value = f"<b>no layer:</b> {html.escape(str(error))}"
         tool.clear()
 
-    def _layer_row(self, number: int) -> Any:
+    def _row(self, layer: DrawnLayer, pane: str) -> LayerRow:
+        """The row of a layer in a pane; a new one where layer or pane is new."""
         import ipywidgets as widgets
 
-        layer = self.scene.drawing.layers[number]
+        old = self.rows.get(layer.name)
+        if old is not None and old.overlays[0].pane == pane:
+            return old
         switch = widgets.Checkbox(
-            value=layer.visible, description=layer.name, indent=False,
-            layout={"width": "160px"}, **tooltip(widgets.Checkbox, layer.name),
+            value=old.switch.value if old else layer.visible, description=layer.name,
+            indent=False, layout={"width": "auto", "flex": "1 1 0", "min_width": "0"},
+            **tooltip(widgets.Checkbox, layer.name),
         )  # fmt: skip
         slider = widgets.FloatSlider(
-            value=layer.opacity, min=0, max=1, step=0.01, readout=False,
-            layout={"width": "80px"},
+            value=old.slider.value if old else layer.opacity, min=0, max=1, step=0.01,
+            readout=False, layout={"width": "80px", "flex": "none"},
             **tooltip(widgets.FloatSlider, f"opacity of {layer.name}"),
         )  # fmt: skip
         named(switch, "layer")
         named(slider, "opacity")
-        for overlay in self.overlays[number]:
+        overlays = _overlays(layer, pane)
+        for overlay in overlays:
             # In the browser, so that it moves without asking Python.
             widgets.jslink((slider, "value"), (overlay, "opacity"))
         switch.observe(lambda _: self._update(), names="value")
-        self.switches.append(switch)
-        row = widgets.HBox([switch, slider], layout={"flex": "none"})
-        return named(row, "row")
+        row = named(widgets.HBox([switch, slider], layout=ROW), "row")
+        return LayerRow(row, switch, slider, overlays)
+
+    def _button(self, text: str, title: str, action: Callable[[], Any]) -> Any:
+        import ipywidgets as widgets
+
+        button = widgets.Button(
+            description=text, layout={"width": "auto"}, **tooltip(widgets.Button, title)
+        )
+        button.on_click(lambda _: action())
+        return named(button, text)
+
+    def _make_layer_tools(self) -> None:
+        """One layer is chosen; buttons zoom to it, move it, and take it away."""
+        import ipywidgets as widgets
+
+        self.chosen = named(_narrow(widgets.Dropdown, description="layer"), "chosen")
+        name, scene = (lambda: self.chosen.value), self.scene
+        self.tools = widgets.HBox(
+            [
+                self._button("zoom", "zoom to the layer", self._zoom),
+                self._button("up", "move up", lambda: scene.move(name(), 1)),
+                self._button("down", "move down", lambda: scene.move(name(), -1)),
+                self._button("remove", "take away", lambda: scene.remove(name())),
+            ],
+            layout=ROW,
+        )
+
+    def _zoom(self) -> None:
+        found = [la for la in self.scene.drawing.layers if la.name == self.chosen.value]
+        corners = np.array([picture.bounds for picture in found[0].pictures])
+        self.go((corners[:, 0].min(axis=0), corners[:, 1].max(axis=0)))
 
     def _make_swipe(self) -> None:
         import ipywidgets as widgets
@@ -224,45 +317,65 @@ class MapControls:
         )  # fmt: skip
         named(self.on, "swipe")
         self.pair = [
-            _narrow(widgets.Dropdown, description=side) for side in ("left", "right")
+            named(_narrow(widgets.Dropdown, description=side), side)
+            for side in ("left", "right")
         ]
         for control in (self.on, *self.pair):
             control.observe(lambda _: self._update(), names="value")
 
-    def _update(self) -> None:
+    def _update(self, anew: bool = False) -> None:
         """Show what the switches say, and the two sides of a swipe."""
-        import ipyleaflet
-
-        sides = [choice.value for choice in self.pair]
         if self.busy:
             return
+        names, sides = list(self.rows), [choice.value for choice in self.pair]
         swiped = sides if self.on.value and sides[0] != sides[1] else []
+        lowest = min((names.index(name) for name in swiped), default=len(names))
+        for number, layer in enumerate(self.scene.drawing.layers):
+            row = self.rows[layer.name]
+            # Above the two sides only what is drawn on top of them is of use.
+            covers = number > lowest and layer.kind in ("image", "classes")
+            row.switch.disabled = layer.name in swiped or covers
+            for overlay in row.overlays:
+                on = row.switch.value and not covers
+                overlay.visible = on or layer.name in swiped
+        if anew or swiped != self.swiped:
+            self._arrange(swiped)
+
+    def _arrange(self, swiped: list[str]) -> None:
+        """Put all pictures on the map anew, two layers of them under a divider.
+
+        All others are in one group: whatever changes in `map.layers` while a divider
+        is on the map would break the divider.
+        """
+        import ipyleaflet
+
         if self.split is not None:
             self.map.remove(self.split)
             self.split = None
-        tiles = [one for one in self.map.layers if one not in sum(self.overlays, [])]
-        shown = []
-        for number, group in enumerate(self.overlays):
-            # Layers above the two sides would hide the comparison.
-            covers = bool(swiped) and number > min(swiped)
-            on = self.switches[number].value and not covers
-            for overlay in group:
-                overlay.visible = on or number in swiped
-            if number not in swiped:
-                shown += group
-        self.map.layers = tuple(tiles + shown)
+        kept = [layer for layer in self.map.layers if layer is not self.group]
+        shown = [
+            o for n, row in self.rows.items() if n not in swiped for o in row.overlays
+        ]
+        self.group = ipyleaflet.LayerGroup(layers=(*shown, self.mark))
+        self.map.layers = (*kept, self.group)
+        self.swiped, self.sides.value = swiped, ""
         if swiped:
-            left, right = (self.overlays[number] for number in swiped)
+            left, right = (self.rows[name].overlays for name in swiped)
             self.split = ipyleaflet.SplitMapControl(left_layer=left, right_layer=right)
             self.map.add(self.split)
+            self.sides.value = markup("sides", *swiped)
 
 
-def _overlays(layer: DrawnLayer, number: int) -> list[ipyleaflet.ImageOverlay]:
+def _pairs(names: Sequence[str]) -> list[tuple[str, str]]:
+    return [(name, name) for name in names]
+
+
+def _overlays(layer: DrawnLayer, pane: str) -> list[ipyleaflet.ImageOverlay]:
     import ipyleaflet
 
     return [
         ipyleaflet.ImageOverlay(
-            url=picture.url, bounds=picture.bounds, pane=f"layer-{number}",
+            url=picture.url, bounds=picture.bounds, pane=pane,
             name=layer.name, opacity=layer.opacity, visible=layer.visible,
         )
         for picture in layer.pictures
@@ -286,17 +399,11 @@ def set_options(choice: Any, options: Sequence[tuple[str, Any]], value: Any) -> 
     choice.value = value if value in values else values[0]
 
 
-def _number(choice: Any, names: list[str], default: int) -> None:
-    """Offer names, whose values are their positions; the chosen one stays chosen."""
-    value = default if choice.value is None else choice.value
-    set_options(choice, [(name, number) for number, name in enumerate(names)], value)
-
-
 def _narrow(kind: type, **settings: Any) -> Any:
     """A control that fits the side panel, with a short label."""
     return kind(
         **settings,
-        layout={"width": "240px", "margin": "1px 0", "flex": "none"},
+        layout={"width": "auto", "margin": "1px 0", "flex": "1 0 auto"},
         style={"description_width": "48px"},
     )
 

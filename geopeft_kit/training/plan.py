@@ -134,7 +134,7 @@ class Plan:
     def _rate(self, model: Model, frozen: bool, progress: bool) -> float:
         """The rate asked for, or the default of the method's card."""
         if self.learning_rate is not None:
-            if self.learning_rate <= 0:
+            if not 0 < self.learning_rate < float("inf"):
                 raise ValueError(
                     f"learning_rate is {self.learning_rate}; it must be above 0."
                 )

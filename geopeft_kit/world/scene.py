@@ -32,11 +32,11 @@ EVENTS = ("none", "flood", "burn", "construction")
 
 LAND_COVER_CLASSES: Mapping[str, str] = {
     "water": "#2f6fd0",
-    "trees": "#17693a",
+    "trees": "#1f7a45",
     "grassland": "#9ec766",
     "cropland": "#e6c84a",
     "bare": "#b9a184",
-    "built-up": "#cf3d3d",
+    "built-up": "#d63a6a",
     "wetland": "#5fb3a1",
 }
 """Land-cover classes in the order of their numbers, with their colours."""
