@@ -309,7 +309,7 @@ def test_nulls_of_catalogues_are_read_and_numbers_are_checked(catalogue, tmp_pat
     wanted = numbers(2)[200:216, 300:324] * 1e-4 - 0.1
     for null in ("nodata", "scale"):
         assert one(**{null: None})[0] == pytest.approx(wanted, abs=1e-6)
-    with pytest.raises(ValueError, match="no side of a pixel"):
+    with pytest.raises(ValueError, match="not the side of a pixel"):
         fetch(catalogue, tmp_path, ["RED"], resolution=-10, mask_clouds=False)
     for scale in ("abc", 0, float("nan")):
         with pytest.raises(ValueError, match="the scene one states scale="):
