@@ -94,14 +94,12 @@ def huber(output: Tensor, target: Tensor) -> Tensor:
 
 
 def resolve_weights(
-    weights: Sequence[float] | Mapping[str, float] | str | None,
+    weights: Sequence[float] | Mapping[str, float] | str,
     data: SplitData,
     progress: bool = False,
-) -> list[float] | None:
+) -> list[float]:
     """One weight a class; "balanced" is counted on the training split and capped."""
     names = [str(n) for n in getattr(data, "classes", None) or range(data.num_classes)]
-    if weights is None:
-        return None
     if isinstance(weights, str):
         if weights != "balanced":
             raise ValueError(

@@ -82,7 +82,11 @@ class Plan:
             self,
             learning_rate=self._rate(model, frozen, progress),
             decoder_learning_rate=self.decoder_learning_rate or DECODER_LEARNING_RATE,
-            class_weights=resolve_weights(self.class_weights, data, progress),
+            class_weights=(
+                None
+                if self.class_weights is None
+                else resolve_weights(self.class_weights, data, progress)
+            ),
             head_start=resolve_head_start(model, self.head_start, data.one_size),
             batch_size=self.batch_size or data.batch_size,
             cache_features=self._caches(model, data, frozen),
