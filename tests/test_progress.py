@@ -143,7 +143,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(data: gk.ChipData, tmp_path: Path) ->
     assert all(torch.equal(state[n], v) for n, v in model.state_dict().items())
     again = fit(model, "stopped", resume=True)
     assert again.history.equals(resumed.history)
-    assert again.resources == resumed.resources
+    assert again.resources.step_ms == resumed.resources.step_ms  # peaks are of now
 
 
 @pytest.mark.slow

