@@ -81,7 +81,7 @@ def export_model(
 
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is missing.
-        ValueError: Another suffix, a wrong batch, a task of two dates with ONNX ...
+        ValueError: Another suffix, or a wrong batch.
         RuntimeError: The file answers otherwise than the model, or is too large for
             ONNX. Nothing is written then.
     """
@@ -154,11 +154,9 @@ def _merged(model: Model) -> Model:
 def _image_shape(model: Model) -> tuple[int, ...]:
     """(C, H, W), or (C, T, H, W) for several dates, of one image."""
     backbone = model.backbone
-    size = backbone.image_size
-    height, width = (size, size) if isinstance(size, int) else size
     dates = 2 if model.task == "change" else backbone.dates
     middle = (dates,) if dates > 1 else ()
-    return (len(backbone.bands), *middle, height, width)
+    return (len(backbone.bands), *middle, backbone.image_size, backbone.image_size)
 
 
 def _write_onnx(program: Any, path: Path) -> None:

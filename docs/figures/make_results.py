@@ -55,14 +55,24 @@ def save(figure: plt.Figure, name: str) -> None:
     plt.close(figure)
 
 
+def ranking(
+    name: str,
+    rows: pd.DataFrame,
+    title: str,
+    height: float,
+    labels: Sequence[str] | None = None,
+) -> None:
+    """A figure of test scores by label; by default all, in the order of the rows."""
+    figure, axis = plt.subplots(figsize=(7, height), layout="constrained")
+    dots(axis, rows, labels or list(dict.fromkeys(rows["label"])), "test", BLUE)
+    axis.set_xlabel(title)
+    save(figure, name)
+
+
 def embedded_model() -> None:
     """Simulated burn scars in regions that were held out: what pretraining is worth."""
     rows = read("gates_runs").query("part == 'burn'")
-    labels = list(dict.fromkeys(rows["label"]))
-    figure, axis = plt.subplots(figsize=(7, 2.2), layout="constrained")
-    dots(axis, rows, labels, "test", BLUE)
-    axis.set_xlabel("mIoU in unseen regions (%), five seeds")
-    save(figure, "embedded_model")
+    ranking("embedded_model", rows, "mIoU in unseen regions (%), five seeds", 2.2)
 
 
 def new_bands() -> None:
@@ -78,10 +88,8 @@ def new_bands() -> None:
         "shared bands: probe",
         "shared bands: LoRA",
     ]
-    figure, axis = plt.subplots(figsize=(7, 3.2), layout="constrained")
-    dots(axis, rows, labels, "test", BLUE)
-    axis.set_xlabel("mIoU in the unseen savanna (%), five seeds")
-    save(figure, "new_bands")
+    title = "mIoU in the unseen savanna (%), five seeds"
+    ranking("new_bands", rows, title, 3.2, labels)
 
 
 def decoder_start() -> None:
@@ -111,12 +119,8 @@ def decoder_start() -> None:
 
 def continual() -> None:
     """A probe after 64 steps of continual pretraining, against the teacher."""
-    rows = read("continual_objectives")
-    labels = list(dict.fromkeys(rows["label"]))
-    figure, axis = plt.subplots(figsize=(7, 2.8), layout="constrained")
-    dots(axis, rows, labels, "test", BLUE)
-    axis.set_xlabel("accuracy on EuroSAT's unseen block (%), five seeds")
-    save(figure, "continual")
+    title = "accuracy on EuroSAT's unseen block (%), five seeds"
+    ranking("continual", read("continual_objectives"), title, 2.8)
 
 
 def levers() -> None:
